@@ -1,0 +1,268 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * adopt: iter/tcp, run by the daemon once per network namespace when there is
+ * something to do. Every socket is visited with its lock held.
+ *
+ * Putting a pair in. The ends are visited one after the other, and between the
+ * two visits bytes still flow through TCP. An end that is in the SOCKHASH must
+ * not be left with TCP bytes it has not read: on kernels of class B its
+ * FIONREAD would not count them (DESIGN: readers like nginx then wait for
+ * ever). So the end that was never seen to leave bytes behind goes first. From
+ * then on each of its sends passes the verdict, so when the second end goes in
+ * at a moment with nothing in flight towards it, its next bytes are redirected.
+ *
+ * Taking a pair out. Deleting an end throws away what its reader has not read,
+ * and a sender that has decided to redirect may not have arrived yet. The
+ * sender's psock tells: a system call on a spliced socket holds a reference to
+ * it from before the verdict until after the message was queued. One reference
+ * is the map's. So: state DRAINING, then the sender's psock seen with the
+ * map's reference only (any later send passes), then the reader's queue seen
+ * empty under its lock.
+ */
+
+/* A sender that looks busy this long after its last redirect is waiting in TCP. */
+#define SETTLE_NS		1000000000ULL
+/* Sweeps without a quiet moment before adoption gives up for BUSY_RETRY_NS. */
+#define MAX_ATTEMPTS		64
+#define BUSY_RETRY_NS		2000000000ULL
+/* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
+#define REFUSED_RETRY_NS	10000000000ULL
+/* Doubled at each drain of the same pair, so that it does not flap. */
+#define COOL_DOWN_NS		1000000000ULL
+
+struct bpf_iter__tcp {
+	void *meta;
+	void *sk_common;
+	u32 uid;
+};
+
+static __always_inline struct end *other_end(struct pair *p, int side)
+{
+	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
+}
+
+/* What a psock cannot serve; 0 if nothing stands in the way. */
+static __always_inline u32 find_misfit(void *tp, struct pair *p, struct end *e)
+{
+	u64 socket = FIELD(tp, u64, sock_sk_socket), file = 0, ulp;
+	u32 flags = 0;
+	u32 tgid = e->tgid;
+
+	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED)
+		return REASON_CLOSING;
+	if (FIELD(tp, u8, sock_sk_shutdown))
+		return REASON_CLOSING;
+	if (!socket || FIELD(tp, u8, sock_sk_kern_sock) & MASK_sock_sk_kern_sock)
+		return REASON_KERNEL;
+	PROBE(file, socket, socket_file);
+	if (!file)
+		return REASON_KERNEL;
+	PROBE(flags, file, file_f_flags);
+	if (!(flags & O_NONBLOCK) && !p->allow_blocking)
+		return REASON_BLOCKING;
+	if (tgid && splicers.lookup(&tgid))
+		return REASON_SPLICE;
+	if (FIELD(tp, u32, sock_sk_rcvlowat) > 1)
+		return REASON_RCVLOWAT;
+	if (FIELD(tp, u64, sock_sk_flags) & (1ULL << ENUM_SOCK_ZEROCOPY))
+		return REASON_ZEROCOPY;
+	ulp = FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops);
+	if (ulp)
+		return REASON_ULP;
+#ifdef OFF_tcp_sock_is_mptcp
+	if (FIELD(tp, u8, tcp_sock_is_mptcp) & MASK_tcp_sock_is_mptcp)
+		return REASON_MPTCP;
+#endif
+	if (FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
+		return REASON_REPAIR;
+	if ((int)FIELD(tp, u32, sock_sk_peek_off) >= 0)
+		return REASON_PEEK_OFF;
+	return REASON_NONE;
+}
+
+/* Nothing of what the peer sent through TCP is unread, nothing in flight. */
+static __always_inline int is_caught_up(void *tp, struct end *peer)
+{
+	u32 write_seq = 0, copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
+	u64 cookie = 0;
+
+	PROBE(write_seq, peer->sk, tcp_sock_write_seq);
+	PROBE(cookie, peer->sk, sock_skc_cookie);
+	return cookie == peer->cookie && write_seq == copied_seq;
+}
+
+/* No system call of the peer is on its way to or from our queue. */
+static __always_inline int is_quiet(struct end *peer)
+{
+	u64 psock = psock_of(peer->sk), cookie = 0;
+	u32 expected = peer->flags & END_IN_MAP ? 1 : 0;
+	u32 references = 0;
+
+	if (psock)
+		PROBE(references, psock, sk_psock_refcnt);
+	PROBE(cookie, peer->sk, sock_skc_cookie);
+	if (cookie != peer->cookie)
+		return 1;	/* closed, and close waits for system calls */
+	return references == expected;
+}
+
+static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
+{
+	p->reason = reason;
+	p->retry_ns = bpf_ktime_get_ns() + retry_ns;
+	p->announced = 0;
+	p->attempts = 0;
+	p->end[CLIENT].flags &= ~END_FIT;
+	p->end[SERVER].flags &= ~END_FIT;
+	count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
+	/* One end may be in already. */
+	if ((p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP)
+		start_draining(p, reason);
+}
+
+static __always_inline void
+try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
+{
+	u32 reason = find_misfit(tp, p, e);
+
+	if (reason) {
+		refuse(p, reason, REFUSED_RETRY_NS);
+		return;
+	}
+	e->flags |= END_FIT;
+	if (++p->attempts > MAX_ATTEMPTS) {
+		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
+		return;
+	}
+	if (e->flags & END_IN_MAP)
+		goto later;
+	if (!(peer->flags & END_FIT))
+		goto later;
+	if (unread_bytes(tp))
+		goto later;
+	if (!(peer->flags & END_IN_MAP)) {
+		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
+			goto later;
+	} else if (!is_caught_up(tp, peer) || !is_quiet(peer)) {
+		goto later;
+	}
+
+	if (FIELD(tp, u64, sock_sk_user_data)) {
+		/* a psock on its way out still holds on; anything else is foreign */
+		if (p->drains)
+			goto later;
+		refuse(p, REASON_FOREIGN_PSOCK, REFUSED_RETRY_NS);
+		return;
+	}
+	long err = spliced.update(&e->key, sk);
+	if (err) {
+		refuse(p, REASON_FULL, REFUSED_RETRY_NS);
+		return;
+	}
+	e->flags |= END_IN_MAP;
+	if (!(peer->flags & END_IN_MAP))
+		goto later;
+
+	p->reason = REASON_NONE;
+	p->changed_ns = bpf_ktime_get_ns();
+	p->dir[CLIENT].burst = 0;
+	p->dir[SERVER].burst = 0;
+	WRITE_ONCE(p->state, STATE_SPLICED);
+	count(COUNT_SPLICED, 1);
+	count_sweep(SWEEP_ADOPTED);
+	/* A send that began before may end in TCP, and the first end may have bytes to read. */
+	if (!p->watched) {
+		p->watched = 1;
+		tell(p, EVENT_WATCH, REASON_NONE);
+	}
+	return;
+later:
+	count_sweep(SWEEP_TO_ADOPT);
+}
+
+static __always_inline int is_psock_empty(void *tp)
+{
+	u64 psock = FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
+	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0;
+
+	if (!psock)
+		return 1;
+	bpf_probe_read_kernel(&first, sizeof(first), (void *)head);
+	return first == head;
+}
+
+static __always_inline void
+try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
+{
+	u64 now = bpf_ktime_get_ns();
+	u32 lowat;
+
+	if (!(e->flags & END_IN_MAP))
+		return;
+	if (!is_quiet(peer) && now - p->changed_ns < SETTLE_NS)
+		goto later;
+	if (!is_psock_empty(tp))
+		goto later;
+	spliced.delete(&e->key);
+	e->flags &= ~END_IN_MAP;
+	/*
+	 * TCP bytes may have arrived unseen meanwhile. Setting SO_RCVLOWAT to
+	 * what it is raises EPOLLIN again if there are any.
+	 */
+	lowat = FIELD(tp, u32, sock_sk_rcvlowat);
+	set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	if (peer->flags & END_IN_MAP)
+		return;
+	p->announced = 0;
+	p->attempts = 0;
+	p->end[CLIENT].flags &= ~END_FIT;
+	p->end[SERVER].flags &= ~END_FIT;
+	p->end[CLIENT].stuck_seq = 0;
+	p->end[SERVER].stuck_seq = 0;
+	if (p->drains < 6)
+		p->drains++;
+	p->retry_ns = p->reason == REASON_REQUEST ? 0 : now + (COOL_DOWN_NS << p->drains);
+	p->changed_ns = now;
+	WRITE_ONCE(p->state, STATE_PAIRED);
+	count(COUNT_DRAINED, 1);
+	count_sweep(SWEEP_DRAINED);
+	return;
+later:
+	count_sweep(SWEEP_TO_DRAIN);
+}
+
+int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
+{
+	void *sk = ctx->sk_common, *tp;
+	struct settings *s;
+	struct end *e, *peer;
+	struct pair_id id;
+	struct pair *p;
+	int side;
+
+	if (!sk)
+		return 0;
+	tp = to_tcp_sock(sk);
+	if (!tp)
+		return 0;	/* listening, TIME_WAIT or not yet accepted */
+	p = find_pair_of(tp, &id, &side);
+	if (!p)
+		return 0;
+	s = get_settings();
+	if (!s)
+		return 0;
+	count_sweep(SWEEP_SEEN);
+	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
+	peer = other_end(p, side);
+	if (s->stopping && p->state != STATE_DRAINING &&
+	    (p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP) {
+		p->reason = s->stopping;
+		p->changed_ns = bpf_ktime_get_ns();
+		WRITE_ONCE(p->state, STATE_DRAINING);
+	}
+	if (p->state == STATE_DRAINING)
+		try_take_out(sk, tp, p, e, peer);
+	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING)
+		try_adopt(sk, tp, p, e, peer);
+	return 0;
+}

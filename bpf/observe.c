@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * observe: raw tracepoint tcp_rcv_space_adjust, which TCP passes each time an
+ * application has read. Redirected bytes do not come by here.
+ *
+ * While a pair is plain it learns who reads each end and how, and announces
+ * the pair once both ends are hot. On a spliced end it catches splice(2).
+ */
+
+enum reader {
+	READER_RECV,
+	READER_SPLICE,
+	READER_KERNEL,
+	READER_UNKNOWN,
+};
+
+/* How is this socket being read? Only known system calls count as safe. */
+static __always_inline enum reader get_reader(void)
+{
+	void *task = current_task();
+	u64 nr;
+
+	if (FIELD(task, u32, task_struct_flags) & (PF_KTHREAD | PF_IO_WORKER))
+		return READER_KERNEL;
+	nr = FIELD(task_regs(task), SYSCALL_TYPE, pt_regs_syscall);
+	if (nr == SYSCALL_read || nr == SYSCALL_recvfrom || nr == SYSCALL_recvmsg ||
+	    nr == SYSCALL_readv || nr == SYSCALL_recvmmsg || nr == SYSCALL_preadv2 ||
+	    nr == SYSCALL_io_uring_enter)
+		return READER_RECV;
+	if (nr == SYSCALL_splice)
+		return READER_SPLICE;
+	return READER_UNKNOWN;
+}
+
+static __always_inline u32 refuse_reader(enum reader reader, u32 tgid)
+{
+	u8 one = 1;
+
+	switch (reader) {
+	case READER_RECV:
+		return REASON_NONE;
+	case READER_SPLICE:
+		splicers.update(&tgid, &one);
+		return REASON_SPLICE;
+	case READER_KERNEL:
+		return REASON_KERNEL;
+	default:
+		return REASON_READER;
+	}
+}
+
+int observe(u64 *ctx)
+{
+	void *tp = to_tcp_sock((void *)ctx[0]);
+	struct settings *s;
+	struct pair_id id;
+	struct end *e;
+	struct pair *p;
+	u32 reason, tgid;
+	int side;
+
+	if (!tp)
+		return 0;
+	p = find_pair_of(tp, &id, &side);
+	if (!p)
+		return 0;
+	tgid = bpf_get_current_pid_tgid() >> 32;
+	if (p->state != STATE_PAIRED) {
+		reason = refuse_reader(get_reader(), tgid);
+		if (p->state == STATE_SPLICED && reason)
+			start_draining(p, reason);
+		return 0;
+	}
+	if (p->announced)
+		return 0;
+	s = get_settings();
+	if (!s || !s->splicing)
+		return 0;
+	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
+	if (e->reads < s->hot_reads) {
+		reason = refuse_reader(get_reader(), tgid);
+		if (reason) {
+			p->announced = 1;
+			p->reason = reason;
+			count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
+			return 0;
+		}
+		e->reads++;
+		e->tgid = tgid;
+		if (unread_bytes(tp))
+			e->flags |= END_PARTIAL;
+	}
+	if (p->end[CLIENT].reads < s->hot_reads || p->end[SERVER].reads < s->hot_reads)
+		return 0;
+	if (p->retry_ns && bpf_ktime_get_ns() < p->retry_ns)
+		return 0;
+	p->announced = 1;
+	p->reason = REASON_PENDING;
+	if (tell(p, EVENT_ADOPT, REASON_NONE))
+		p->announced = 0;
+	return 0;
+}

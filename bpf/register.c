@@ -1,0 +1,197 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * register: SOCK_OPS on the cgroup. Decides that a connection is local, pairs
+ * its two ends, forgets them on close.
+ *
+ * The client leaves its name for the server at ACTIVE_ESTABLISHED. The server
+ * looks for it at PASSIVE_ESTABLISHED, which the client's ACK triggers and
+ * which is therefore later. A remote peer runs neither program, so what is
+ * found is an end on this host, below the cgroup.
+ */
+
+static __always_inline void get_policy(struct settings *s, u32 port, struct policy *to)
+{
+	struct policy *rule = 0;
+
+	if (s->has_rules)
+		rule = policies.lookup(&port);
+	if (rule)
+		*to = *rule;
+	else
+		*to = s->policy;
+}
+
+/* Eager only: remember whom a local listener answers. sk is a request socket. */
+static __always_inline void leave_hint(struct bpf_sock_ops *skops)
+{
+	struct hint_key hint = {};
+	u32 ip4 = skops->remote_ip4;
+	u8 one = 1;
+
+	/* clang would merge reads of both kinds into one modified context pointer */
+	asm volatile("" : "+r"(ip4));
+	if (skops->family == AF_INET6) {
+		hint.ip[0] = bpf_ntohl(skops->remote_ip6[0]);
+		hint.ip[1] = bpf_ntohl(skops->remote_ip6[1]);
+		hint.ip[2] = bpf_ntohl(skops->remote_ip6[2]);
+		hint.ip[3] = bpf_ntohl(skops->remote_ip6[3]);
+	} else {
+		read_ip4(hint.ip, ip4);
+	}
+	hint.port = bpf_ntohl(skops->remote_port);
+	hints.update(&hint, &one);
+}
+
+static __always_inline int has_hint(struct end_key *key)
+{
+	struct hint_key hint = {};
+
+	hint.ip[0] = key->local_ip[0];
+	hint.ip[1] = key->local_ip[1];
+	hint.ip[2] = key->local_ip[2];
+	hint.ip[3] = key->local_ip[3];
+	hint.port = key->local_port;
+	return hints.lookup(&hint) != 0;
+}
+
+static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
+{
+	struct settings *s = get_settings();
+	struct rendezvous r = {};
+	struct policy policy;
+
+	if (!s || !s->splicing)
+		return;
+	read_tuple(&r.key, tp);
+	r.key.netns = netns_cookie(skops);
+	r.key.id = client_id(first_sent(tp), first_received(tp));
+	r.sk = (u64)tp;
+	r.cookie = socket_cookie(skops);
+	if (s->has_eager) {
+		get_policy(s, r.key.remote_port, &policy);
+		if (policy.mode == MODE_EAGER && has_hint(&r.key)) {
+			int err = spliced.sock_hash_update(skops, &r.key, BPF_NOEXIST);
+			r.in_map = !err;
+		}
+	}
+	rendezvous.update(&r.key.id, &r);
+}
+
+static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp)
+{
+	struct settings *s = get_settings();
+	struct rendezvous *client;
+	struct policy policy;
+	struct pair_id id;
+	struct pair *p;
+	int zero = 0;
+
+	if (!s || !s->splicing)
+		return;
+	id = server_id(first_sent(tp), first_received(tp));
+	client = rendezvous.lookup(&id);
+	if (!client)
+		return;		/* remote */
+	get_policy(s, local_port(tp), &policy);
+	if (policy.mode == MODE_OFF && !client->in_map) {
+		count(COUNT_REFUSED + REASON_POLICY, 1);
+		return;
+	}
+	/* Too large for the stack. SOCK_OPS does not nest on one CPU. */
+	p = scratch.lookup(&zero);
+	if (!p)
+		return;
+	__builtin_memset(p, 0, sizeof(*p));
+	p->id = id;
+	p->end[CLIENT].key = client->key;
+	p->end[CLIENT].sk = client->sk;
+	p->end[CLIENT].cookie = client->cookie;
+	p->end[CLIENT].flags = client->in_map ? END_IN_MAP : 0;
+	read_tuple(&p->end[SERVER].key, tp);
+	p->end[SERVER].key.netns = netns_cookie(skops);
+	p->end[SERVER].key.id = id;
+	p->end[SERVER].sk = (u64)tp;
+	p->end[SERVER].cookie = socket_cookie(skops);
+	p->born_ns = bpf_ktime_get_ns();
+	p->changed_ns = p->born_ns;
+	p->mode = policy.mode;
+	p->allow_blocking = policy.allow_blocking;
+	p->state = STATE_PAIRED;
+	p->reason = policy.mode == MODE_OFF ? REASON_POLICY : REASON_COLD;
+	if (client->in_map && policy.mode == MODE_EAGER) {
+		int err = spliced.sock_hash_update(skops, &p->end[SERVER].key, BPF_NOEXIST);
+		if (!err) {
+			p->end[SERVER].flags = END_IN_MAP;
+			p->state = STATE_SPLICED;
+			p->reason = REASON_NONE;
+		}
+	}
+	int full = pairs.insert(&id, p);
+	if (full) {
+		count(COUNT_REFUSED + REASON_FULL, 1);
+		return;
+	}
+	/*
+	 * The server's TCP_CLOSE is the end of the pair. It comes for every
+	 * connection, so the client needs no callback.
+	 */
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags |
+					 BPF_SOCK_OPS_STATE_CB_FLAG);
+	count(COUNT_PAIRED, 1);
+	if (p->state == STATE_SPLICED)
+		count(COUNT_SPLICED, 1);
+}
+
+/*
+ * Never delete from the SOCKHASH here: the application may still have
+ * redirected bytes to read. The kernel takes the socket out when it is closed.
+ */
+static __always_inline void forget_server(void *tp)
+{
+	struct pair_id id = server_id(first_sent(tp), first_received(tp));
+
+	if (!pairs.delete(&id))
+		count(COUNT_CLOSED, 1);
+}
+
+static __always_inline void *tcp_sock_of(struct bpf_sock_ops *skops)
+{
+	void *sk = skops->sk;
+
+	return sk ? to_tcp_sock(sk) : 0;
+}
+
+int register_end(struct bpf_sock_ops *skops)
+{
+	struct settings *s;
+	void *tp;
+
+	switch (skops->op) {
+	case BPF_SOCK_OPS_RWND_INIT:
+		if (skops->is_fullsock)
+			break;		/* a client sizing its own window */
+		s = get_settings();
+		if (s && s->has_eager)
+			leave_hint(skops);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		tp = tcp_sock_of(skops);
+		if (tp)
+			register_client(skops, tp);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		tp = tcp_sock_of(skops);
+		if (tp)
+			register_server(skops, tp);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (skops->args[1] != BPF_TCP_CLOSE)
+			break;
+		tp = tcp_sock_of(skops);
+		if (tp)
+			forget_server(tp);
+		break;
+	}
+	skops->reply = -1;
+	return 1;
+}

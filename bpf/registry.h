@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Operations on the maps that more than one program needs. */
+
+static __always_inline void count(int which, u64 n)
+{
+	u64 *counter = counters.lookup(&which);
+
+	if (counter)
+		*counter += n;
+}
+
+static __always_inline void count_sweep(int which)
+{
+	u64 *counter = sweep.lookup(&which);
+
+	if (counter)
+		__sync_fetch_and_add(counter, 1);
+}
+
+static __always_inline struct settings *get_settings(void)
+{
+	int zero = 0;
+
+	return settings.lookup(&zero);
+}
+
+/*
+ * The pair of a socket, given the first sequence number it sent and received.
+ * Whether it is the client is not known beforehand. Services have the lower
+ * port nearly always, so the likelier name is tried first.
+ */
+static __always_inline struct pair *
+find_pair(u32 sent, u32 received, int likely_client, struct pair_id *id, int *side)
+{
+	struct pair *p;
+
+	*id = likely_client ? client_id(sent, received) : server_id(sent, received);
+	*side = likely_client ? CLIENT : SERVER;
+	p = pairs.lookup(id);
+	if (p)
+		return p;
+	*id = likely_client ? server_id(sent, received) : client_id(sent, received);
+	*side = likely_client ? SERVER : CLIENT;
+	return pairs.lookup(id);
+}
+
+static __always_inline struct pair *
+find_pair_of(void *tp, struct pair_id *id, int *side)
+{
+	return find_pair(first_sent(tp), first_received(tp),
+			 local_port(tp) > remote_port(tp), id, side);
+}
+
+/* Returns 0 if the daemon will see the event. */
+static __always_inline int tell(struct pair *p, u32 type, u32 reason)
+{
+	struct event e = {
+		.type = type,
+		.reason = reason,
+		.id = p->id,
+		.netns = { p->end[CLIENT].key.netns, p->end[SERVER].key.netns },
+		.tgid = { p->end[CLIENT].tgid, p->end[SERVER].tgid },
+	};
+	int lost = events.ringbuf_output(&e, sizeof(e), 0);
+
+	if (lost)
+		count(COUNT_EVENTS_LOST, 1);
+	return lost;
+}
+
+/*
+ * From here on every verdict for this pair passes. Redirected bytes are read
+ * first whatever follows through TCP, so the order holds. A lost event costs
+ * time only: the daemon's watch finds draining pairs by itself.
+ */
+static __always_inline void start_draining(struct pair *p, u32 reason)
+{
+	p->reason = reason;
+	p->changed_ns = bpf_ktime_get_ns();
+	WRITE_ONCE(p->state, STATE_DRAINING);
+	tell(p, EVENT_DRAIN, reason);
+}

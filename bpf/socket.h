@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Reading kernel sockets. Offsets (OFF_*) and bit masks (MASK_*) come from the
+ * running kernel's BTF by way of the loader, so nothing here knows a version.
+ */
+#ifndef SPLICER_SOCKET_H
+#define SPLICER_SOCKET_H
+
+#define AF_INET			2
+#define AF_INET6		10
+#define SOL_SOCKET		1
+#define SOL_TCP			6
+#define SO_RCVLOWAT		18
+#define SO_PEEK_OFF		42
+#define SO_ZEROCOPY		60
+#define TCP_REPAIR		19
+#define TCP_ULP			31
+#define RCV_SHUTDOWN		1
+#define O_NONBLOCK		04000
+#define PF_IO_WORKER		0x00000010
+#define PF_KTHREAD		0x00200000
+
+#define TCPF(state)		(1 << (state))
+
+#ifndef READ_ONCE
+#define READ_ONCE(x)		(*(volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, v)	(*(volatile typeof(x) *)&(x) = (v))
+#endif
+
+/* A load the verifier checks against BTF; ptr is a trusted pointer. */
+#define FIELD(ptr, type, where) (*(type *)((void *)(ptr) + (OFF_##where)))
+
+/* A load that may fault: ptr is an address that may be stale. */
+#define PROBE(dst, ptr, where) \
+	bpf_probe_read_kernel(&(dst), sizeof(dst), (void *)(ptr) + (OFF_##where))
+
+/* Helpers that bcc declares for other program types only, or not at all. */
+static void *(*to_tcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_tcp_sock;
+static u64 (*netns_cookie)(void *ctx) = (void *)BPF_FUNC_get_netns_cookie;
+static u64 (*socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
+static void *(*to_bpf_tcp_sock)(void *sk) = (void *)BPF_FUNC_tcp_sock;
+static long (*set_sockopt)(void *sk, int level, int name, void *value, int len) =
+	(void *)BPF_FUNC_setsockopt;
+static void *(*current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+static void *(*task_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
+
+/*
+ * First data sequence number of each direction, as the socket itself counts:
+ * what was acknowledged (received) so far, taken back. A client's own SYN is
+ * among its acknowledged bytes and not among a server's, hence the + 1.
+ */
+static __always_inline struct pair_id client_id(u32 sent, u32 received)
+{
+	struct pair_id id = { .client_seq = sent + 1, .server_seq = received };
+
+	return id;
+}
+
+static __always_inline struct pair_id server_id(u32 sent, u32 received)
+{
+	struct pair_id id = { .client_seq = received, .server_seq = sent };
+
+	return id;
+}
+
+static __always_inline u32 first_sent(void *tp)
+{
+	return FIELD(tp, u32, tcp_sock_snd_una) -
+	       (u32)FIELD(tp, u64, tcp_sock_bytes_acked);
+}
+
+static __always_inline u32 first_received(void *tp)
+{
+	return FIELD(tp, u32, tcp_sock_rcv_nxt) -
+	       (u32)FIELD(tp, u64, tcp_sock_bytes_received);
+}
+
+static __always_inline u32 unread_bytes(void *tp)
+{
+	return FIELD(tp, u32, tcp_sock_rcv_nxt) - FIELD(tp, u32, tcp_sock_copied_seq);
+}
+
+static __always_inline void read_ip4(u32 to[4], u32 ip_be)
+{
+	to[0] = 0;
+	to[1] = 0;
+	to[2] = 0xffff;
+	to[3] = bpf_ntohl(ip_be);
+}
+
+/* A v4-mapped address of an AF_INET6 socket comes out as ::ffff:a.b.c.d too. */
+static __always_inline void read_ip6(u32 to[4], void *tp, int local)
+{
+	if (local) {
+		to[0] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_rcv_saddr));
+		to[1] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_rcv_saddr + 4));
+		to[2] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_rcv_saddr + 8));
+		to[3] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_rcv_saddr + 12));
+	} else {
+		to[0] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_daddr));
+		to[1] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_daddr + 4));
+		to[2] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_daddr + 8));
+		to[3] = bpf_ntohl(FIELD(tp, u32, sock_skc_v6_daddr + 12));
+	}
+}
+
+static __always_inline u32 local_port(void *tp)
+{
+	return FIELD(tp, u16, sock_skc_num);
+}
+
+static __always_inline u32 remote_port(void *tp)
+{
+	return bpf_ntohs(FIELD(tp, u16, sock_skc_dport));
+}
+
+static __always_inline void read_tuple(struct end_key *key, void *tp)
+{
+	if (FIELD(tp, u16, sock_skc_family) == AF_INET6) {
+		read_ip6(key->local_ip, tp, 1);
+		read_ip6(key->remote_ip, tp, 0);
+	} else {
+		read_ip4(key->local_ip, FIELD(tp, u32, sock_skc_rcv_saddr));
+		read_ip4(key->remote_ip, FIELD(tp, u32, sock_skc_daddr));
+	}
+	key->local_port = local_port(tp);
+	key->remote_port = remote_port(tp);
+}
+
+/* The psock of a socket at an address that may be stale, or 0. */
+static __always_inline u64 psock_of(u64 sk)
+{
+	u64 user_data = 0;
+
+	PROBE(user_data, sk, sock_sk_user_data);
+	return user_data & ~7ULL;	/* SK_USER_DATA_PTRMASK */
+}
+
+#endif

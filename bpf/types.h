@@ -1,0 +1,204 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Types shared by the programs, and with splicer/layout.py, which mirrors them.
+ * Every number is in host byte order.
+ */
+#ifndef SPLICER_TYPES_H
+#define SPLICER_TYPES_H
+
+/*
+ * A connection is named by the first data byte's sequence number in each
+ * direction. Both ends can compute the name at any time from their own
+ * tcp_sock, NAT leaves it alone, and it holds 64 bits that only the two ends
+ * know: see identify() in socket.h.
+ */
+struct pair_id {
+	u32 client_seq;
+	u32 server_seq;
+};
+
+/*
+ * Key of the SOCKHASH: the end's own four-tuple, its network namespace, and
+ * the connection. IPv4 is written ::ffff:a.b.c.d. With the connection in the
+ * key, no reused tuple and no stale record can name another connection's end.
+ */
+struct end_key {
+	u32 local_ip[4];
+	u32 remote_ip[4];
+	u64 netns;		/* cookie */
+	struct pair_id id;
+	u32 local_port;
+	u32 remote_port;
+};
+
+enum side {
+	CLIENT,			/* called connect() */
+	SERVER,			/* came out of accept() */
+};
+
+enum pair_state {
+	STATE_PAIRED = 1,	/* plain TCP, both ends known */
+	STATE_SPLICED,
+	STATE_DRAINING,		/* plain TCP again, redirected bytes still unread */
+};
+
+/* Why a pair is not spliced. Names and sentences: splicer/model.py. */
+enum reason {
+	REASON_NONE,
+	REASON_COLD,		/* not enough reads yet */
+	REASON_PENDING,		/* announced, waits for a quiet moment */
+	REASON_BLOCKING,
+	REASON_SPLICE,
+	REASON_READER,
+	REASON_RCVLOWAT,
+	REASON_ZEROCOPY,
+	REASON_ULP,
+	REASON_MPTCP,
+	REASON_REPAIR,
+	REASON_KERNEL,
+	REASON_PEEK_OFF,
+	REASON_FOREIGN_PSOCK,
+	REASON_POLICY,
+	REASON_FULL,
+	REASON_BACKPRESSURE,
+	REASON_STREAM,
+	REASON_RESCUE,
+	REASON_STOP,
+	REASON_REQUEST,		/* an operator asked */
+	REASON_BUSY,		/* never quiet while adoption tried */
+	REASON_CLOSING,
+	NR_REASONS,
+};
+
+/* Bits of struct end.flags. */
+enum end_flag {
+	END_IN_MAP	= 1 << 0,	/* in the SOCKHASH */
+	END_FIT		= 1 << 1,	/* passed every check of adopt */
+	END_PARTIAL	= 1 << 2,	/* was seen to leave bytes behind when reading */
+};
+
+enum mode {
+	MODE_OFF,
+	MODE_ADAPTIVE,
+	MODE_EAGER,
+};
+
+struct end {
+	struct end_key key;
+	u64 sk;			/* kernel address of its struct sock */
+	u64 cookie;		/* its socket cookie, to tell when sk is stale */
+	u64 stuck_seq;		/* watch: copied_seq + 1 at the last look, or 0 */
+	u32 reads;		/* while plain, stops at settings.hot_reads */
+	u32 tgid;		/* the process that read last, init namespace */
+	u32 flags;
+	u32 pad;
+};
+
+/*
+ * What one end sends. Only its sender writes here, so it has cache lines of
+ * its own apart from the other direction.
+ */
+struct direction {
+	u64 redirected_bytes;
+	u64 redirected_messages;
+	u64 passed_messages;
+	u64 mark_bytes;		/* redirected_bytes when the mark was set */
+	u64 mark_messages;
+	u64 read_messages;	/* at least so many redirected messages were read */
+	u64 answered;		/* the other direction's messages, at the last look */
+	u32 burst;		/* messages since the other direction spoke */
+	u32 burst_bytes;	/* their size, saturating */
+};
+
+struct pair {
+	struct pair_id id;
+	u32 state;
+	u32 reason;
+	struct end end[2];
+	u64 born_ns;		/* CLOCK_MONOTONIC */
+	u64 changed_ns;		/* last change of state */
+	u64 retry_ns;		/* no adoption before */
+	u32 announced;
+	u32 allow_blocking;	/* policy at the time of pairing */
+	u32 mode;
+	u32 attempts;		/* sweeps that found no quiet moment */
+	u32 drains;		/* lengthens the cool-down */
+	u32 watched;		/* the watch was told about it */
+	struct direction dir[2];
+};
+
+/* Left by a client at ACTIVE_ESTABLISHED for its server to find. */
+struct rendezvous {
+	struct end_key key;
+	u64 sk;
+	u64 cookie;
+	u32 in_map;		/* eager: already in the SOCKHASH */
+	u32 pad;
+};
+
+/* Eager only: a listener on this host is answering this client. */
+struct hint_key {
+	u32 ip[4];
+	u32 port;
+};
+
+struct policy {
+	u32 mode;
+	u32 allow_blocking;
+};
+
+struct settings {
+	struct policy policy;	/* where no rule names the service */
+	u32 splicing;		/* 0: every verdict passes */
+	u32 stopping;		/* 1: adopt takes everything out */
+	u32 hot_reads;
+	u32 has_rules;		/* the policy map is not empty */
+	u32 has_eager;		/* some policy is eager, so clients need the hint */
+	u32 queue_messages;	/* bound on redirected, unread messages */
+	u32 queue_bytes;	/* bound on redirected, unread bytes */
+	u32 stream_messages;	/* so many unanswered sends are a stream */
+	u32 stream_size;	/* a stream of messages at least so big stays */
+	u32 own_tgid;		/* the daemon itself */
+};
+
+enum event_type {
+	EVENT_ADOPT = 1,	/* both ends are hot */
+	EVENT_DRAIN,
+	EVENT_WATCH,		/* bytes went through TCP to a spliced end */
+};
+
+struct event {
+	u32 type;
+	u32 reason;
+	struct pair_id id;
+	u64 netns[2];
+	u32 tgid[2];
+};
+
+enum counter {
+	COUNT_PAIRED,
+	COUNT_CLOSED,
+	COUNT_SPLICED,
+	COUNT_DRAINED,
+	COUNT_REDIRECTED_BYTES,
+	COUNT_REDIRECTED_MESSAGES,
+	COUNT_PASSED_MESSAGES,
+	COUNT_RESCUED,
+	COUNT_EVENTS_LOST,
+	COUNT_REFUSED,		/* + enum reason */
+	NR_COUNTERS = COUNT_REFUSED + NR_REASONS,
+};
+
+/* What one run of adopt or watch saw. Cleared by the daemon before the run. */
+enum sweep_counter {
+	SWEEP_SEEN,		/* sockets of known pairs */
+	SWEEP_ADOPTED,		/* pairs that became spliced */
+	SWEEP_DRAINED,		/* pairs that became plain */
+	SWEEP_TO_ADOPT,		/* ends that still wait for adoption */
+	SWEEP_TO_DRAIN,		/* ends that still wait to be taken out */
+	SWEEP_STUCK,		/* watch: ends whose TCP bytes did not move */
+	SWEEP_UNREAD,		/* watch: ends with TCP bytes to look at again */
+	NR_SWEEP,
+};
+
+#endif

@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * verdict: SK_MSG on the SOCKHASH, once per message, with the sender's socket
+ * locked. Redirects a message into the peer's receive queue, or passes it to
+ * TCP. It never drops: the application would see EACCES.
+ */
+
+static __always_inline void count_pass(struct direction *d)
+{
+	d->passed_messages++;
+	count(COUNT_PASSED_MESSAGES, 1);
+}
+
+/*
+ * Bounds on what the peer has not read. The kernel accepts any amount, so this
+ * is the only backpressure there is. Bytes are exact. Messages are an upper
+ * bound, from a mark that moves on when everything up to it was read.
+ */
+static __always_inline int is_overfull(struct settings *s, struct direction *d,
+				       u32 queued, u32 size)
+{
+	if (d->redirected_bytes - queued >= d->mark_bytes) {
+		d->read_messages = queued ? d->mark_messages : d->redirected_messages;
+		d->mark_bytes = d->redirected_bytes;
+		d->mark_messages = d->redirected_messages;
+	}
+	return queued + size > s->queue_bytes ||
+	       d->redirected_messages - d->read_messages >= s->queue_messages;
+}
+
+/*
+ * Many messages and no answer: a stream. Small messages are better off in TCP,
+ * which may merge them. The other direction's counters are in a cache line of
+ * another CPU, so they are looked at once in a while only.
+ */
+static __always_inline int is_small_stream(struct settings *s, struct direction *d,
+					   struct direction *back, u32 size)
+{
+	u64 answered;
+
+	d->burst++;
+	d->burst_bytes += size;
+	if (d->burst & 15)
+		return 0;
+	answered = back->redirected_messages + back->passed_messages;
+	if (answered != d->answered || d->burst >= 1 << 12) {
+		d->answered = answered;
+		d->burst = 0;
+		d->burst_bytes = 0;
+		return 0;
+	}
+	return d->burst >= s->stream_messages &&
+	       d->burst_bytes < d->burst * s->stream_size;
+}
+
+int verdict(struct sk_msg_md *msg)
+{
+	u32 state, size, copied_seq = 0, queued = 0;
+	struct direction *d, *back;
+	u64 peer_sk, cookie = 0;
+	struct settings *s;
+	struct pair_id id;
+	struct end_key to;
+	struct end *peer;
+	u8 shutdown = 0;
+	struct pair *p;
+	int side;
+	void *sk = msg->sk, *tp;
+
+	if (!sk)
+		return SK_PASS;
+	tp = to_tcp_sock(sk);
+	if (!tp)
+		return SK_PASS;
+	p = find_pair_of(tp, &id, &side);
+	if (!p)
+		return SK_PASS;		/* the peer is gone */
+	if (side == CLIENT) {
+		d = &p->dir[CLIENT];
+		back = &p->dir[SERVER];
+		peer = &p->end[SERVER];
+	} else {
+		d = &p->dir[SERVER];
+		back = &p->dir[CLIENT];
+		peer = &p->end[CLIENT];
+	}
+	s = get_settings();
+	if (!s || !s->splicing || READ_ONCE(p->state) != STATE_SPLICED)
+		goto pass;
+
+	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
+	state = FIELD(tp, u8, sock_skc_state);
+	if (!(TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT))))
+		goto pass;
+
+	/*
+	 * The address may be stale. Memory of sockets stays memory of sockets
+	 * (SLAB_TYPESAFE_BY_RCU) and a new one starts without a cookie, so if
+	 * the cookie is right at last, all that was read before it is.
+	 */
+	peer_sk = peer->sk;
+	PROBE(copied_seq, peer_sk, tcp_sock_copied_seq);
+	PROBE(queued, peer_sk, sock_sk_rmem_alloc);
+	PROBE(shutdown, peer_sk, sock_sk_shutdown);
+	PROBE(cookie, peer_sk, sock_skc_cookie);
+	if (cookie != peer->cookie || shutdown & RCV_SHUTDOWN)
+		goto pass;
+
+	/*
+	 * Order. Both ends share one sequence space and redirected bytes move
+	 * neither number: equal means that all that ever went through TCP in
+	 * this direction has been read.
+	 */
+	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq)) {
+		if (!p->watched) {
+			p->watched = 1;
+			tell(p, EVENT_WATCH, REASON_NONE);
+		}
+		goto pass;
+	}
+	size = msg->size;
+	if (is_overfull(s, d, queued, size)) {
+		start_draining(p, REASON_BACKPRESSURE);
+		goto pass;
+	}
+	if (is_small_stream(s, d, back, size)) {
+		start_draining(p, REASON_STREAM);
+		goto pass;
+	}
+
+	/*
+	 * Our own name of the connection completes the key: should the record
+	 * have been reused meanwhile, nothing is found under it.
+	 */
+	to = peer->key;
+	to.id = id;
+	int found = spliced.msg_redirect_hash(msg, &to, BPF_F_INGRESS);
+	if (found != SK_PASS)
+		goto pass;
+	d->redirected_bytes += size;
+	d->redirected_messages++;
+	count(COUNT_REDIRECTED_BYTES, size);
+	count(COUNT_REDIRECTED_MESSAGES, 1);
+	return SK_PASS;
+pass:
+	count_pass(d);
+	return SK_PASS;
+}

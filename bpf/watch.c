@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * watch: iter/sockmap over the SOCKHASH, run by the daemon after an
+ * EVENT_WATCH and otherwise once a second.
+ *
+ * An end whose TCP bytes did not move between two looks may belong to a reader
+ * that cannot see them (FIONREAD on class B). It is drained: once it is out,
+ * the poke of adopt wakes the reader.
+ */
+
+struct bpf_iter__sockmap {
+	void *meta;
+	void *map;
+	struct end_key *key;
+	void *sk;
+};
+
+int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
+{
+	struct end_key *key = ctx->key;
+	struct pair_id id;
+	struct end *e;
+	struct pair *p;
+	u32 copied_seq;
+	void *tp;
+
+	if (!key || !ctx->sk)
+		return 0;
+	tp = to_tcp_sock(ctx->sk);
+	if (!tp)
+		return 0;
+	id = key->id;
+	p = pairs.lookup(&id);
+	if (!p)
+		return 0;
+	if (p->end[CLIENT].key.local_port == key->local_port &&
+	    p->end[CLIENT].key.netns == key->netns)
+		e = &p->end[CLIENT];
+	else
+		e = &p->end[SERVER];
+	count_sweep(SWEEP_SEEN);
+	if (p->state == STATE_DRAINING) {
+		count_sweep(SWEEP_TO_DRAIN);
+		tell(p, EVENT_DRAIN, p->reason);
+		return 0;
+	}
+	if (p->state != STATE_SPLICED)
+		return 0;
+	p->watched = 0;
+	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
+	if (!unread_bytes(tp)) {
+		e->stuck_seq = 0;
+		return 0;
+	}
+	if (e->stuck_seq == (u64)copied_seq + 1) {
+		e->stuck_seq = 0;
+		count(COUNT_RESCUED, 1);
+		count_sweep(SWEEP_STUCK);
+		start_draining(p, REASON_RESCUE);
+		return 0;
+	}
+	e->stuck_seq = (u64)copied_seq + 1;
+	count_sweep(SWEEP_UNREAD);
+	return 0;
+}

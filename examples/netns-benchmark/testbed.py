@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces, a cgroup, mounts and processes that disappear with the benchmark.
+
+The namespaces have no names and the bpffs mount lives in a private mount namespace: when the process
+that made them is gone, however it went, so are they. What the kernel does not clean up by itself (the
+cgroup, the temporary directory) is removed by `Testbed.close`; a run that was killed with SIGKILL leaves
+an empty cgroup, which the next run removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWNET = 0x40000000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+PR_SET_PDEATHSIG = 1
+
+SERVER_ADDRESS = "10.77.0.1"
+CLIENT_ADDRESS = "10.77.0.2"
+PREFIX = "splicer-bench-"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class TestbedError(Exception):
+    """The machine cannot give what the benchmark needs; the message says what."""
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise TestbedError(f"{what}: {os.strerror(number)}")
+
+
+def find_cgroup_root() -> Path:
+    """The cgroup v2 hierarchy's mount point: /sys/fs/cgroup, or a directory below it on a hybrid host."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if rest.split(" ", 1)[0] == "cgroup2":
+            # Octal escapes stand for spaces and backslashes in the path.
+            return Path(fields.split(" ")[4].encode().decode("unicode_escape"))
+    raise TestbedError("no cgroup v2 hierarchy is mounted; try: mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+@contextlib.contextmanager
+def _returning_home() -> Iterator[None]:
+    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        _check(_libc.setns(home, CLONE_NEWNET), "cannot return to the own network namespace")
+        os.close(home)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """A network namespace, kept alive by an open file descriptor."""
+
+    name: str
+    fd: int
+
+    @classmethod
+    def make(cls, name: str) -> Namespace:
+        with _returning_home():
+            _check(_libc.unshare(CLONE_NEWNET), "cannot make a network namespace")
+            return cls(name, os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, this thread makes its sockets in the namespace."""
+        with _returning_home():
+            _check(_libc.setns(self.fd, CLONE_NEWNET), f"cannot enter the namespace {self.name}")
+            yield
+
+    @property
+    def path(self) -> str:
+        """A path `ip link ... netns` accepts, valid while this process lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+
+class Testbed:
+    """Server and client namespaces on a bridge (in a third), a cgroup for the load, a temporary directory.
+
+    Raises TestbedError when something cannot be made. Use as a context manager.
+    """
+
+    __test__ = False  # not a test case, whatever pytest thinks of the name
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Testbed:
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every process, then removes everything. Signals that arrive meanwhile are ignored."""
+        with signals_ignored():
+            for child in reversed(self._children):
+                self.stop(child)
+            self._stack.close()
+
+    def _build(self) -> None:
+        if os.geteuid() != 0:
+            raise TestbedError("namespaces and cgroups need root; try: sudo make bench")
+        _check(_libc.unshare(CLONE_NEWNS), "cannot make a mount namespace")
+        _check(_libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "cannot make mounts private")
+        root = find_cgroup_root()
+        _remove_stale(root)
+        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        self.cgroup = root / f"{PREFIX}{os.getpid()}"
+        try:
+            self.cgroup.mkdir()
+        except OSError as error:
+            raise TestbedError(f"cannot make the cgroup {self.cgroup}: {error.strerror}") from error
+        self._stack.callback(_remove_cgroup, self.cgroup)
+        self._mount_bpffs()
+        self._connect_namespaces()
+
+    def _mount_bpffs(self) -> None:
+        self.bpffs = self.directory / "bpffs"
+        self.bpffs.mkdir()
+        target = os.fsencode(self.bpffs)
+        _check(_libc.mount(b"bpf", target, b"bpf", 0, b"mode=0700"), f"cannot mount a bpffs on {self.bpffs}")
+        self._stack.callback(_libc.umount2, target, 2)  # MNT_DETACH
+
+    def _connect_namespaces(self) -> None:
+        self.server, self.client, bridge = (self._namespace(name) for name in ("server", "client", "bridge"))
+        self.ip(bridge, "link add bridge type bridge")
+        self.ip(bridge, "link set bridge up")
+        for end, address in ((self.server, SERVER_ADDRESS), (self.client, CLIENT_ADDRESS)):
+            self.ip(bridge, f"link add {end.name} type veth peer name eth0 netns {end.path}")
+            self.ip(bridge, f"link set {end.name} master bridge up")
+            self.ip(end, f"addr add {address}/24 dev eth0")
+            self.ip(end, "link set eth0 up")
+            self.ip(end, "link set lo up")
+            # Room for tens of thousands of connections per second to one port.
+            self.run(["sh", "-c", "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range"], end)
+
+    def _namespace(self, name: str) -> Namespace:
+        namespace = Namespace.make(name)
+        self._stack.callback(os.close, namespace.fd)
+        return namespace
+
+    def ip(self, namespace: Namespace, arguments: str) -> None:
+        """Runs ip(8) in a namespace."""
+        self.run(["ip", *arguments.split()], namespace)
+
+    def run(self, command: Sequence[str], namespace: Namespace) -> None:
+        """Runs a command that sets something up; its failure is a TestbedError with its output."""
+        done = subprocess.run(
+            command,
+            preexec_fn=_entry(namespace, None, signal.SIGKILL),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise TestbedError(f"{' '.join(command)} (namespace {namespace.name}): {done.stdout.strip()}")
+
+    def start(
+        self,
+        command: Sequence[str],
+        namespace: Namespace | None = None,
+        stdout: int | IO[bytes] = subprocess.DEVNULL,
+        stderr: int | IO[bytes] | None = None,
+        cpu: int | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts a process, in a namespace and in the cgroup; without a namespace: outside of both.
+
+        With `cpu` it stays on the CPU of that index among the usable ones, modulo their number.
+        """
+        child = subprocess.Popen(
+            command,
+            preexec_fn=_entry(namespace, self.cgroup if namespace else None, signal.SIGTERM, cpu),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            # Ctrl-C goes to the benchmark alone, which then ends the others in order.
+            start_new_session=True,
+        )
+        self._children.append(child)
+        return child
+
+    def stop(self, child: subprocess.Popen[bytes], patience: float = 15.0) -> int:
+        """SIGTERM, and SIGKILL after `patience` seconds; the exit status as in subprocess."""
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(patience)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        if child in self._children:
+            self._children.remove(child)
+        return child.returncode
+
+
+def _entry(
+    namespace: Namespace | None, cgroup: Path | None, parent_death: int, cpu: int | None = None
+) -> Callable[[], None]:
+    """What a child does between fork and exec."""
+
+    def enter() -> None:
+        if cpu is not None:
+            usable = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {usable[cpu % len(usable)]})
+        _libc.prctl(PR_SET_PDEATHSIG, parent_death, 0, 0, 0)
+        if cgroup is not None:
+            (cgroup / "cgroup.procs").write_text("0")
+        if namespace is not None and _libc.setns(namespace.fd, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+    return enter
+
+
+def _remove_cgroup(cgroup: Path) -> None:
+    # Whoever is still in it was started here, and by now only as an orphan of something that crashed.
+    for pid in (cgroup / "cgroup.procs").read_text().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            cgroup.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _remove_stale(root: Path) -> None:
+    """Removes the cgroups of runs that were killed with SIGKILL."""
+    for cgroup in root.glob(f"{PREFIX}*"):
+        if not Path(f"/proc/{cgroup.name.removeprefix(PREFIX)}").exists():
+            with contextlib.suppress(OSError):
+                cgroup.rmdir()
+
+
+@contextlib.contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Keeps a second Ctrl-C from interrupting the cleaning up."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in TERMINATING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+TERMINATING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """One of TERMINATING arrived."""
+
+
+def interrupt_on_signals() -> None:
+    """From now on a terminating signal unwinds the stack, so that everything is cleaned up."""
+
+    def raise_interrupted(number: int, _frame: object) -> None:
+        raise Interrupted(signal.Signals(number).name)
+
+    for number in TERMINATING:
+        signal.signal(number, raise_interrupted)

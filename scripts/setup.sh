@@ -1,0 +1,250 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# scripts/setup.sh run    .venv and what `splicer run` needs
+# scripts/setup.sh test   also what the tests and the benchmark need
+#
+# Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
+# other Linux the same pieces are looked for and, where one is missing, named. Running it again is
+# quick: a stamp in .venv says for which state of this file and pyproject.toml it was done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The distribution's interpreter, whatever `python3` is in PATH: python3-bpfcc belongs to it.
+readonly PYTHON=/usr/bin/python3
+readonly VENV=.venv
+# sbin holds ip, nft, nginx and bpftool, and is not in every user's PATH.
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+# The same numbers as the command's own exit codes.
+readonly FAILURE=1 USAGE=2 UNSUPPORTED=4
+
+say() { printf 'setup: %s\n' "$1" >&2; }
+
+die() { # code message [hint]
+    say "$2"
+    if [[ -n "${3:-}" ]]; then
+        printf 'hint: %s\n' "$3" >&2
+    fi
+    exit "$1"
+}
+
+# --- what there is -----------------------------------------------------------------------------
+
+has_python() { [[ -x $PYTHON ]]; }
+has_venv() { "$PYTHON" -I -c 'import ensurepip, venv' 2>/dev/null; }
+# find_spec, not import: importing bcc loads LLVM. BPF tells it from PyPI's package of the same name.
+has_bcc() { bcc_directory >/dev/null; }
+bcc_directory() {
+    "$PYTHON" -I - 2>/dev/null <<'PY'
+import importlib.util, os, sys
+spec = importlib.util.find_spec("bcc")
+here = os.path.dirname(spec.origin) if spec and spec.origin else ""
+if not os.path.exists(os.path.join(here, "libbcc.py")):
+    sys.exit(1)
+print(here)
+PY
+}
+has_libbpf() { ldconfig -p 2>/dev/null | grep -q 'libbpf\.so\.1'; }
+has_command() { command -v "$1" >/dev/null; }
+# Ubuntu's bpftool is a wrapper that is there and does not work without the kernel's own package.
+has_bpftool() { bpftool version >/dev/null 2>&1; }
+
+has() {
+    case $1 in
+        python) has_python ;;
+        venv) has_python && has_venv ;;
+        bcc) has_python && has_bcc ;;
+        libbpf) has_libbpf ;;
+        bpftool) has_bpftool ;;
+        *) has_command "$1" ;;
+    esac
+}
+
+missing_pieces() {
+    local piece
+    for piece in "${pieces[@]}"; do
+        has "$piece" || printf '%s\n' "$piece"
+    done
+}
+
+# --- installing it -----------------------------------------------------------------------------
+
+has_candidate() { LC_ALL=C apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
+
+package_of() {
+    case $1 in
+        python) echo python3 ;;
+        venv) echo python3-venv ;;
+        bcc) echo python3-bpfcc ;;
+        libbpf) echo libbpf1 ;;
+        ip) echo iproute2 ;;
+        nft) echo nftables ;;
+        bpftool)
+            if has_candidate bpftool; then
+                echo bpftool
+            else
+                echo linux-tools-common "linux-tools-$(uname -r)"
+            fi
+            ;;
+        *) echo "$1" ;;
+    esac
+}
+
+refuse_old_python() {
+    local found
+    found=$("$PYTHON" -I -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    if ! "$PYTHON" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        die $UNSUPPORTED "splicer needs Python 3.11 or later, and $PYTHON is $found" \
+            "use Debian 12 or Ubuntu 24.04 or later; a second Python will not do, bcc belongs to the system's"
+    fi
+}
+
+# Packages start their services when they are installed. A policy-rc.d that says no is Debian's own
+# way to prevent it; one that somebody else put there is left alone.
+readonly POLICY=/usr/sbin/policy-rc.d
+policy_is_ours=
+
+forbid_service_start() {
+    if [[ ! -e $POLICY ]]; then
+        policy_is_ours=yes
+        trap allow_service_start EXIT
+        printf '#!/bin/sh\n# Temporary: made by splicer'\''s scripts/setup.sh\nexit 101\n' >"$POLICY"
+        chmod 755 "$POLICY"
+    fi
+}
+
+allow_service_start() {
+    if [[ -n $policy_is_ours ]]; then
+        rm -f "$POLICY"
+        policy_is_ours=
+    fi
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=l \
+        apt-get install -y --no-install-recommends -o Dpkg::Use-Pty=0 -q "$@" </dev/null >"$log" 2>&1
+}
+
+install_packages() { # pieces
+    local piece package known=yes nginx_is_new=
+    local -a packages
+    for piece in "$@"; do
+        [[ $piece == nginx ]] && nginx_is_new=yes
+        for package in $(package_of "$piece"); do
+            packages+=("$package")
+            has_candidate "$package" || known=
+        done
+    done
+    log=$(mktemp)
+    say "installing ${packages[*]}"
+    forbid_service_start
+    if [[ -z $known ]] || ! apt_install "${packages[@]}"; then
+        # A third-party source that fails to update is none of our business, as long as the
+        # packages can be installed afterwards.
+        say "updating the package lists"
+        apt-get update -q >"$log" 2>&1 || say "apt-get update complained; going on"
+        # Names can change with the lists (bpftool).
+        packages=()
+        for piece in "$@"; do
+            for package in $(package_of "$piece"); do
+                packages+=("$package")
+            done
+        done
+        if ! apt_install "${packages[@]}"; then
+            tail -n 15 "$log" >&2
+            die $FAILURE "apt could not install ${packages[*]}" "the whole output is in $log"
+        fi
+    fi
+    rm -f "$log"
+    allow_service_start
+    # The benchmark starts an nginx of its own; installing one must not leave a web server behind
+    # that appears at the next boot.
+    if [[ -n $nginx_is_new ]]; then
+        if has_command systemctl; then
+            systemctl disable --quiet nginx >/dev/null 2>&1 || true
+        else
+            update-rc.d nginx disable >/dev/null 2>&1 || true
+        fi
+    fi
+}
+
+ensure_pieces() {
+    local -a missing
+    mapfile -t missing < <(missing_pieces)
+    if ((${#missing[@]} == 0)); then
+        return
+    fi
+    if ! has_command apt-get; then
+        die $UNSUPPORTED "missing: ${missing[*]}, and this is not Debian or Ubuntu" \
+            "install them with the system's package manager (bcc is python3-bcc on Fedora and Arch), then run this again"
+    fi
+    if [[ $EUID -ne 0 ]]; then
+        die $FAILURE "missing: ${missing[*]}, and only root can install them" "sudo scripts/setup.sh $level"
+    fi
+    # Refuse before anything is installed: on Ubuntu 22.04 nothing that apt has can help.
+    if has_python; then refuse_old_python; fi
+    install_packages "${missing[@]}"
+    mapfile -t missing < <(missing_pieces)
+    if ((${#missing[@]} != 0)); then
+        die $UNSUPPORTED "still missing after installing: ${missing[*]}" \
+            "try: apt-get install $(for piece in "${missing[@]}"; do package_of "$piece"; done | tr '\n' ' ')"
+    fi
+}
+
+# --- the virtual environment -------------------------------------------------------------------
+
+# Everything the environment depends on: a change in any of it means doing it again.
+fingerprint() {
+    {
+        cat pyproject.toml scripts/setup.sh
+        "$PYTHON" -I -c 'import sys; print(sys.version)'
+        pwd
+        bcc_directory
+    } | sha256sum | cut -d' ' -f1
+}
+
+ensure_environment() {
+    local wanted stamp="$VENV/.setup-$level" target=.
+    wanted=$(fingerprint)
+    if [[ -x $VENV/bin/splicer && -e $stamp && $(<"$stamp") == "$wanted" ]]; then
+        return
+    fi
+    # An environment made elsewhere, or by another interpreter, cannot be mended.
+    if [[ -e $VENV ]] && ! "$VENV/bin/python" -c "
+import os, sys
+ok = os.path.realpath(sys.executable) == os.path.realpath('$PYTHON') and sys.prefix == os.path.abspath('$VENV')
+sys.exit(not ok)" 2>/dev/null; then
+        say "$VENV belongs to another interpreter or directory: making it anew"
+        rm -rf "$VENV"
+    fi
+    if [[ ! -x $VENV/bin/pip ]]; then
+        say "making $VENV"
+        "$PYTHON" -m venv --system-site-packages "$VENV"
+    fi
+    if [[ $level == test ]]; then target='.[dev]'; fi
+    say "installing splicer into $VENV"
+    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" >&2; then
+        die $FAILURE "pip could not install splicer and what it needs" \
+            "pip needs to reach PyPI or an index of yours (PIP_INDEX_URL)"
+    fi
+    printf '%s\n' "$wanted" >"$stamp"
+    # What serves the tests serves `splicer run` as well.
+    if [[ $level == test ]]; then cp "$stamp" "$VENV/.setup-run"; fi
+    say "ready: $VENV/bin/splicer"
+}
+
+level=${1:-run}
+pieces=(python venv bcc libbpf)
+case $level in
+    run) ;;
+    test) pieces+=(ip nft bpftool nginx wrk) ;;
+    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test" ;;
+esac
+# Two at the same time (make -j, two terminals) take turns.
+exec 9<scripts/setup.sh
+flock 9
+[[ $(uname -s) == Linux ]] || die $UNSUPPORTED "splicer runs on Linux only"
+ensure_pieces
+refuse_old_python
+ensure_environment

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BPF file system, where programs, maps and attachments outlive the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import os
+
+from splicer.errors import SplicerError
+
+STANDARD = "/sys/fs/bpf"
+_BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
+_MNT_DETACH = 2
+_libc = ct.CDLL(None, use_errno=True)
+
+
+class _StatFs(ct.Structure):
+    """First field of struct statfs on 64-bit Linux, and room for the rest."""
+
+    _fields_ = [("f_type", ct.c_long), ("rest", ct.c_char * 248)]
+
+
+def is_bpffs(path: str) -> bool:
+    result = _StatFs()
+    return _libc.statfs(path.encode(), ct.byref(result)) == 0 and result.f_type == _BPF_FS_MAGIC
+
+
+def _nearest_directory(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or "/"
+    return path
+
+
+def prepare(pin_dir: str) -> str | None:
+    """Make sure that `pin_dir` can be made on a bpffs. Returns the mount point if this had to mount one.
+
+    A host without systemd may have /sys/fs/bpf empty; then it is mounted there, as systemd would.
+    """
+    path = os.path.abspath(pin_dir)
+    if is_bpffs(_nearest_directory(path)):
+        return None
+    if os.path.commonpath([path, STANDARD]) == STANDARD and os.path.isdir(STANDARD):
+        if _libc.mount(b"bpf", STANDARD.encode(), b"bpf", 0, b"mode=0700") == 0:
+            return STANDARD
+        raise SplicerError(
+            f"cannot mount the BPF file system on {STANDARD}: {os.strerror(ct.get_errno())}",
+            hint=f"in a container, mount it from the host: -v {STANDARD}:{STANDARD}",
+        )
+    raise SplicerError(
+        f"the pin directory is not on a BPF file system ({path})",
+        hint=f"use one below {STANDARD}, or: mount -t bpf bpf {os.path.dirname(path)}",
+    )
+
+
+def release(mount_point: str | None) -> None:
+    """Unmount what `prepare` mounted, if nobody else has put anything there."""
+    if mount_point and is_bpffs(mount_point) and not os.listdir(mount_point):
+        _libc.umount2(mount_point.encode(), _MNT_DETACH)
+
+
+def remove_tree(pin_dir: str) -> list[str]:
+    """Unpin everything below; returns the paths removed. Idempotent."""
+    removed = []
+    for directory, _, names in os.walk(pin_dir, topdown=False):
+        for name in names:
+            path = os.path.join(directory, name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+                removed.append(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+    return removed

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `splicer` command: puts the commands together, runs one, and turns errors into lines and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import TextIO, cast
+
+from splicer import __version__
+from splicer.config import variable_of
+from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
+from splicer.text import ColourChoice, Palette, printable, wants_colour
+
+from . import completion, flows, options, run, status, unload, version
+from .context import Context
+
+COMMANDS = {
+    "run": run,
+    "status": status,
+    "flows": flows,
+    "unload": unload,
+    "version": version,
+    "completion": completion,
+}
+
+DESCRIPTION = """\
+Makes TCP between the containers and processes of one host faster, without
+changing them."""
+
+EPILOG = """\
+examples:
+  splicer run --cgroup /sys/fs/cgroup   start splicing; Ctrl-C takes it all back
+  splicer status                        is it running, and does it help?
+  splicer flows                         what is spliced, and why the rest is not
+  splicer run --help                    modes, configuration file, variables
+
+exit codes:
+  0 ok, 1 failure, 2 usage, 3 daemon not running, 4 host not supported,
+  130 interrupted"""
+
+
+def make_parser() -> options.Parser:
+    """The parser of the whole command line."""
+    parser = options.Parser(prog="splicer", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "--version", action="version", version=f"splicer {__version__}", help="print the version and exit"
+    )
+    options.add_common(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, module in COMMANDS.items():
+        child = commands.add_parser(name, help=module.SUMMARY)
+        module.add(child)
+        options.add_common(child)
+    return parser
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    stdout: TextIO | None = None,
+    stderr: TextIO | None = None,
+) -> int:
+    """Run one command and return its exit code. What is not given is taken from the process."""
+    argv = sys.argv[1:] if argv is None else argv
+    environ = os.environ if environ is None else environ
+    out = sys.stdout if stdout is None else stdout
+    err = sys.stderr if stderr is None else stderr
+    # Known before the command line is, so that a mistake in it is shown as asked for.
+    debug = _wants_debug(argv, environ)
+    palette = Palette(wants_colour("auto", err, environ))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            arguments = make_parser().parse_args(argv)
+        choice = cast(ColourChoice, getattr(arguments, "color", "auto"))
+        palette = Palette(wants_colour(choice, err, environ))
+        if arguments.command is None:
+            raise SplicerError("which command?", hint="splicer --help", exit_code=USAGE)
+        context = Context(out, err, environ, Palette(wants_colour(choice, out, environ)), palette)
+        code: int = COMMANDS[arguments.command].execute(arguments, context)
+        out.flush()
+        return code
+    except SystemExit as leave:  # --help and --version
+        return leave.code if isinstance(leave.code, int) else OK
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough, as in `splicer flows | head`. Python would complain once
+        # more when it flushes the stream at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SplicerError as error:
+        if debug:
+            traceback.print_exc(file=err)
+        _report(error, err, palette)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            traceback.print_exc(file=err)
+        hint = "this is a bug in splicer; report it with what this shows: splicer --debug ..."
+        _report(SplicerError(f"internal error ({type(error).__name__}: {error})", hint=hint), err, palette)
+        return FAILURE
+
+
+def _wants_debug(argv: Sequence[str], environ: Mapping[str, str]) -> bool:
+    return "--debug" in argv or environ.get(variable_of("debug"), "").strip().lower() in (
+        "1",
+        "true",
+        "yes",
+        "on",
+    )
+
+
+def _report(error: SplicerError, stream: TextIO, palette: Palette) -> None:
+    for line in error.lines():
+        name, colon, rest = printable(line).partition(":")
+        stream.write(palette.paint(name + colon, "red" if name == "splicer" else "cyan") + rest + "\n")
+    stream.flush()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser class and the options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+from splicer.config import CONFIG_VARIABLE, KINDS, Resolved, option_of, resolve
+from splicer.errors import USAGE, SplicerError
+
+from .context import Context
+
+COLOUR_CHOICES = ("auto", "always", "never")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as SplicerError, and can put off making the end of its help until it is asked for."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        keywords.setdefault("allow_abbrev", False)
+        super().__init__(*arguments, **keywords)
+        self.make_epilog: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        if self.make_epilog is not None:
+            self.epilog = self.make_epilog()
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        raise SplicerError(message, hint=f"{self.prog} --help", exit_code=USAGE)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options that may stand before and after the command; absent ones set nothing in either place."""
+    group = parser.add_argument_group("common options")
+    group.add_argument(
+        "--color",
+        choices=COLOUR_CHOICES,
+        default=argparse.SUPPRESS,
+        help="colour in the output; auto, the default, means on a terminal unless NO_COLOR is set",
+    )
+    group.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show tracebacks, debug events and the verifier's whole log",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help='one JSON object with "schema": 1')
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"read settings from a TOML file ({CONFIG_VARIABLE}); see splicer run --help",
+    )
+
+
+def add_run_dir(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="run directory of the daemon (default: /run/splicer)"
+    )
+
+
+def add_pin_dir(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--pin-dir", metavar="DIR", help="where programs and maps are pinned (default: /sys/fs/bpf/splicer)"
+    )
+
+
+def add_stop_timeout(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--stop-timeout",
+        metavar="SECONDS",
+        help="how long spliced connections may take to go back to plain TCP (default: 5)",
+    )
+
+
+def resolve_settings(
+    arguments: argparse.Namespace, context: Context, *, only: Collection[str] | None = None
+) -> Resolved:
+    """Settings from the parsed command line, the environment and the configuration file."""
+    options = {name: getattr(arguments, name, None) for name in KINDS}
+    return resolve(options, context.environ, config_file=getattr(arguments, "config", None), only=only)
+
+
+def spell_run_dir(run_dir: str) -> str:
+    """The option to put behind a command in a hint: empty for the default directory."""
+    return "" if run_dir == "/run/splicer" else f" {option_of('run_dir')} {run_dir}"

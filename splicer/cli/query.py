@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `status` and `flows` share: asking the daemon, and reading its answer with care.
+
+The daemon may be of another version than the command: an unknown schema is refused, a missing key is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from splicer import control, instance
+from splicer.errors import NOT_RUNNING, SplicerError
+from splicer.model import SCHEMA
+
+from .options import spell_run_dir
+
+
+def ask(run_dir: str, command: str) -> dict[str, object]:
+    """The daemon's answer. Raises SplicerError with exit code 3 when none is running in `run_dir`."""
+    try:
+        answer = control.request(run_dir, command)
+    except SplicerError as error:
+        if error.exit_code == NOT_RUNNING and (holder := instance.find_holder(run_dir)) is not None:
+            raise SplicerError(
+                f"not serving: starting, stopping or unloading ({holder.describe()})",
+                hint=f"try again in a moment: splicer {command}{spell_run_dir(run_dir)}",
+                exit_code=NOT_RUNNING,
+            ) from error
+        raise
+    if answer.get("schema") != SCHEMA:
+        raise SplicerError(
+            f"the daemon speaks another schema ({answer.get('schema')} and not {SCHEMA})",
+            hint="restart the daemon, so that it and the command have the same version",
+        )
+    return answer
+
+
+def number(table: Mapping[str, object], key: str) -> int:
+    """A count out of an answer; 0 when it is missing."""
+    value = table.get(key)
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def seconds(table: Mapping[str, object], key: str) -> float:
+    """A duration in seconds out of an answer; 0 when it is missing."""
+    value = table.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def text(table: Mapping[str, object], key: str) -> str:
+    """A string out of an answer; empty when it is missing."""
+    value = table.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def section(table: Mapping[str, object], key: str) -> dict[str, object]:
+    """An object out of an answer; empty when it is missing."""
+    value = table.get(key)
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile, load and pin the BPF programs; run as a short-lived child: `python -m splicer.compiler`.
+
+bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child reads
+one JSON object from stdin ({pin_dir, max_connections, debug}) and prints one: {"ok": true, ...} or
+{"ok": false, "error", "hint", "exit_code", "log"}.
+
+This is the only module that imports bcc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splicer import libbpf
+from splicer.btf import Btf
+from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+
+# Joined into one text in this order: bcc rewrites map methods in the main text only.
+SOURCES = (
+    "types.h",
+    "maps.h",
+    "socket.h",
+    "registry.h",
+    "register.c",
+    "observe.c",
+    "guard.c",
+    "verdict.c",
+    "adopt.c",
+    "watch.c",
+)
+
+# Macro name (OFF_*, MASK_*) to the kernel's path of the field.
+FIELDS = {
+    "sock_skc_family": "sock.__sk_common.skc_family",
+    "sock_skc_state": "sock.__sk_common.skc_state",
+    "sock_skc_num": "sock.__sk_common.skc_num",
+    "sock_skc_dport": "sock.__sk_common.skc_dport",
+    "sock_skc_daddr": "sock.__sk_common.skc_daddr",
+    "sock_skc_rcv_saddr": "sock.__sk_common.skc_rcv_saddr",
+    "sock_skc_v6_daddr": "sock.__sk_common.skc_v6_daddr",
+    "sock_skc_v6_rcv_saddr": "sock.__sk_common.skc_v6_rcv_saddr",
+    "sock_skc_cookie": "sock.__sk_common.skc_cookie",
+    "sock_sk_user_data": "sock.sk_user_data",
+    "sock_sk_rmem_alloc": "sock.sk_backlog.rmem_alloc",
+    "sock_sk_shutdown": "sock.sk_shutdown",
+    "sock_sk_socket": "sock.sk_socket",
+    "sock_sk_rcvlowat": "sock.sk_rcvlowat",
+    "sock_sk_flags": "sock.__sk_common.skc_flags",
+    "sock_sk_peek_off": "sock.sk_peek_off",
+    "sock_sk_kern_sock": "sock.sk_kern_sock",
+    "socket_file": "socket.file",
+    "file_f_flags": "file.f_flags",
+    "inet_connection_sock_icsk_ulp_ops": "inet_connection_sock.icsk_ulp_ops",
+    "tcp_sock_snd_una": "tcp_sock.snd_una",
+    "tcp_sock_rcv_nxt": "tcp_sock.rcv_nxt",
+    "tcp_sock_bytes_acked": "tcp_sock.bytes_acked",
+    "tcp_sock_bytes_received": "tcp_sock.bytes_received",
+    "tcp_sock_write_seq": "tcp_sock.write_seq",
+    "tcp_sock_copied_seq": "tcp_sock.copied_seq",
+    "tcp_sock_repair": "tcp_sock.repair",
+    "sk_psock_refcnt": "sk_psock.refcnt",
+    "sk_psock_ingress_msg": "sk_psock.ingress_msg",
+    "task_struct_flags": "task_struct.flags",
+}
+OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a stopped task's system call number is, and the numbers of the reading calls (asm/unistd.h)."""
+
+    field: str
+    type: str
+    calls: dict[str, int]
+
+
+ARCHITECTURES = {
+    "x86_64": Architecture(
+        "pt_regs.orig_ax",
+        "u64",
+        {
+            "read": 0,
+            "readv": 19,
+            "recvfrom": 45,
+            "recvmsg": 47,
+            "splice": 275,
+            "recvmmsg": 299,
+            "preadv2": 327,
+            "io_uring_enter": 426,
+        },
+    ),
+    "aarch64": Architecture(
+        "pt_regs.syscallno",
+        "s32",
+        {
+            "read": 63,
+            "readv": 65,
+            "splice": 76,
+            "recvfrom": 207,
+            "recvmsg": 212,
+            "recvmmsg": 243,
+            "preadv2": 286,
+            "io_uring_enter": 426,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program as the kernel wants it: C function, program type, attach type and BTF target."""
+
+    name: str
+    function: str
+    kind: int
+    attach_type: int = 0
+    tracepoint: str = ""
+    iterator: str = ""
+
+
+PROGRAMS = (
+    Program("register", "register_end", libbpf.BPF_PROG_TYPE_SOCK_OPS, libbpf.BPF_CGROUP_SOCK_OPS),
+    Program("guard", "guard", libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT, libbpf.BPF_CGROUP_SETSOCKOPT),
+    Program("verdict", "verdict", libbpf.BPF_PROG_TYPE_SK_MSG, libbpf.BPF_SK_MSG_VERDICT),
+    Program(
+        "observe",
+        "observe",
+        libbpf.BPF_PROG_TYPE_TRACING,
+        libbpf.BPF_TRACE_RAW_TP,
+        tracepoint="tcp_rcv_space_adjust",
+    ),
+    Program("adopt", "bpf_iter__tcp", libbpf.BPF_PROG_TYPE_TRACING, libbpf.BPF_TRACE_ITER, iterator="tcp"),
+    Program(
+        "watch", "bpf_iter__sockmap", libbpf.BPF_PROG_TYPE_TRACING, libbpf.BPF_TRACE_ITER, iterator="sockmap"
+    ),
+)
+MAPS = (
+    "spliced",
+    "pairs",
+    "rendezvous",
+    "hints",
+    "splicers",
+    "policies",
+    "settings",
+    "sweep",
+    "counters",
+    "scratch",
+    "events",
+)
+
+
+def find_sources() -> Path:
+    """The bpf/ directory: beside the package in a checkout, inside it when installed."""
+    for path in (Path(__file__).parent / "bpf", Path(__file__).parent.parent / "bpf"):
+        if (path / SOURCES[0]).exists():
+            return path
+    raise SplicerError("the BPF sources are missing from this installation", hint="reinstall splicer")
+
+
+def join_sources(root: Path) -> str:
+    """One text; #line makes compiler errors name the file they are in."""
+    return "\n".join(f'#line 1 "bpf/{name}"\n{(root / name).read_text()}' for name in SOURCES)
+
+
+def collect_macros(max_connections: int) -> list[str]:
+    """-D flags: offsets, masks, system call numbers, sizes. Raises SplicerError on a kernel lacking a field."""
+    btf = Btf()
+    try:
+        flags = []
+        for table, required in ((FIELDS, True), (OPTIONAL_FIELDS, False)):
+            for macro, path in table.items():
+                place = btf.locate(path)
+                if place is None and required:
+                    raise SplicerError(
+                        f"this kernel has no {path}",
+                        hint="splicer needs Linux 5.15 or newer; please report the kernel version",
+                        exit_code=UNSUPPORTED,
+                    )
+                if place is not None:
+                    flags.append(f"-DOFF_{macro}={place.offset}")
+                    flags.append(f"-DMASK_{macro}={place.mask or 0xFF}")
+        zerocopy = btf.find_enumerator("sock_flags", "SOCK_ZEROCOPY")
+        architecture = ARCHITECTURES.get(platform.machine())
+        registers = btf.locate(architecture.field) if architecture else None
+        if zerocopy is None or architecture is None or registers is None:
+            raise SplicerError(
+                f"splicer does not know this architecture ({platform.machine()})",
+                hint=f"supported: {', '.join(ARCHITECTURES)}",
+                exit_code=UNSUPPORTED,
+            )
+    finally:
+        btf.close()
+    flags.append(f"-DENUM_SOCK_ZEROCOPY={zerocopy}")
+    flags.append(f"-DOFF_pt_regs_syscall={registers.offset}")
+    flags.append(f"-DSYSCALL_TYPE={architecture.type}")
+    flags += [f"-DSYSCALL_{name}={number}" for name, number in architecture.calls.items()]
+    flags.append(f"-DPAGE_SIZE={os.sysconf('SC_PAGE_SIZE')}")
+    flags.append(f"-DMAX_PAIRS={max_connections}")
+    flags.append(f"-DMAX_RENDEZVOUS={max(4096, min(max_connections, 65536))}")
+    return flags
+
+
+def identify_build(max_connections: int) -> str:
+    """Names what would be loaded: same sources, kernel layout and sizes give the same name."""
+    text = join_sources(find_sources()) + "\0".join(collect_macros(max_connections))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _stderr_captured() -> Iterator[list[str]]:
+    """clang and libbpf write to file descriptor 2; keep what they say."""
+    lines: list[str] = []
+    with open(os.memfd_create("stderr"), "w+b") as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            sink.seek(0)
+            lines += sink.read().decode(errors="replace").splitlines()
+
+
+def explain_refusal(name: str, number: int, log: str) -> str:
+    """The verifier's reason in one line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))]
+    detail = lines[-1] if lines else os.strerror(number)
+    return f"the kernel refused the {name} program: {detail}"
+
+
+def _compile(flags: list[str]) -> Any:
+    try:
+        import bcc
+    except ImportError as error:
+        raise SplicerError(
+            f"cannot import bcc ({error})", hint="apt-get install python3-bpfcc", exit_code=UNSUPPORTED
+        ) from error
+    if not hasattr(bcc, "BPF"):
+        raise SplicerError(
+            f"the bcc module at {bcc.__file__} is not the BPF Compiler Collection",
+            hint="pip uninstall bcc; apt-get install python3-bpfcc",
+            exit_code=UNSUPPORTED,
+        )
+    root = find_sources()
+    os.environ["BCC_KERNEL_SOURCE"] = str(root / "kernel")
+    with _stderr_captured() as said:
+        try:
+            module = bcc.BPF(text=join_sources(root), cflags=[*flags, "-Wno-macro-redefined"])
+        except Exception:
+            module = None
+    if module is None:
+        first = next((line for line in said if "error:" in line), said[-1] if said else "no message")
+        error = SplicerError(f"the BPF programs do not compile: {first}", exit_code=FAILURE)
+        error.log = "\n".join(said)  # type: ignore[attr-defined]
+        raise error
+    return module
+
+
+def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
+    """Compile, load and pin everything below `pin_dir`; removes what it pinned when it fails half-way."""
+    from bcc.libbcc import lib
+
+    module = _compile(collect_macros(max_connections))
+    btf = Btf()
+    pinned: list[str] = []
+    logs: dict[str, str] = {}
+
+    def pin(fd: int, directory: str, name: str) -> None:
+        path = os.path.join(pin_dir, directory, name)
+        libbpf.pin(fd, path)
+        pinned.append(path)
+
+    try:
+        for directory in ("maps", "programs", "links"):
+            os.makedirs(os.path.join(pin_dir, directory), mode=0o700, exist_ok=True)
+        for program in PROGRAMS:
+            target = 0
+            if program.tracepoint:
+                target = btf.find_tracepoint(program.tracepoint)
+            elif program.iterator:
+                target = btf.find_iterator(program.iterator)
+            if target < 0:
+                raise SplicerError(
+                    f"this kernel has no {program.tracepoint or 'iterator over ' + program.iterator}",
+                    hint="splicer needs Linux 5.15 or newer",
+                    exit_code=UNSUPPORTED,
+                )
+            function = program.function.encode()
+            code = ct.string_at(
+                lib.bpf_function_start(module.module, function), lib.bpf_function_size(module.module, function)
+            )
+            fd, log = libbpf.load_program(
+                program.kind, program.name, code, attach_type=program.attach_type, btf_id=target, verbose=debug
+            )
+            logs[program.name] = log
+            if fd < 0:
+                error = SplicerError(
+                    explain_refusal(program.name, -fd, log),
+                    hint="run again with --debug for the verifier's log",
+                    exit_code=UNSUPPORTED,
+                )
+                error.log = log  # type: ignore[attr-defined]
+                raise error
+            pin(fd, "programs", program.name)
+            if program.name == "verdict":
+                libbpf.attach_program_to_map(fd, lib.bpf_table_fd(module.module, b"spliced"))
+        for name in MAPS:
+            pin(lib.bpf_table_fd(module.module, name.encode()), "maps", name)
+    except BaseException:
+        for path in pinned:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+    finally:
+        btf.close()
+    return {"programs": logs if debug else {}, "maps": list(MAPS)}
+
+
+def main() -> int:
+    request = json.load(sys.stdin)
+    try:
+        if request.get("identify"):
+            answer: dict[str, Any] = {"build": identify_build(request["max_connections"])}
+        else:
+            answer = build(request["pin_dir"], request["max_connections"], request.get("debug", False))
+        json.dump({"ok": True, **answer}, sys.stdout)
+        return 0
+    except SplicerError as error:
+        reply = {
+            "ok": False,
+            "error": str(error),
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+            "log": getattr(error, "log", ""),
+        }
+    except OSError as error:
+        reply = {"ok": False, "error": f"cannot load the BPF programs: {error.strerror}", "exit_code": FAILURE}
+    json.dump(reply, sys.stdout)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket: how `splicer status` and `splicer flows` ask the daemon.
+
+A unix stream socket, <run-dir>/control.sock, mode 0600, for root only. One JSON object on each line, UTF-8:
+
+    request   {"command": "status"}
+    reply     {"ok": true, "result": {...}}   or   {"ok": false, "error": "...", "hint": "..." or null}
+
+A connection may carry several requests, one after the other. After a request that is no JSON object or is too
+long the server answers and hangs up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
+from splicer.logs import Logger
+
+SOCKET_NAME = "control.sock"
+REQUEST_LIMIT = 64 * 1024  # bytes
+REPLY_LIMIT = 512 * 1024 * 1024  # bytes; a million flows are about 350 MB
+PEERS_AT_ONCE = 8
+# Address of a unix socket: 108 bytes with the closing zero (unix(7)).
+_ADDRESS_LIMIT = 107
+
+Handler = Callable[[Mapping[str, object]], Mapping[str, object]]
+
+
+class _RefusedError(Exception):
+    """A request that cannot be answered and after which the connection cannot go on."""
+
+
+def socket_path(run_dir: str) -> str:
+    """Where the daemon of `run_dir` listens."""
+    return os.path.join(run_dir, SOCKET_NAME)
+
+
+class _Lines:
+    """Reads lines from a socket, each within a number of seconds and bytes."""
+
+    def __init__(self, peer: socket.socket, limit: int) -> None:
+        self._peer = peer
+        self._limit = limit
+        self._buffer = bytearray()
+
+    def read(self, timeout: float) -> bytes | None:
+        """One line without its newline; None at the end of the stream.
+
+        Raises TimeoutError, another OSError, or _RefusedError for what is too long or ends too early.
+        """
+        deadline = time.monotonic() + timeout
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > self._limit:
+                break
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            self._peer.settimeout(remaining)
+            chunk = self._peer.recv(256 * 1024)
+            if not chunk:
+                if self._buffer:
+                    raise _RefusedError("the request ends in the middle of a line")
+                return None
+            self._buffer += chunk
+        if end < 0 or end > self._limit:
+            raise _RefusedError(f"the request is longer than {self._limit} bytes")
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+
+class Server:
+    """Answers requests in threads of its own. A context manager: entering starts it, leaving closes it.
+
+    Handlers are called one at a time, but never in the thread that made the server; what they share with it
+    they must guard. A handler takes the request and returns the result, or raises SplicerError to refuse.
+    """
+
+    def __init__(
+        self,
+        run_dir: str,
+        handlers: Mapping[str, Handler],
+        log: Logger,
+        *,
+        timeout: float = 5.0,
+        allowed_uid: int = 0,
+    ) -> None:
+        """`timeout`, in seconds, bounds the arrival of one request and the departure of one reply."""
+        self.path = socket_path(run_dir)
+        self._handlers = dict(handlers)
+        self._log = log
+        self._timeout = timeout
+        self._allowed_uid = allowed_uid
+        self._listener: socket.socket | None = None
+        self._identity: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()
+        self._slots = threading.BoundedSemaphore(PEERS_AT_ONCE)
+        self._peers: set[socket.socket] = set()
+        self._peers_guard = threading.Lock()
+        self._closing = threading.Event()
+
+    def start(self) -> None:
+        """Listen. Requests are answered from here on. Raises SplicerError when the socket cannot be made."""
+        _check_length(self.path)
+        remove_stale(self.path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(self.path)
+            # Nobody can connect between bind() and listen(), so nobody sees the mode the umask gave.
+            os.chmod(self.path, 0o600)
+            listener.listen(PEERS_AT_ONCE)
+            status = os.stat(self.path)
+        except OSError as error:
+            listener.close()
+            raise SplicerError(
+                f"cannot listen on the control socket ({self.path}: {error.strerror})"
+            ) from error
+        self._identity = (status.st_dev, status.st_ino)
+        self._listener = listener
+        self._thread = threading.Thread(target=self._accept, args=(listener,), name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening, hang up on everybody and remove the socket file. Safe to call twice."""
+        self._closing.set()
+        if self._listener is None:
+            return
+        # Remove the name only if it is still ours: a successor may have put its own there.
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path, follow_symlinks=False)
+            if (status.st_dev, status.st_ino) == self._identity:
+                os.unlink(self.path)
+        # close() alone would leave accept() asleep.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        with self._peers_guard:
+            for peer in self._peers:
+                with contextlib.suppress(OSError):
+                    peer.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._timeout)
+        self._listener.close()
+        self._listener = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                peer, _ = listener.accept()
+            except OSError as error:
+                if self._closing.is_set():
+                    return
+                self._log.warning("control_accept_failed", error=str(error))
+                # Out of descriptors, most likely: they come back, and until then there is no use in a busy
+                # loop.
+                time.sleep(0.1)
+                continue
+            while not self._slots.acquire(timeout=0.2):
+                if self._closing.is_set():
+                    peer.close()
+                    return
+            with self._peers_guard:
+                self._peers.add(peer)
+            try:
+                threading.Thread(target=self._serve, args=(peer,), name="control-peer", daemon=True).start()
+            except RuntimeError as error:
+                self._log.warning("control_thread_failed", error=str(error))
+                self._forget(peer)
+
+    def _forget(self, peer: socket.socket) -> None:
+        with self._peers_guard:
+            self._peers.discard(peer)
+            peer.close()
+        self._slots.release()
+
+    def _serve(self, peer: socket.socket) -> None:
+        try:
+            uid = peer_uid(peer)
+            if uid != self._allowed_uid:
+                self._log.warning("control_peer_refused", uid=uid)
+                self._send(peer, _failure("only root may use the control socket", "sudo splicer status"))
+                return
+            lines = _Lines(peer, REQUEST_LIMIT)
+            while not self._closing.is_set() and (line := lines.read(self._timeout)) is not None:
+                self._send(peer, self._answer(line))
+        except _RefusedError as refusal:
+            with contextlib.suppress(OSError):
+                self._send(peer, _failure(str(refusal), None))
+        except OSError as error:
+            # The peer left or dawdled; its business, not ours.
+            self._log.debug("control_peer_lost", error=str(error) or type(error).__name__)
+        finally:
+            self._forget(peer)
+
+    def _send(self, peer: socket.socket, reply: bytes) -> None:
+        peer.settimeout(self._timeout)
+        peer.sendall(reply)
+
+    def _answer(self, line: bytes) -> bytes:
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            raise _RefusedError("the request is not valid JSON") from None
+        if not isinstance(request, dict):
+            raise _RefusedError("the request is not a JSON object")
+        command = request.get("command")
+        handler = self._handlers.get(command) if isinstance(command, str) else None
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            return _failure(f"unknown command {json.dumps(command)}", f"commands: {known}")
+        try:
+            with self._turn:
+                result = handler(request)
+            return _encode({"ok": True, "result": result})
+        except SplicerError as error:
+            return _failure(error.message, error.hint)
+        except Exception as error:  # the daemon outlives a mistake in a handler
+            self._log.exception("control_request_failed", command=command)
+            return _failure(f"internal error in the daemon ({type(error).__name__})", "see the daemon's log")
+
+
+def _encode(reply: Mapping[str, object]) -> bytes:
+    return json.dumps(reply, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _failure(error: str, hint: str | None) -> bytes:
+    return _encode({"ok": False, "error": error, "hint": hint})
+
+
+def _check_length(path: str) -> None:
+    if len(os.fsencode(path)) > _ADDRESS_LIMIT:
+        raise SplicerError(
+            f"the path of the control socket is too long ({path})",
+            hint=f"choose a --run-dir of at most {_ADDRESS_LIMIT - len(SOCKET_NAME) - 1} bytes",
+        )
+
+
+def peer_uid(peer: socket.socket) -> int:
+    """User id of the process that connected, as this user namespace sees it (SO_PEERCRED, unix(7))."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    return int(uid)
+
+
+def remove_stale(path: str) -> bool:
+    """Remove the socket file at `path` that nobody listens on. True when there was one.
+
+    Raises SplicerError when somebody does listen, or when the file is no socket.
+    """
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+    if not stat.S_ISSOCK(status.st_mode):
+        raise SplicerError(
+            f"a file is in the place of the control socket ({path})", hint=f"look at it: ls -l {path}"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return True
+        except OSError as error:
+            if error.errno != errno.EAGAIN and not isinstance(error, TimeoutError):
+                raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+    raise SplicerError(
+        f"another process listens on the control socket ({path})", hint=f"find it with: ss -xlp | grep {path}"
+    )
+
+
+def request(
+    run_dir: str, command: str, fields: Mapping[str, object] | None = None, *, timeout: float = 10.0
+) -> dict[str, object]:
+    """Ask the daemon of `run_dir` and return its result. `timeout`, in seconds, is for the whole exchange.
+
+    Raises SplicerError: with exit code 3 when no daemon listens; else with what the daemon said or what went
+    wrong.
+    """
+    path = socket_path(run_dir)
+    _check_length(path)
+    deadline = time.monotonic() + timeout
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as daemon:
+        daemon.settimeout(timeout)
+        try:
+            daemon.connect(path)
+            # A peer that refuses before it has read leaves the reason for us to read.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                daemon.sendall(_encode({**(fields or {}), "command": command}))
+            line = _Lines(daemon, REPLY_LIMIT).read(max(deadline - time.monotonic(), 0.001))
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            raise SplicerError(
+                f"not running (run directory {run_dir})",
+                hint="start it with: splicer run --cgroup /sys/fs/cgroup",
+                exit_code=NOT_RUNNING,
+            ) from None
+        except PermissionError as error:
+            raise SplicerError(
+                f"no permission to use the control socket ({path})",
+                hint=f"run it as root: sudo splicer {command}",
+                exit_code=FAILURE,
+            ) from error
+        except (TimeoutError, BlockingIOError) as error:
+            raise SplicerError(
+                f"the daemon did not answer within {timeout:g} seconds ({path})",
+                hint="see whether it is alive: its log, or ps -C splicer",
+            ) from error
+        except OSError as error:
+            raise SplicerError(f"cannot talk to the daemon ({path}: {error.strerror or error})") from error
+        except _RefusedError as error:
+            raise SplicerError(
+                f"the daemon's answer was cut off ({path})", hint="see the daemon's log, then try again"
+            ) from error
+    if line is None:
+        raise SplicerError(
+            f"the daemon hung up without an answer ({path})", hint="it may be stopping; try again"
+        )
+    return _decode(line, path)
+
+
+def _decode(line: bytes, path: str) -> dict[str, object]:
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        reply = None
+    if isinstance(reply, dict):
+        result, error, hint = reply.get("result"), reply.get("error"), reply.get("hint")
+        if reply.get("ok") is True and isinstance(result, dict):
+            return result
+        if reply.get("ok") is False and isinstance(error, str):
+            raise SplicerError(error, hint=hint if isinstance(hint, str) else None)
+    raise SplicerError(
+        f"what answers on the control socket is no splicer ({path})",
+        hint=f"find it with: ss -xlp | grep {path}",
+    )

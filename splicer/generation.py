@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One generation of loaded programs: its pins, its attachments, how it is taken over and how it ends.
+
+Pins below the pin directory:
+
+    programs/NAME maps/NAME links/NAME   the objects
+    build cgroup                         symbolic links whose targets are texts: what was loaded, and where
+
+The links keep the programs attached when the daemon dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from splicer import bpffs, compiler, instance, libbpf
+from splicer.cgroups import Cgroup
+from splicer.config import Settings
+from splicer.errors import FAILURE, SplicerError
+from splicer.logs import Logger
+from splicer.sweep import Sweeper
+
+LINKS = ("register", "guard", "observe", "adopt", "watch")
+_LOAD_TIMEOUT_S = 120
+
+
+@dataclass
+class Generation:
+    """Open descriptors of everything pinned. `taken_over`: it was there before this daemon."""
+
+    pin_dir: str
+    maps: dict[str, libbpf.Map]
+    links: dict[str, int]
+    taken_over: bool
+    mounted: str | None = None
+
+    def sweeper(self) -> Sweeper:
+        return Sweeper(self.links["adopt"], self.links["watch"], self.maps)
+
+    def close(self) -> None:
+        """Close the descriptors; what is pinned stays."""
+        for item in self.maps.values():
+            item.close()
+        for fd in self.links.values():
+            os.close(fd)
+        self.maps.clear()
+        self.links.clear()
+
+    def remove(self) -> list[str]:
+        """Detach and unpin. Ends still in the SOCKHASH keep it alive until they are closed."""
+        self.close()
+        removed = bpffs.remove_tree(self.pin_dir)
+        bpffs.release(self.mounted)
+        return removed
+
+
+def _path(pin_dir: str, *parts: str) -> str:
+    return os.path.join(pin_dir, *parts)
+
+
+def _read_note(pin_dir: str, name: str) -> str:
+    try:
+        return os.readlink(_path(pin_dir, name))
+    except OSError:
+        return ""
+
+
+def exists(pin_dir: str) -> bool:
+    """True if anything is pinned there, even half a generation."""
+    return os.path.isdir(pin_dir) and any(names for _, _, names in os.walk(pin_dir))
+
+
+def open_pinned(pin_dir: str) -> Generation:
+    """Open a complete generation. Raises KernelError if a piece is missing."""
+    maps: dict[str, libbpf.Map] = {}
+    links: dict[str, int] = {}
+    try:
+        for name in compiler.MAPS:
+            maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
+        for name in LINKS:
+            links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
+    except BaseException:
+        for item in maps.values():
+            item.close()
+        for fd in links.values():
+            os.close(fd)
+        raise
+    return Generation(pin_dir, maps, links, taken_over=True)
+
+
+def _run_compiler(request: dict[str, Any], log: Logger) -> None:
+    """Have the child load and pin; raise what it reports."""
+    # -P keeps the working directory out of the child's module path.
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "splicer.compiler"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=_LOAD_TIMEOUT_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    try:
+        reply = json.loads(child.stdout)
+    except ValueError:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
+    if reply.get("log"):
+        log.debug("loader_log", text=reply["log"])
+    if not reply["ok"]:
+        raise SplicerError(
+            reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
+        )
+
+
+def _attach(pin_dir: str, cgroup: Cgroup) -> None:
+    programs = {name: libbpf.open_pin(_path(pin_dir, "programs", name)) for name in LINKS}
+    spliced = libbpf.open_pin(_path(pin_dir, "maps", "spliced"))
+    target = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
+    opened = [*programs.values(), spliced, target]
+    try:
+        # Iterators first: they do nothing until run. register last: from then on there are pairs.
+        for name in ("adopt", "watch", "observe", "guard", "register"):
+            if name == "adopt":
+                fd = libbpf.link_iterator(programs[name])
+            elif name == "watch":
+                fd = libbpf.link_iterator(programs[name], spliced)
+            elif name == "observe":
+                fd = libbpf.link_tracepoint(programs[name])
+            elif name == "guard":
+                fd = libbpf.link_cgroup(programs[name], target, libbpf.BPF_CGROUP_SETSOCKOPT)
+            else:
+                fd = libbpf.link_cgroup(programs[name], target, libbpf.BPF_CGROUP_SOCK_OPS)
+            opened.append(fd)
+            libbpf.pin(fd, _path(pin_dir, "links", name))
+    except libbpf.KernelError as error:
+        hint = None
+        if error.errno == 1:
+            hint = "another program may be attached there without BPF_F_ALLOW_MULTI; see: bpftool cgroup tree"
+        raise SplicerError(
+            f"cannot attach to the cgroup ({cgroup.path}): {error.strerror}", hint=hint
+        ) from error
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
+    """Take over what a dead daemon left if it is the same build on the same cgroup, else load anew.
+
+    A different build is drained and removed first. Raises SplicerError; nothing is left behind then.
+    """
+    mounted = bpffs.prepare(settings.pin_dir)
+    if mounted:
+        log.info("bpffs_mounted", path=mounted)
+    build = compiler.identify_build(settings.max_connections)
+    place = f"{cgroup.id}:{cgroup.path}"
+    if exists(settings.pin_dir):
+        same = (
+            _read_note(settings.pin_dir, "build") == build and _read_note(settings.pin_dir, "cgroup") == place
+        )
+        if same:
+            with contextlib.suppress(libbpf.KernelError):
+                generation = open_pinned(settings.pin_dir)
+                log.info("generation_taken_over", build=build)
+                return generation
+        log.info("generation_replaced", old=_read_note(settings.pin_dir, "build"), new=build)
+        _drain_and_remove(settings.pin_dir, settings.stop_timeout)
+    try:
+        request = {
+            "pin_dir": settings.pin_dir,
+            "max_connections": settings.max_connections,
+            "debug": settings.debug,
+        }
+        _run_compiler(request, log)
+        # The daemon writes the settings before anything is attached, see Daemon.
+        os.symlink(build, _path(settings.pin_dir, "build"))
+        os.symlink(place, _path(settings.pin_dir, "cgroup"))
+        _attach(settings.pin_dir, cgroup)
+        generation = open_pinned(settings.pin_dir)
+    except BaseException:
+        bpffs.remove_tree(settings.pin_dir)
+        bpffs.release(mounted)
+        raise
+    generation.taken_over = False
+    generation.mounted = mounted
+    log.info("generation_loaded", build=build)
+    return generation
+
+
+def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
+    """Returns (pairs that could not be drained in time, what was removed)."""
+    left = 0
+    try:
+        generation = open_pinned(pin_dir)
+    except libbpf.KernelError:
+        return 0, bpffs.remove_tree(pin_dir)  # half a generation never spliced anything
+    try:
+        left = generation.sweeper().drain("stop", timeout)
+    finally:
+        generation.close()
+    return left, bpffs.remove_tree(pin_dir)
+
+
+def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
+    """Drain and remove what a dead daemon left behind; returns lines that say what was done.
+
+    Raises AlreadyRunning if a live daemon holds the run directory.
+    """
+    holder = instance.find_holder(run_dir)
+    if holder is not None:
+        raise instance.AlreadyRunning(holder)
+    if not exists(pin_dir):
+        return []
+    left, removed = _drain_and_remove(pin_dir, timeout)
+    lines = [f"removed {path}" for path in removed]
+    if left:
+        lines.append(
+            f"{left} connections have unread redirected bytes; they keep their data and need nothing more"
+        )
+    return lines

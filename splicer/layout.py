@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structures of bpf/types.h as bytes. Everything is in host byte order; a kernel test compares the sizes."""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import struct
+from dataclasses import dataclass
+
+STATE_PAIRED, STATE_SPLICED, STATE_DRAINING = 1, 2, 3
+CLIENT, SERVER = 0, 1
+END_IN_MAP = 1
+MODES = {"off": 0, "adaptive": 1, "eager": 2}
+
+COUNTERS = (
+    "paired",
+    "closed",
+    "spliced",
+    "drained",
+    "redirected_bytes",
+    "redirected_messages",
+    "passed_messages",
+    "rescued",
+    "events_lost",
+)
+COUNT_REFUSED = len(COUNTERS)
+"""Index of the first of one counter per reason."""
+
+
+class EventType(enum.IntEnum):
+    ADOPT = 1
+    DRAIN = 2
+    WATCH = 3
+
+
+_END_KEY = "4I 4I Q 2I I I"
+_END = _END_KEY + " Q Q Q I I I I"
+_DIRECTION = "7Q 2I"
+PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 6I " + _DIRECTION + " " + _DIRECTION)
+SETTINGS = struct.Struct("=12I")
+POLICY = struct.Struct("=2I")
+EVENT = struct.Struct("=2I 2I 2Q 2I")
+SWEEP = ("seen", "adopted", "drained", "to_adopt", "to_drain", "stuck", "unread")
+
+_END_FIELDS = 8 + 1 + 2 + 2 + 3 + 4
+_DIRECTION_FIELDS = 9
+
+
+def format_endpoint(words: tuple[int, ...], port: int) -> str:
+    """`a.b.c.d:port` or `[v6]:port`; an IPv4 address comes as ::ffff:a.b.c.d in four words."""
+    packed = struct.pack(">4I", *words)
+    if packed[:12] == b"\0" * 10 + b"\xff\xff":
+        return f"{ipaddress.IPv4Address(packed[12:])}:{port}"
+    return f"[{ipaddress.IPv6Address(packed)}]:{port}"
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a pair: its own address and its peer's as it sees them, netns cookie, reader's process id."""
+
+    local: str
+    remote: str
+    netns: int
+    reads: int
+    tgid: int
+    flags: int
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What one end sent."""
+
+    redirected_bytes: int
+    redirected_messages: int
+    passed_messages: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One entry of the pairs map. Times are CLOCK_MONOTONIC nanoseconds."""
+
+    id: tuple[int, int]
+    state: int
+    reason: int
+    client: End
+    server: End
+    born_ns: int
+    changed_ns: int
+    announced: bool
+    client_sends: Direction
+    server_sends: Direction
+
+    @property
+    def is_in_map(self) -> bool:
+        return bool((self.client.flags | self.server.flags) & END_IN_MAP)
+
+
+def _read_end(fields: tuple[int, ...]) -> End:
+    return End(
+        local=format_endpoint(fields[0:4], fields[11]),
+        remote=format_endpoint(fields[4:8], fields[12]),
+        netns=fields[8],
+        reads=fields[16],
+        tgid=fields[17],
+        flags=fields[18],
+    )
+
+
+def read_pair(value: bytes) -> Pair:
+    fields = PAIR.unpack(value)
+    ends = fields[4:]
+    rest = ends[2 * _END_FIELDS :]
+    directions = rest[9:]
+    return Pair(
+        id=(fields[0], fields[1]),
+        state=fields[2],
+        reason=fields[3],
+        client=_read_end(ends[:_END_FIELDS]),
+        server=_read_end(ends[_END_FIELDS:]),
+        born_ns=rest[0],
+        changed_ns=rest[1],
+        announced=bool(rest[3]),
+        client_sends=Direction(*directions[0:3]),
+        server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
+    )
+
+
+@dataclass(frozen=True)
+class Event:
+    """A record of the ring buffer; netns cookies and reader process ids are (client, server)."""
+
+    type: int
+    reason: int
+    netns: tuple[int, int]
+    tgid: tuple[int, int]
+
+
+def read_event(record: bytes) -> Event:
+    kind, reason, _, _, *rest = EVENT.unpack_from(record)
+    return Event(kind, reason, (rest[0], rest[1]), (rest[2], rest[3]))
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything."""
+
+    mode: int
+    allow_blocking: bool
+    splicing: bool
+    stopping: int
+    hot_reads: int
+    has_rules: bool
+    has_eager: bool
+    queue_messages: int
+    queue_bytes: int
+    stream_messages: int
+    stream_size: int
+    own_tgid: int
+
+    def pack(self) -> bytes:
+        return SETTINGS.pack(
+            self.mode,
+            self.allow_blocking,
+            self.splicing,
+            self.stopping,
+            self.hot_reads,
+            self.has_rules,
+            self.has_eager,
+            self.queue_messages,
+            self.queue_bytes,
+            self.stream_messages,
+            self.stream_size,
+            self.own_tgid,
+        )
+
+    @classmethod
+    def unpack(cls, value: bytes) -> KernelSettings:
+        v = SETTINGS.unpack(value)
+        return cls(v[0], bool(v[1]), bool(v[2]), v[3], v[4], bool(v[5]), bool(v[6]), *v[7:])

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps, programs, links, iterators and the ring buffer, through libbpf's C API.
+
+libbpf comes with python3-bpfcc. The daemon works on pinned objects through this module alone, so it never loads
+bcc and the LLVM behind it. Functions raise KernelError, an OSError with the name of the operation in it.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import ctypes.util
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from splicer.errors import UNSUPPORTED, SplicerError
+
+# enum bpf_attach_type, include/uapi/linux/bpf.h
+BPF_CGROUP_SOCK_OPS = 3
+BPF_SK_MSG_VERDICT = 7
+BPF_CGROUP_SETSOCKOPT = 22
+BPF_TRACE_RAW_TP = 23
+BPF_TRACE_ITER = 28
+
+# enum bpf_prog_type
+BPF_PROG_TYPE_SOCK_OPS = 13
+BPF_PROG_TYPE_SK_MSG = 16
+BPF_PROG_TYPE_CGROUP_SOCKOPT = 25
+BPF_PROG_TYPE_TRACING = 26
+
+BPF_MAP_TYPE_SOCKHASH = 18
+BPF_ANY = 0
+BATCH = 4096
+
+
+class KernelError(OSError):
+    """A bpf(2) operation failed; `errno` and `strerror` are the kernel's."""
+
+    def __init__(self, number: int, operation: str) -> None:
+        super().__init__(number, f"{operation}: {os.strerror(number)}")
+
+
+class _BatchOptions(ct.Structure):
+    _fields_ = [("size", ct.c_size_t), ("elem_flags", ct.c_uint64), ("flags", ct.c_uint64)]
+
+
+class _LoadOptions(ct.Structure):
+    """struct bpf_prog_load_opts as of libbpf 0.6; later fields are told apart by `size`."""
+
+    _fields_ = [
+        ("size", ct.c_size_t),
+        ("attempts", ct.c_int),
+        ("expected_attach_type", ct.c_int),
+        ("prog_btf_fd", ct.c_uint32),
+        ("prog_flags", ct.c_uint32),
+        ("prog_ifindex", ct.c_uint32),
+        ("kern_version", ct.c_uint32),
+        ("attach_btf_id", ct.c_uint32),
+        ("attach_prog_fd", ct.c_uint32),
+        ("attach_btf_obj_fd", ct.c_uint32),
+        ("fd_array", ct.c_void_p),
+        ("func_info", ct.c_void_p),
+        ("func_info_cnt", ct.c_uint32),
+        ("func_info_rec_size", ct.c_uint32),
+        ("line_info", ct.c_void_p),
+        ("line_info_cnt", ct.c_uint32),
+        ("line_info_rec_size", ct.c_uint32),
+        ("log_level", ct.c_uint32),
+        ("log_size", ct.c_uint32),
+        ("log_buf", ct.c_char_p),
+    ]
+
+
+class _IterMap(ct.Structure):
+    _fields_ = [("map_fd", ct.c_uint32)]
+
+
+class _LinkOptions(ct.Structure):
+    """struct bpf_link_create_opts as of libbpf 0.7."""
+
+    _fields_ = [
+        ("size", ct.c_size_t),
+        ("flags", ct.c_uint32),
+        ("iter_info", ct.c_void_p),
+        ("iter_info_len", ct.c_uint32),
+        ("target_btf_id", ct.c_uint32),
+    ]
+
+
+class _MapInfo(ct.Structure):
+    """First fields of struct bpf_map_info."""
+
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("key_size", ct.c_uint32),
+        ("value_size", ct.c_uint32),
+        ("max_entries", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("name", ct.c_char * 16),
+    ]
+
+
+def _open_library() -> ct.CDLL:
+    for name in ("libbpf.so.1", "libbpf.so.0", ctypes.util.find_library("bpf")):
+        if not name:
+            continue
+        try:
+            library = ct.CDLL(name, use_errno=True)
+        except OSError:
+            continue
+        library.btf__load_vmlinux_btf.restype = ct.c_void_p
+        library.ring_buffer__new.restype = ct.c_void_p
+        return library
+    raise SplicerError(
+        "libbpf is not installed",
+        hint="apt-get install python3-bpfcc (it brings libbpf), or: make setup",
+        exit_code=UNSUPPORTED,
+    )
+
+
+_library: ct.CDLL | None = None
+
+
+def get_library() -> ct.CDLL:
+    """libbpf, opened once. Raises SplicerError (exit code 4) where it is missing."""
+    global _library
+    if _library is None:
+        _library = _open_library()
+    return _library
+
+
+def check(result: int, operation: str) -> int:
+    """Turn libbpf's two error conventions (-1 and errno, or -errno) into KernelError."""
+    if result >= 0:
+        return result
+    raise KernelError(ct.get_errno() or -result, operation)
+
+
+def pin(fd: int, path: str) -> None:
+    check(get_library().bpf_obj_pin(fd, path.encode()), f"pin {path}")
+
+
+def open_pin(path: str) -> int:
+    """File descriptor of a pinned object."""
+    return check(get_library().bpf_obj_get(path.encode()), f"open {path}")
+
+
+class Map:
+    """A BPF map by file descriptor; keys and values are bytes as the kernel has them."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        info = _MapInfo()
+        size = ct.c_uint32(ct.sizeof(info))
+        check(get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "map info")
+        self.key_size: int = info.key_size
+        self.max_entries: int = info.max_entries
+        self.name: str = info.name.decode()
+        per_cpu = info.type in (5, 6, 10)  # BPF_MAP_TYPE_PERCPU_{HASH,ARRAY}, LRU_PERCPU_HASH
+        self.cpus: int = get_library().libbpf_num_possible_cpus() if per_cpu else 1
+        self.value_size: int = (info.value_size + 7) // 8 * 8 * self.cpus if per_cpu else info.value_size
+
+    @classmethod
+    def open(cls, path: str) -> Map:
+        return cls(open_pin(path))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def get(self, key: bytes) -> bytes | None:
+        value = ct.create_string_buffer(self.value_size)
+        if get_library().bpf_map_lookup_elem(self.fd, key, value) < 0:
+            if ct.get_errno() == errno.ENOENT:
+                return None
+            raise KernelError(ct.get_errno(), f"lookup in {self.name}")
+        return value.raw
+
+    def set(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
+        check(
+            get_library().bpf_map_update_elem(self.fd, key, value, ct.c_uint64(flags)), f"update of {self.name}"
+        )
+
+    def delete(self, key: bytes) -> bool:
+        """False if there was nothing to delete."""
+        if get_library().bpf_map_delete_elem(self.fd, key) < 0:
+            if ct.get_errno() == errno.ENOENT:
+                return False
+            raise KernelError(ct.get_errno(), f"delete in {self.name}")
+        return True
+
+    def keys(self) -> Iterator[bytes]:
+        """Keys one by one; entries that come or go meanwhile may be missed or seen twice."""
+        key: bytes | None = None
+        following = ct.create_string_buffer(self.key_size)
+        while get_library().bpf_map_get_next_key(self.fd, key, following) == 0:
+            key = following.raw
+            yield key
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        """All entries, in batches of BATCH. Not for per-CPU maps or the SOCKHASH."""
+        found: list[tuple[bytes, bytes]] = []
+        size = min(BATCH, self.max_entries)
+        # A batch ends with a whole hash bucket, and a bucket may be longer than the room left.
+        while True:
+            keys = ct.create_string_buffer(size * self.key_size)
+            values = ct.create_string_buffer(size * self.value_size)
+            token = ct.create_string_buffer(max(self.key_size, 8))
+            options = _BatchOptions(ct.sizeof(_BatchOptions), 0, 0)
+            found.clear()
+            start: Any = None
+            while True:
+                n = ct.c_uint32(size)
+                result = get_library().bpf_map_lookup_batch(
+                    self.fd, start, token, keys, values, ct.byref(n), ct.byref(options)
+                )
+                number = ct.get_errno() if result < 0 else 0
+                if number not in (0, errno.ENOENT, errno.ENOSPC):
+                    raise KernelError(number, f"reading {self.name}")
+                if number == errno.ENOSPC:
+                    break
+                key_bytes, value_bytes = keys.raw, values.raw
+                for i in range(n.value):
+                    found.append(
+                        (
+                            key_bytes[i * self.key_size : (i + 1) * self.key_size],
+                            value_bytes[i * self.value_size : (i + 1) * self.value_size],
+                        )
+                    )
+                if number == errno.ENOENT:
+                    return found
+                start = ct.create_string_buffer(token.raw, len(token.raw))
+            size *= 2
+
+
+def create_map(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
+    """File descriptor of a new map; sizes in bytes."""
+    fd = get_library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, None)
+    return check(fd, f"create map {name}")
+
+
+def load_program(
+    kind: int, name: str, code: bytes, *, attach_type: int = 0, btf_id: int = 0, verbose: bool = False
+) -> tuple[int, str]:
+    """Load one program. Returns (file descriptor, verifier log); the descriptor is -errno on refusal."""
+    log = ct.create_string_buffer(4 << 20)
+    options = _LoadOptions()
+    options.size = ct.sizeof(_LoadOptions)
+    options.expected_attach_type = attach_type
+    options.attach_btf_id = btf_id
+    instructions = ct.create_string_buffer(code, len(code))
+
+    def attempt(level: int) -> int:
+        options.log_level = level
+        options.log_size = ct.sizeof(log) if level else 0
+        options.log_buf = ct.cast(log, ct.c_char_p) if level else None
+        fd: int = get_library().bpf_prog_load(
+            kind, name.encode(), b"GPL", instructions, ct.c_size_t(len(code) // 8), ct.byref(options)
+        )
+        return fd if fd >= 0 else -(ct.get_errno() or -fd)
+
+    fd = attempt(2 if verbose else 0)
+    if fd < 0 and not verbose:
+        fd = attempt(1)
+    return fd, log.value.decode(errors="replace")
+
+
+def attach_program_to_map(program_fd: int, map_fd: int) -> None:
+    """Make an SK_MSG program the verdict of a SOCKHASH; it lasts as long as the map."""
+    check(get_library().bpf_prog_attach(program_fd, map_fd, BPF_SK_MSG_VERDICT, 0), "attach verdict")
+
+
+def link_cgroup(program_fd: int, cgroup_fd: int, attach_type: int) -> int:
+    """Attach to a cgroup beside other programs (links always use BPF_F_ALLOW_MULTI)."""
+    return check(get_library().bpf_link_create(program_fd, cgroup_fd, attach_type, None), "attach to the cgroup")
+
+
+def link_tracepoint(program_fd: int) -> int:
+    """Attach a BTF-typed raw tracepoint program to the tracepoint it was loaded for."""
+    return check(get_library().bpf_raw_tracepoint_open(None, program_fd), "attach to the tracepoint")
+
+
+def link_iterator(program_fd: int, map_fd: int | None = None) -> int:
+    """A link from which iterators are made; `map_fd` names the map of a map iterator."""
+    options = _LinkOptions()
+    options.size = ct.sizeof(_LinkOptions)
+    target = _IterMap(map_fd or 0)
+    if map_fd is not None:
+        options.iter_info = ct.cast(ct.pointer(target), ct.c_void_p)
+        options.iter_info_len = ct.sizeof(target)
+    return check(
+        get_library().bpf_link_create(program_fd, 0, BPF_TRACE_ITER, ct.byref(options)), "make an iterator link"
+    )
+
+
+def create_iterator(link_fd: int) -> int:
+    """An iterator over what the calling thread's network namespace holds at this moment."""
+    return check(get_library().bpf_iter_create(link_fd), "make an iterator")
+
+
+def finish_iterator(fd: int) -> None:
+    """Walk an iterator to its end, and close it."""
+    try:
+        while os.read(fd, 4096):
+            pass
+    finally:
+        os.close(fd)
+
+
+class RingBuffer:
+    """Consumer of a BPF_MAP_TYPE_RINGBUF; `handle` gets each record as bytes."""
+
+    def __init__(self, map_fd: int, handle: Callable[[bytes], None]) -> None:
+        def receive(_context: object, data: int, size: int) -> int:
+            handle(ct.string_at(data, size))
+            return 0
+
+        self._callback = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)(receive)
+        self._ring = get_library().ring_buffer__new(map_fd, self._callback, None, None)
+        if not self._ring:
+            raise KernelError(ct.get_errno(), "open the ring buffer")
+        self.epoll_fd: int = get_library().ring_buffer__epoll_fd(ct.c_void_p(self._ring))
+
+    def consume(self) -> int:
+        """Handle all that is there; returns the number of records."""
+        return check(get_library().ring_buffer__consume(ct.c_void_p(self._ring)), "read the ring buffer")
+
+    def close(self) -> None:
+        if self._ring:
+            get_library().ring_buffer__free(ct.c_void_p(self._ring))
+            self._ring = None

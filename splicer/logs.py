@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log: structlog, on stderr, lines for a terminal and JSON for everything else.
+
+Events have fixed snake_case names and carry what varies as keys, so that a log can be searched and counted:
+
+    log.info("generation_attached", cgroup=cgroup.path, programs=5)
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, Protocol, TextIO, cast
+
+import structlog
+
+from splicer.text import is_terminal
+
+LogFormat = Literal["auto", "console", "json"]
+
+
+class Logger(Protocol):
+    """What the rest of the package needs of a logger; structlog's has it, and so has a list in a test."""
+
+    def debug(self, event: str, /, **keys: object) -> object: ...
+    def info(self, event: str, /, **keys: object) -> object: ...
+    def warning(self, event: str, /, **keys: object) -> object: ...
+    def error(self, event: str, /, **keys: object) -> object: ...
+    def exception(self, event: str, /, **keys: object) -> object: ...
+
+
+def configure(
+    log_format: LogFormat = "auto",
+    *,
+    debug: bool = False,
+    stream: TextIO | None = None,
+    colour: bool = False,
+) -> Logger:
+    """Return a logger that writes to `stream` (default: stderr).
+
+    `auto` means `console` on a terminal and `json` otherwise. JSON lines hold `timestamp` (ISO 8601, UTC),
+    `level`, `event` and the keys of the event. `debug` lets debug events through.
+    """
+    out = sys.stderr if stream is None else stream
+    console = log_format == "console" or (log_format == "auto" and is_terminal(out))
+    processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
+    if console:
+        processors += [
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=colour, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    else:
+        processors += [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            # A path or name that is not UTF-8 must not be able to break the log: escape everything beyond
+            # ASCII.
+            structlog.processors.JSONRenderer(ensure_ascii=True, default=str),
+        ]
+    logger = structlog.wrap_logger(
+        structlog.PrintLogger(out),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
+        cache_logger_on_first_use=False,
+    )
+    # wrap_logger hands out a lazy proxy; bind() makes the real one, which is also safe to use from threads.
+    return cast(Logger, logger.bind())

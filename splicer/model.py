@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What splicer knows about connections, in words: states, reasons, rows and totals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+STATES = {1: "paired", 2: "spliced", 3: "draining"}
+
+# Position is the number in `enum reason` of bpf/types.h; a kernel test compares the two.
+_REASONS: tuple[tuple[str, str], ...] = (
+    ("", "The connection is spliced."),
+    ("cold", "Too few reads so far to call it hot; it is spliced once both ends have read often enough."),
+    ("pending", "Both ends are hot and fit; adoption waits for a moment with nothing in flight."),
+    (
+        "blocking_reader",
+        "An end uses a blocking socket (no O_NONBLOCK), which a spliced socket cannot serve faithfully.",
+    ),
+    ("splice_reader", "The reading process uses splice(2), which would never see redirected bytes."),
+    ("unknown_reader", "An end is read by a system call that is not known to see redirected bytes."),
+    ("rcvlowat", "An end has SO_RCVLOWAT above 1."),
+    ("zerocopy", "An end has SO_ZEROCOPY."),
+    ("ulp", "An end has an upper layer protocol such as kernel TLS."),
+    ("mptcp", "An end belongs to a Multipath TCP connection."),
+    ("repair", "An end is in TCP_REPAIR mode."),
+    ("kernel_socket", "An end is used inside the kernel and not by a process."),
+    ("peek_offset", "An end has SO_PEEK_OFF."),
+    ("foreign_psock", "Another program already has an end in a sockmap or uses its sk_user_data."),
+    ("policy_off", "The policy of the service is `off`."),
+    ("map_full", "The limit of --max-connections was reached."),
+    ("backpressure", "The reader fell behind; TCP now holds the sender back."),
+    ("stream", "One direction only, in messages that TCP merges: plain TCP is faster."),
+    ("rescue", "Bytes waited unread in a spliced socket; it went back to plain TCP."),
+    ("stop", "splicer is stopping."),
+    ("request", "An operator asked for it to be drained."),
+    ("busy", "No moment without bytes in flight was found; another attempt follows."),
+    ("closing", "An end has begun to close."),
+)
+
+REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)
+REASONS: dict[str, str] = {name: text for name, text in _REASONS if name}
+"""Reason name to one sentence, for help texts and documents."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One connection with both ends on this host.
+
+    `local` and `remote` are the client's view, `peer` is the address the server itself has (another one
+    than `remote` under DNAT). `netns` and `peer_netns` are network namespace cookies of client and server.
+    Counts cover both directions since pairing, bytes and messages through the redirect only.
+    """
+
+    local: str
+    remote: str
+    peer: str
+    netns: int
+    peer_netns: int
+    state: str
+    reason: str
+    redirected_bytes: int
+    redirected_messages: int
+    passed_messages: int
+    age_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Connections per state at one moment."""
+
+    paired: int = 0
+    spliced: int = 0
+    draining: int = 0
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts since the programs were loaded; they survive a restart of the daemon."""
+
+    paired: int = 0
+    spliced: int = 0
+    drained: int = 0
+    redirected_bytes: int = 0
+    redirected_messages: int = 0
+    passed_messages: int = 0
+    rescued: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Answer to `splicer status`."""
+
+    pid: int
+    version: str
+    mode: str
+    cgroup: str
+    connections: Connections
+    totals: Totals
+    running: bool = True
+    kernel_class: str = ""
+    uptime_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network namespaces by cookie: the number that BPF programs see, unique until the host is booted again."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+
+from splicer.errors import UNSUPPORTED, SplicerError
+
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
+_CLONE_NEWNET = 0x40000000
+_OWN = "/proc/thread-self/ns/net"
+_NAMED = ("/run/netns", "/var/run/docker/netns")
+_libc = ct.CDLL(None, use_errno=True)
+
+
+def _enter(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET) < 0:
+        number = ct.get_errno()
+        raise OSError(number, f"setns: {os.strerror(number)}")
+
+
+def read_own_cookie() -> int:
+    """Cookie of the calling thread's namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            value: bytes = probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            raise SplicerError(
+                "this kernel has no network namespace cookies (SO_NETNS_COOKIE)",
+                hint="splicer needs Linux 5.15 or newer",
+                exit_code=UNSUPPORTED,
+            ) from error
+    return int(struct.unpack("=Q", value)[0])
+
+
+@contextlib.contextmanager
+def entered(path: str) -> Iterator[int]:
+    """Move the calling thread into the namespace at `path`, for the block only; gives its cookie.
+
+    Raises OSError if the namespace is gone or may not be entered.
+    """
+    own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter(target)
+        finally:
+            os.close(target)
+        try:
+            yield read_own_cookie()
+        finally:
+            _enter(own)
+    finally:
+        os.close(own)
+
+
+class Directory:
+    """Finds the path of a namespace by its cookie. Holds no descriptors, so it keeps no namespace alive."""
+
+    def __init__(self) -> None:
+        self._paths: dict[int, str] = {}
+
+    def _learn(self, path: str) -> int | None:
+        try:
+            with entered(path) as cookie:
+                self._paths[cookie] = path
+                return cookie
+        except OSError:
+            return None
+
+    def _candidates(self) -> Iterator[str]:
+        """One path for each namespace: own, named ones, then any process in it."""
+        seen: set[int] = set()
+        paths = [_OWN.replace("thread-self", "self")]
+        for directory in _NAMED:
+            with contextlib.suppress(OSError):
+                paths += [os.path.join(directory, name) for name in os.listdir(directory)]
+        paths += [f"/proc/{name}/ns/net" for name in os.listdir("/proc") if name.isdigit()]
+        for path in paths:
+            with contextlib.suppress(OSError):
+                inode = os.stat(path).st_ino
+                if inode not in seen:
+                    seen.add(inode)
+                    yield path
+
+    def find(self, cookie: int, pids: Iterable[int] = ()) -> str | None:
+        """A path whose namespace has this cookie now, or None. `pids` are processes likely to be in it."""
+        known = self._paths.get(cookie)
+        if known and self._learn(known) == cookie:
+            return known
+        self._paths.pop(cookie, None)
+        for pid in pids:
+            path = f"/proc/{pid}/ns/net"
+            if pid and self._learn(path) == cookie:
+                return path
+        for path in self._candidates():
+            if self._learn(path) == cookie:
+                return path
+        return None

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the test run, and the way to the package `support`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--order-seconds",
+        type=float,
+        default=8.0,
+        metavar="SECONDS",
+        help="how long the ordering tests exchange data altogether (default: 8)",
+    )

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the kernel tests, and the decision whether they run (see support/requirements.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.host import Host
+from support.lab import Lab
+from support.requirements import decide
+from support.wire import Wire
+
+TEST_TIMEOUT = 90  # seconds
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    decision, reason = decide()
+    for item in items:
+        if not item.path.is_relative_to(HERE):
+            continue
+        item.add_marker(pytest.mark.kernel)
+        item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
+        if decision == "skip":
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prerequisites() -> None:
+    decision, reason = decide()
+    if decision == "fail":
+        pytest.fail(reason, pytrace=False)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Add the daemon's log to the report of a failed test."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if not report.failed:
+        return
+    for name, value in getattr(item, "funcargs", {}).items():
+        if isinstance(value, Host) and value.has_run:
+            report.sections.append((f"splicer log ({name})", value.daemon.tail()))
+
+
+@pytest.fixture(scope="session")
+def lab(_prerequisites: None) -> Iterator[Lab]:
+    """Two hosts on a bridge and one beyond a router."""
+    made = Lab()
+    yield made
+    made.remove()
+
+
+@pytest.fixture(scope="session")
+def second_lab(_prerequisites: None) -> Iterator[Lab]:
+    """The same network with the same addresses once more."""
+    made = Lab()
+    yield made
+    made.remove()
+
+
+@pytest.fixture(scope="module")
+def shared_host(_prerequisites: None) -> Iterator[Host]:
+    with Host() as made:
+        yield made
+
+
+@pytest.fixture
+def host(shared_host: Host) -> Iterator[Host]:
+    """splicer with the services of support/host.py, shared by a module's tests; peers live for one test."""
+    assert shared_host.daemon.alive, f"splicer run has ended:\n{shared_host.daemon.tail()}"
+    yield shared_host
+    shared_host.stop_peers()
+
+
+@pytest.fixture(params=["plain", "spliced"])
+def wire(request: pytest.FixtureRequest, host: Host, lab: Lab) -> Wire:
+    """Each test with this fixture runs twice, and must find the same."""
+    return Wire(host, lab, request.param == "spliced")

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order and completeness while connections are adopted and drained again and again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from support.host import EAGER, Host
+from support.lab import Lab
+
+CONNECTIONS = 3
+CASES = [
+    ("b", 0, False, 20_000),
+    ("b", 0, True, 2_000),
+    ("lo", 0, False, 70_000),
+    ("b", EAGER, False, 20_000),
+]
+
+
+@pytest.mark.parametrize(
+    ("to", "port", "edge", "largest"), CASES, ids=["bridge", "bridge-edge", "loopback", "bridge-eager"]
+)
+def test_bursts_while_adopting_and_draining(
+    host: Host, lab: Lab, to: str, port: int, edge: bool, largest: int, request: pytest.FixtureRequest
+) -> None:
+    """Non-blocking peers, both sides bursting messages of random sizes, while every pair is drained and
+    adopted again many times: byte-exact in both directions."""
+    seconds = request.config.getoption("--order-seconds") / len(CASES)
+    chance = random.Random(largest)
+    client, server = host.peer(lab, "a"), host.peer(lab, "a" if to == "lo" else to)
+    pairs = [host.connect(client, server, lab.address(to), port=port) for _ in range(CONNECTIONS)]
+    for pair in pairs:
+        host.make_hot(pair)
+    before = host.daemon.totals()
+    for seed, peer in enumerate((client, server)):
+        conns = [pair.client.conn for pair in pairs]
+        peer.begin("exchange", conns=conns, seconds=seconds, seed=seed, largest=largest, edge=edge)
+    drains = 0
+    while client.is_waiting(chance.uniform(0.02, 0.08)) and server.is_waiting():
+        host.daemon.drain()
+        drains += 1
+    sent = client.finish()["messages"] + server.finish()["messages"]
+    for pair in pairs:
+        pair.verify()
+    after = host.daemon.totals()
+    # The test is worth something only if it has made connections change their state many times.
+    assert drains >= 5 * seconds
+    assert after["drained"] - before["drained"] >= drains / 2
+    assert after["spliced"] - before["spliced"] >= drains / 2
+    redirected = after["redirected_messages"] - before["redirected_messages"]
+    passed = after["passed_messages"] - before["passed_messages"]
+    assert 0 < redirected < sent
+    assert passed > 0
+    assert after["rescued"] == before["rescued"]
+
+
+def test_requests_while_adopting_and_draining(host: Host, lab: Lab) -> None:
+    """Request and response go on, exactly, while the connection is drained between any two of them."""
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    host.make_hot(pair)
+    before = host.daemon.totals()
+    for number in range(40):
+        pair.server.begin("echo", rounds=50, size=700, answer=3000)
+        pair.client.begin("pingpong", rounds=50, size=700, answer=3000)
+        host.daemon.drain()
+        pair.client.finish()
+        pair.server.finish()
+        if number % 4 == 0:
+            host.make_hot(pair)
+    pair.verify()
+    after = host.daemon.totals()
+    assert after["drained"] - before["drained"] >= 10
+    assert after["rescued"] == before["rescued"]
+
+
+def test_draining_does_not_lose_what_waits_unread(host: Host, lab: Lab) -> None:
+    """Bytes that were redirected and not yet read survive draining; those sent during it come after them, and
+    an edge-triggered reader is woken for them."""
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    host.make_hot(pair)
+    pair.server.watch()
+    pair.server.wakeup(timeout=0)
+    pair.client.send(3000)
+    host.daemon.drain()
+    pair.client.send(2000)
+    assert pair.server.wakeup() == ["IN"]
+    host.wait_flow(pair, "draining")
+    assert pair.server.recv(3000) == 3000
+    assert pair.server.recv(2000) == 2000
+    host.wait_flow(pair, "paired")
+    pair.client.send(100)
+    assert "IN" in pair.server.wakeup(timeout=2.0)
+    assert pair.server.recv(100) == 100
+    pair.verify()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bpffs of the tests' own, and what the kernel holds of programs, maps and links."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+KINDS = ("prog", "map", "link")
+_HELD = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.MULTILINE)
+
+
+class Bpffs:
+    """A BPF file system mounted on `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "-t", "bpf", "bpf", str(path)], check=True)
+        # A kernel with CONFIG_BPF_PRELOAD puts two iterators of its own into every new bpffs.
+        self._preloaded = set(path.rglob("*"))
+
+    def pins(self) -> list[Path]:
+        """Every file and directory below the mount point that was not there from the start."""
+        return sorted(set(self.path.rglob("*")) - self._preloaded)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.path)], check=True)
+
+
+@dataclass(frozen=True)
+class BpfObject:
+    kind: str
+    id: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id} {self.name}"
+
+
+def list_objects() -> dict[tuple[str, int], BpfObject]:
+    """Every program, map and link in the kernel, by (kind, id)."""
+    found = {}
+    for kind in KINDS:
+        for entry in _bpftool("-j", kind, "show"):
+            name = str(entry.get("name") or entry.get("type") or "")
+            found[kind, int(entry["id"])] = BpfObject(kind, int(entry["id"]), name)
+    return found
+
+
+def list_foreign(own_pids: set[int], own_bpffs: Path) -> set[tuple[str, int]]:
+    """Objects that belong to somebody else: held by a process not ours, or pinned in a bpffs not ours.
+
+    Whatever else such a program uses or such a link attaches counts as foreign too.
+    """
+    foreign: set[tuple[str, int]] = set()
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) not in own_pids:
+            foreign |= _held_by(process)
+    for kind in KINDS:
+        for entry in _bpftool("-j", "-f", kind, "show"):
+            if any(not Path(pin).is_relative_to(own_bpffs) for pin in entry.get("pinned", [])):
+                foreign.add((kind, int(entry["id"])))
+    foreign |= {
+        ("prog", int(entry["prog_id"]))
+        for entry in _bpftool("-j", "link", "show")
+        if ("link", int(entry["id"])) in foreign and "prog_id" in entry
+    }
+    foreign |= {
+        ("map", int(map_id))
+        for entry in _bpftool("-j", "prog", "show")
+        if ("prog", int(entry["id"])) in foreign
+        for map_id in entry.get("map_ids", [])
+    }
+    return foreign
+
+
+def find_leftovers(
+    before: dict[tuple[str, int], BpfObject], own_pids: set[int], own_bpffs: Path, timeout: float = 5.0
+) -> list[BpfObject]:
+    """Objects made since `before` that are nobody else's.
+
+    The kernel frees programs and maps a little after their last user has gone: `timeout` seconds are given.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        now = list_objects()
+        new = {key: value for key, value in now.items() if key not in before}
+        if new:
+            foreign = list_foreign(own_pids, own_bpffs)
+            new = {key: value for key, value in new.items() if key not in foreign}
+        if not new or time.monotonic() > deadline:
+            return sorted(new.values(), key=lambda each: (each.kind, each.id))
+        time.sleep(0.1)
+
+
+def list_attached(cgroup: Path) -> list[str]:
+    """Types of the programs attached to a cgroup directory itself."""
+    return [str(entry.get("attach_type")) for entry in _bpftool("-j", "cgroup", "show", str(cgroup))]
+
+
+def count_spliced(pin_dir: Path) -> int:
+    """How many sockets the pinned SOCKHASH holds."""
+    pins = [pin for pin in pin_dir.rglob("spliced") if not pin.is_dir()]
+    if len(pins) != 1:
+        raise RuntimeError(f"expected one pinned map 'spliced' below {pin_dir}, found {pins}")
+    done = subprocess.run(
+        ["bpftool", "-j", "map", "dump", "pinned", str(pins[0])], capture_output=True, text=True, check=False
+    )
+    # The values cannot be read from user space and bpftool may end with an error; it lists the keys anyway.
+    return done.stdout.count('"key"')
+
+
+def _held_by(process: Path) -> set[tuple[str, int]]:
+    held = set()
+    try:
+        for fd in os.listdir(process / "fd"):
+            if "bpf" in os.readlink(process / "fd" / fd):
+                text = (process / "fdinfo" / fd).read_text()
+                held |= {(kind, int(number)) for kind, number in _HELD.findall(text)}
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it ended meanwhile
+    return held
+
+
+def _bpftool(*arguments: str) -> list[dict[str, object]]:
+    done = subprocess.run(["bpftool", *arguments], capture_output=True, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout.strip() or "[]")
+    except json.JSONDecodeError:
+        raise RuntimeError(f"bpftool {' '.join(arguments)}: {done.stdout}{done.stderr}") from None
+    if isinstance(answer, dict):
+        raise RuntimeError(f"bpftool {' '.join(arguments)}: {answer}")
+    return list(answer)

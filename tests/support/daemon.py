@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon under test, started as its users start it and asked through its control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_TIMEOUT = 20.0  # seconds
+STOP_TIMEOUT = 15.0  # seconds
+
+
+def command_line(*arguments: str) -> list[str]:
+    """How to call splicer from this source tree."""
+    return [sys.executable, "-m", "splicer", *arguments]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a call: ours without SPLICER_* variables, with the source tree importable."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SPLICER_")}
+    inherited = kept.get("PYTHONPATH")
+    kept["PYTHONPATH"] = f"{REPOSITORY}:{inherited}" if inherited else str(REPOSITORY)
+    return kept | changes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a finished command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def call(*arguments: str, prefix: tuple[str, ...] = (), timeout: float = 20.0, **changes: str) -> Outcome:
+    """Run a splicer command to its end. `prefix` goes before it, `changes` into its environment."""
+    done = subprocess.run(
+        [*prefix, *command_line(*arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        cwd="/",
+        env=environment(**changes),
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+class ControlError(Exception):
+    """The daemon answered that a command failed."""
+
+
+class Daemon:
+    """A `splicer run` process."""
+
+    def __init__(
+        self, cgroup: Path, run_dir: Path, pin_dir: Path, *arguments: str, prefix: tuple[str, ...] = ()
+    ) -> None:
+        self.run_dir = run_dir
+        self.pin_dir = pin_dir
+        self.ready_file = run_dir.with_name(f"{run_dir.name}.ready")
+        self.log = run_dir.with_name(f"{run_dir.name}.log")
+        self.arguments = [
+            "run",
+            f"--cgroup={cgroup}",
+            f"--run-dir={run_dir}",
+            f"--pin-dir={pin_dir}",
+            f"--ready-file={self.ready_file}",
+            *arguments,
+        ]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*prefix, *command_line(*self.arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=environment(),
+            )
+        self.pid = self.process.pid
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def tail(self, lines: int = 60) -> str:
+        """The last lines of what it wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def command(self, name: str, timeout: float = 10.0, **fields: Any) -> Any:
+        """Ask over the control socket. Raises ControlError, OSError."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(timeout)
+            sock.connect(str(self.run_dir / "control.sock"))
+            sock.sendall(json.dumps({"command": name, **fields}).encode() + b"\n")
+            answer = json.loads(sock.makefile("rb").readline())
+        if not answer["ok"]:
+            raise ControlError(answer)
+        return answer["result"]
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.command("status"))
+
+    def flows(self) -> list[dict[str, Any]]:
+        return list(self.command("flows")["flows"])
+
+    def drain(self) -> None:
+        """Take every pair out of the SOCKHASH and let it be adopted again at once."""
+        self.command("drain")
+
+    def totals(self) -> dict[str, Any]:
+        return dict(self.status()["totals"])
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = STOP_TIMEOUT) -> int:
+        return self.process.wait(timeout)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to end; its exit code."""
+        if self.alive:
+            self.send_signal(number)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it without asking."""
+        if self.alive:
+            self.process.kill()
+        self.process.wait()
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._is_ready():
+            if not self.alive:
+                raise RuntimeError(f"splicer run ended with {self.process.returncode}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"splicer run was not ready after {START_TIMEOUT} s:\n{self.tail()}")
+            time.sleep(0.02)
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.ready_file.read_text().strip() == str(self.pid)
+        except FileNotFoundError:
+            return False
+
+
+def wait_until(what: str, condition: Any, timeout: float = 5.0, pause: float = 0.02) -> Any:
+    """The first true value of `condition()`. Raises AssertionError naming `what` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(pause)

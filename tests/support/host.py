@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host with splicer on it: cgroup, bpffs, run directory, daemon, peers; and proof that nothing is left."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
+from support.cgroup import Cgroup
+from support.daemon import Daemon
+from support.lab import Lab
+from support.players import End, Pair, Peer
+
+HOT_TIMEOUT = 5.0  # seconds
+
+# Ports whose service has a policy of its own in the configuration below.
+EAGER, OFF, ALLOW, EAGER_ALLOW = 7101, 7102, 7103, 7104
+SERVICES = f"""
+[[service]]
+port = {EAGER}
+mode = "eager"
+
+[[service]]
+port = {OFF}
+mode = "off"
+
+[[service]]
+port = {ALLOW}
+blocking = "allow"
+
+[[service]]
+port = {EAGER_ALLOW}
+mode = "eager"
+blocking = "allow"
+"""
+
+ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+
+
+class Host:
+    """A context manager: leaving it stops and removes everything, then complains about what had been left."""
+
+    def __init__(self, *arguments: str, services: str = SERVICES, start: bool = True) -> None:
+        self.arguments = arguments
+        self.directory = Path(tempfile.mkdtemp(prefix="splicer-test-"))
+        self.run_dir = self.directory / "run"
+        self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
+        self._peers: list[Peer] = []
+        self._daemons: list[Daemon] = []
+        self._names = itertools.count()
+        try:
+            self.bpffs = Bpffs(self.directory / "bpffs")
+            self._undo.append(self.bpffs.unmount)
+            self.before = list_objects()
+            self.pin_dir = self.bpffs.path / "splicer"
+            self.cgroup = Cgroup()
+            self._undo.append(self.cgroup.remove)
+            self.config = self.directory / "splicer.toml"
+            self.config.write_text(services)
+            if start:
+                self.start()
+        except BaseException:
+            self._clean_up()
+            raise
+
+    # the daemon
+
+    @property
+    def daemon(self) -> Daemon:
+        return self._daemons[-1]
+
+    @property
+    def has_run(self) -> bool:
+        """True once a daemon has been started."""
+        return bool(self._daemons)
+
+    def start(self, *arguments: str) -> Daemon:
+        """Start a daemon with the host's arguments and these."""
+        daemon = Daemon(
+            self.cgroup.path,
+            self.run_dir,
+            self.pin_dir,
+            f"--config={self.config}",
+            *self.arguments,
+            *arguments,
+        )
+        self._daemons.append(daemon)
+        return daemon
+
+    def count_spliced(self) -> int:
+        """How many sockets are in the SOCKHASH."""
+        return count_spliced(self.pin_dir)
+
+    # peers
+
+    def peer(self, lab: Lab, host: str, *, inside: bool = True) -> Peer:
+        """A process in a host's namespace, in the attached cgroup unless it is to play another machine."""
+        peer = Peer(lab.namespace(host), self.cgroup if inside else None)
+        self._peers.append(peer)
+        return peer
+
+    def connect(
+        self,
+        client: Peer,
+        server: Peer,
+        address: str,
+        *,
+        port: int = 0,
+        dial: tuple[str, int] | None = None,
+        client_family: int = socket.AF_INET,
+        server_family: int | None = None,
+        source: tuple[str, int] | None = None,
+        blocking: tuple[bool, bool] = (False, False),
+        options: tuple[list[list[int]], list[list[int]]] = ([], []),
+        seed: int | None = None,
+        **listening: Any,
+    ) -> Pair:
+        """A connection from one peer to another, which listens on `address`, or on any if families differ.
+
+        `dial` is what the client connects to where that is not the server's address and port. `blocking`
+        and `options` (lists of [level, option, value], set before connecting and after accepting) name the
+        client's first.
+        """
+        server_family = client_family if server_family is None else server_family
+        name = f"c{next(self._names)}"
+        bind = address if server_family == client_family and not _is_mapped(address) else ANY[server_family]
+        port = server.call("listen", name=name, family=server_family, host=bind, port=port, **listening)
+        streams = next(self._names) * 2 if seed is None else seed * 2
+        to = (address, port) if dial is None else dial
+        client_ends = client.call(
+            "connect",
+            conn=name,
+            family=client_family,
+            host=to[0],
+            port=to[1],
+            source=source,
+            sends=streams,
+            receives=streams + 1,
+            blocking=blocking[0],
+            options=options[0],
+        )
+        server_ends = server.call(
+            "accept",
+            listener=name,
+            conn=name,
+            sends=streams + 1,
+            receives=streams,
+            blocking=blocking[1],
+            options=options[1],
+        )
+        server.call("unlisten", listener=name)
+        return Pair(
+            End(client, name, *(tuple(each) for each in client_ends)),
+            End(server, name, *(tuple(each) for each in server_ends)),
+            name,
+        )
+
+    # flows
+
+    def find_flow(self, pair: Pair) -> dict[str, Any] | None:
+        """The row of a connection in `splicer flows`, found by the client's ports and network namespace."""
+        cookie = pair.client.peer.call("netns_cookie")
+        for flow in self.daemon.flows():
+            ports = (_port(flow["local"]), _port(flow["remote"]))
+            if ports == (pair.client.local[1], pair.client.remote[1]) and flow["netns"] == cookie:
+                return flow
+        return None
+
+    def wait_flow(
+        self, pair: Pair, state: str, reason: str | None = None, timeout: float = 5.0
+    ) -> dict[str, Any]:
+        """The row of a connection once it is in `state` (and has `reason`, if one is named)."""
+        seen: dict[str, Any] | None = None
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            seen = self.find_flow(pair)
+            if seen is not None and seen["state"] == state and reason in (None, seen["reason"]):
+                return seen
+            time.sleep(0.02)
+        raise AssertionError(f"{pair.label} not {state} {reason or ''} within {timeout} s, last seen: {seen}")
+
+    def make_hot(self, pair: Pair, rounds: int = 40, timeout: float = HOT_TIMEOUT) -> dict[str, Any]:
+        """Ping-pong until the connection is spliced; its row."""
+        deadline = time.monotonic() + timeout
+        while True:
+            pair.pingpong(rounds)
+            flow = self.find_flow(pair)
+            if flow is not None and flow["state"] == "spliced":
+                # The first messages after adoption may still go through TCP; leave none of them behind.
+                pair.pingpong(4)
+                return flow
+            assert time.monotonic() < deadline, f"{pair.label} was not spliced within {timeout} s: {flow}"
+            time.sleep(0.02)
+
+    def watch_cold(self, pair: Pair, reason: str, seconds: float = 0.6) -> None:
+        """Ping-pong for some time; the connection must stay plain throughout and end up with `reason`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pair.pingpong(40)
+            flow = self.find_flow(pair)
+            assert flow is not None, f"{pair.label} is not known"
+            assert flow["state"] == "paired", flow
+        self.wait_flow(pair, "paired", reason)
+
+    # the end
+
+    def check_clean(self, timeout: float = 5.0) -> None:
+        """Nothing is left: no pins, programs, maps or links, nothing attached, no socket, no ready file."""
+        assert self.bpffs.pins() == [], "pins are left"
+        assert list_attached(self.cgroup.path) == []
+        pids = {daemon.pid for daemon in self._daemons} | {peer.pid for peer in self._peers}
+        left = find_leftovers(self.before, pids, self.bpffs.path, timeout)
+        assert not left, f"left behind in the kernel: {', '.join(map(str, left))}"
+        if self._daemons:
+            assert not self.daemon.ready_file.exists()
+            assert not (self.run_dir / "control.sock").exists()
+
+    def stop_peers(self) -> None:
+        for peer in self._peers:
+            peer.stop()
+        self._peers.clear()
+
+    def stop(self) -> None:
+        """Stop the daemon, which must end with 0, and check that nothing is left of it."""
+        if self.daemon.alive:
+            code = self.daemon.stop()
+            assert code == 0, f"splicer run ended with {code}:\n{self.daemon.tail()}"
+        self.check_clean()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        complaint: BaseException | None = None
+        try:
+            self.stop_peers()
+            if self._daemons and error is None:
+                crashed = [each for each in self._daemons if each.process.poll() not in (None, 0, -9)]
+                assert not crashed, f"splicer run ended by itself:\n{crashed[0].tail()}"
+                self.stop()
+            elif error is None:
+                self.check_clean()
+        except BaseException as raised:
+            complaint = raised
+        self._clean_up()
+        if complaint is not None:
+            raise complaint
+
+    def _clean_up(self) -> None:
+        for peer in self._peers:
+            peer.stop()
+        for daemon in self._daemons:
+            daemon.kill()
+        while self._undo:
+            self._undo.pop()()
+
+
+def _port(text: str) -> int:
+    return int(text.rpartition(":")[2])
+
+
+def _is_mapped(address: str) -> bool:
+    return address.startswith("::ffff:")
