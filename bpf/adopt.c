@@ -167,6 +167,8 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	p->changed_ns = bpf_ktime_get_ns();
 	p->dir[CLIENT].burst = 0;
 	p->dir[SERVER].burst = 0;
+	p->dir[CLIENT].primed = 0;
+	p->dir[SERVER].primed = 0;
 	WRITE_ONCE(p->state, STATE_SPLICED);
 	count(COUNT_SPLICED, 1);
 	count_sweep(SWEEP_ADOPTED);

@@ -7,8 +7,15 @@
  * the pair once both ends are hot. On a spliced end it catches splice(2).
  */
 
+/*
+ * Before that many segments a connection is not looked at: most never get
+ * there, and a look costs more than the rest of this program.
+ */
+#define WARM_SEGMENTS	3
+
 enum reader {
 	READER_RECV,
+	READER_WAITALL,
 	READER_SPLICE,
 	READER_KERNEL,
 	READER_UNKNOWN,
@@ -17,28 +24,34 @@ enum reader {
 /* How is this socket being read? Only known system calls count as safe. */
 static __always_inline enum reader get_reader(void)
 {
-	void *task = current_task();
+	void *task = current_task(), *regs = task_regs(task);
+	u32 flags = 0;
 	u64 nr;
 
 	if (FIELD(task, u32, task_struct_flags) & (PF_KTHREAD | PF_IO_WORKER))
 		return READER_KERNEL;
-	nr = FIELD(task_regs(task), SYSCALL_TYPE, pt_regs_syscall);
-	if (nr == SYSCALL_read || nr == SYSCALL_recvfrom || nr == SYSCALL_recvmsg ||
-	    nr == SYSCALL_readv || nr == SYSCALL_recvmmsg || nr == SYSCALL_preadv2 ||
-	    nr == SYSCALL_io_uring_enter)
-		return READER_RECV;
+	nr = FIELD(regs, CALL_TYPE, pt_regs_call);
 	if (nr == SYSCALL_splice)
 		return READER_SPLICE;
-	return READER_UNKNOWN;
+	if (nr == SYSCALL_recvmsg)
+		flags = FIELD(regs, u64, pt_regs_arg3);
+	else if (nr == SYSCALL_recvfrom || nr == SYSCALL_recvmmsg)
+		flags = FIELD(regs, u64, pt_regs_arg4);
+	else if (nr != SYSCALL_read && nr != SYSCALL_readv && nr != SYSCALL_preadv2 &&
+		 nr != SYSCALL_io_uring_enter)
+		return READER_UNKNOWN;
+	return flags & MSG_WAITALL ? READER_WAITALL : READER_RECV;
 }
 
-static __always_inline u32 refuse_reader(enum reader reader, u32 tgid)
+static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32 tgid)
 {
 	u8 one = 1;
 
 	switch (reader) {
 	case READER_RECV:
 		return REASON_NONE;
+	case READER_WAITALL:	/* means nothing on a non-blocking socket */
+		return p->allow_blocking ? REASON_WAITALL : REASON_NONE;
 	case READER_SPLICE:
 		splicers.update(&tgid, &one);
 		return REASON_SPLICE;
@@ -59,14 +72,14 @@ int observe(u64 *ctx)
 	u32 reason, tgid;
 	int side;
 
-	if (!tp)
+	if (!tp || FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS)
 		return 0;
 	p = find_pair_of(tp, &id, &side);
 	if (!p)
 		return 0;
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
-		reason = refuse_reader(get_reader(), tgid);
+		reason = refuse_reader(p, get_reader(), tgid);
 		if (p->state == STATE_SPLICED && reason)
 			start_draining(p, reason);
 		return 0;
@@ -78,7 +91,7 @@ int observe(u64 *ctx)
 		return 0;
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (e->reads < s->hot_reads) {
-		reason = refuse_reader(get_reader(), tgid);
+		reason = refuse_reader(p, get_reader(), tgid);
 		if (reason) {
 			p->announced = 1;
 			p->reason = reason;

@@ -54,43 +54,62 @@ static __always_inline int has_hint(struct end_key *key)
 	return hints.lookup(&hint) != 0;
 }
 
+static __always_inline struct rendezvous *get_slot(struct pair_id id)
+{
+	int slot = (id.client_seq ^ id.server_seq) & (RENDEZVOUS_SLOTS - 1);
+
+	return rendezvous.lookup(&slot);
+}
+
+static __always_inline int is_same(struct pair_id a, struct pair_id b)
+{
+	return a.client_seq == b.client_seq && a.server_seq == b.server_seq;
+}
+
 static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
 {
+	struct pair_id id = client_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
-	struct rendezvous r = {};
+	struct rendezvous *r;
 	struct policy policy;
 
 	if (!s || !s->splicing)
 		return;
-	read_tuple(&r.key, tp);
-	r.key.netns = netns_cookie(skops);
-	r.key.id = client_id(first_sent(tp), first_received(tp));
-	r.sk = (u64)tp;
-	r.cookie = socket_cookie(skops);
+	r = get_slot(id);
+	if (!r)
+		return;
+	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
+	read_tuple(&r->key, tp);
+	r->key.netns = netns_cookie(skops);
+	r->key.id = id;
+	r->sk = (u64)tp;
+	r->cookie = socket_cookie(skops);
+	r->in_map = 0;
 	if (s->has_eager) {
-		get_policy(s, r.key.remote_port, &policy);
-		if (policy.mode == MODE_EAGER && has_hint(&r.key)) {
-			int err = spliced.sock_hash_update(skops, &r.key, BPF_NOEXIST);
-			r.in_map = !err;
+		get_policy(s, r->key.remote_port, &policy);
+		if (policy.mode == MODE_EAGER && has_hint(&r->key)) {
+			struct end_key key = r->key;
+			int err = spliced.sock_hash_update(skops, &key, BPF_NOEXIST);
+			r->in_map = !err;
 		}
 	}
-	rendezvous.update(&r.key.id, &r);
+	r->id.server_seq = id.server_seq;
+	WRITE_ONCE(r->id.client_seq, id.client_seq);
 }
 
 static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp)
 {
+	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
 	struct rendezvous *client;
 	struct policy policy;
-	struct pair_id id;
 	struct pair *p;
 	int zero = 0;
 
 	if (!s || !s->splicing)
 		return;
-	id = server_id(first_sent(tp), first_received(tp));
-	client = rendezvous.lookup(&id);
-	if (!client)
+	client = get_slot(id);
+	if (!client || !is_same(client->id, id))
 		return;		/* remote */
 	get_policy(s, local_port(tp), &policy);
 	if (policy.mode == MODE_OFF && !client->in_map) {
@@ -107,6 +126,8 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	p->end[CLIENT].sk = client->sk;
 	p->end[CLIENT].cookie = client->cookie;
 	p->end[CLIENT].flags = client->in_map ? END_IN_MAP : 0;
+	if (!is_same(client->id, id))
+		return;		/* overwritten meanwhile */
 	read_tuple(&p->end[SERVER].key, tp);
 	p->end[SERVER].key.netns = netns_cookie(skops);
 	p->end[SERVER].key.id = id;

@@ -16,6 +16,7 @@
 #define TCP_REPAIR		19
 #define TCP_ULP			31
 #define RCV_SHUTDOWN		1
+#define MSG_WAITALL		0x100
 #define O_NONBLOCK		04000
 #define PF_IO_WORKER		0x00000010
 #define PF_KTHREAD		0x00200000

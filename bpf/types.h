@@ -67,6 +67,7 @@ enum reason {
 	REASON_REQUEST,		/* an operator asked */
 	REASON_BUSY,		/* never quiet while adoption tried */
 	REASON_CLOSING,
+	REASON_WAITALL,
 	NR_REASONS,
 };
 
@@ -105,7 +106,8 @@ struct direction {
 	u64 mark_bytes;		/* redirected_bytes when the mark was set */
 	u64 mark_messages;
 	u64 read_messages;	/* at least so many redirected messages were read */
-	u64 answered;		/* the other direction's messages, at the last look */
+	u32 answered;		/* the other direction's messages, at the last look */
+	u32 primed;		/* blocking readers: one message went through TCP */
 	u32 burst;		/* messages since the other direction spoke */
 	u32 burst_bytes;	/* their size, saturating */
 };
@@ -129,6 +131,7 @@ struct pair {
 
 /* Left by a client at ACTIVE_ESTABLISHED for its server to find. */
 struct rendezvous {
+	struct pair_id id;	/* written last */
 	struct end_key key;
 	u64 sk;
 	u64 cookie;

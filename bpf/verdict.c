@@ -36,7 +36,7 @@ static __always_inline int is_overfull(struct settings *s, struct direction *d,
 static __always_inline int is_small_stream(struct settings *s, struct direction *d,
 					   struct direction *back, u32 size)
 {
-	u64 answered;
+	u32 answered;
 
 	d->burst++;
 	d->burst_bytes += size;
@@ -111,12 +111,15 @@ int verdict(struct sk_msg_md *msg)
 	 * neither number: equal means that all that ever went through TCP in
 	 * this direction has been read.
 	 */
-	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq)) {
-		if (!p->watched) {
-			p->watched = 1;
-			tell(p, EVENT_WATCH, REASON_NONE);
-		}
-		goto pass;
+	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq))
+		goto pass_watched;
+	/*
+	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
+	 * and would not see redirected bytes; TCP bytes get it out of there.
+	 */
+	if (p->allow_blocking && !d->primed) {
+		d->primed = 1;
+		goto pass_watched;
 	}
 	size = msg->size;
 	if (is_overfull(s, d, queued, size)) {
@@ -142,6 +145,11 @@ int verdict(struct sk_msg_md *msg)
 	count(COUNT_REDIRECTED_BYTES, size);
 	count(COUNT_REDIRECTED_MESSAGES, 1);
 	return SK_PASS;
+pass_watched:
+	if (!p->watched) {
+		p->watched = 1;
+		tell(p, EVENT_WATCH, REASON_NONE);
+	}
 pass:
 	count_pass(d);
 	return SK_PASS;

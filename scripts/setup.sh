@@ -45,7 +45,7 @@ if not os.path.exists(os.path.join(here, "libbcc.py")):
 print(here)
 PY
 }
-has_libbpf() { ldconfig -p 2>/dev/null | grep -q 'libbpf\.so\.1'; }
+has_libbpf() { [[ $(ldconfig -p 2>/dev/null) == *libbpf.so.1* ]]; }
 has_command() { command -v "$1" >/dev/null; }
 # Ubuntu's bpftool is a wrapper that is there and does not work without the kernel's own package.
 has_bpftool() { bpftool version >/dev/null 2>&1; }
@@ -70,7 +70,7 @@ missing_pieces() {
 
 # --- installing it -----------------------------------------------------------------------------
 
-has_candidate() { LC_ALL=C apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
+has_candidate() { [[ $(LC_ALL=C apt-cache policy "$1" 2>/dev/null) == *"Candidate: "[^\(]* ]]; }
 
 package_of() {
     case $1 in

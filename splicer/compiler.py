@@ -68,6 +68,7 @@ FIELDS = {
     "tcp_sock_bytes_received": "tcp_sock.bytes_received",
     "tcp_sock_write_seq": "tcp_sock.write_seq",
     "tcp_sock_copied_seq": "tcp_sock.copied_seq",
+    "tcp_sock_data_segs_in": "tcp_sock.data_segs_in",
     "tcp_sock_repair": "tcp_sock.repair",
     "sk_psock_refcnt": "sk_psock.refcnt",
     "sk_psock_ingress_msg": "sk_psock.ingress_msg",
@@ -78,10 +79,12 @@ OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a stopped task's system call number is, and the numbers of the reading calls (asm/unistd.h)."""
+    """Where a task's system call number and its third and fourth argument are in pt_regs (path, and bytes from
+    there), and the numbers of the reading calls (asm/unistd.h)."""
 
-    field: str
-    type: str
+    call: str
+    call_type: str
+    arguments: tuple[tuple[str, int], tuple[str, int]]
     calls: dict[str, int]
 
 
@@ -89,6 +92,7 @@ ARCHITECTURES = {
     "x86_64": Architecture(
         "pt_regs.orig_ax",
         "u64",
+        (("pt_regs.dx", 0), ("pt_regs.r10", 0)),
         {
             "read": 0,
             "readv": 19,
@@ -103,6 +107,7 @@ ARCHITECTURES = {
     "aarch64": Architecture(
         "pt_regs.syscallno",
         "s32",
+        (("pt_regs.regs", 16), ("pt_regs.regs", 24)),
         {
             "read": 63,
             "readv": 65,
@@ -192,22 +197,25 @@ def collect_macros(max_connections: int) -> list[str]:
                     flags.append(f"-DMASK_{macro}={place.mask or 0xFF}")
         zerocopy = btf.find_enumerator("sock_flags", "SOCK_ZEROCOPY")
         architecture = ARCHITECTURES.get(platform.machine())
-        registers = btf.locate(architecture.field) if architecture else None
-        if zerocopy is None or architecture is None or registers is None:
+        if zerocopy is None or architecture is None:
             raise SplicerError(
                 f"splicer does not know this architecture ({platform.machine()})",
                 hint=f"supported: {', '.join(ARCHITECTURES)}",
                 exit_code=UNSUPPORTED,
             )
+        registers = (("call", (architecture.call, 0)), *zip(("arg3", "arg4"), architecture.arguments, strict=True))
+        for name, (path, further) in registers:
+            place = btf.locate(path)
+            if place is None:
+                raise SplicerError(f"this kernel has no {path}", exit_code=UNSUPPORTED)
+            flags.append(f"-DOFF_pt_regs_{name}={place.offset + further}")
     finally:
         btf.close()
     flags.append(f"-DENUM_SOCK_ZEROCOPY={zerocopy}")
-    flags.append(f"-DOFF_pt_regs_syscall={registers.offset}")
-    flags.append(f"-DSYSCALL_TYPE={architecture.type}")
+    flags.append(f"-DCALL_TYPE={architecture.call_type}")
     flags += [f"-DSYSCALL_{name}={number}" for name, number in architecture.calls.items()]
     flags.append(f"-DPAGE_SIZE={os.sysconf('SC_PAGE_SIZE')}")
     flags.append(f"-DMAX_PAIRS={max_connections}")
-    flags.append(f"-DMAX_RENDEZVOUS={max(4096, min(max_connections, 65536))}")
     return flags
 
 

@@ -36,7 +36,7 @@ class EventType(enum.IntEnum):
 
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I"
-_DIRECTION = "7Q 2I"
+_DIRECTION = "6Q 4I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 6I " + _DIRECTION + " " + _DIRECTION)
 SETTINGS = struct.Struct("=12I")
 POLICY = struct.Struct("=2I")
@@ -44,7 +44,7 @@ EVENT = struct.Struct("=2I 2I 2Q 2I")
 SWEEP = ("seen", "adopted", "drained", "to_adopt", "to_drain", "stuck", "unread")
 
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 4
-_DIRECTION_FIELDS = 9
+_DIRECTION_FIELDS = 10
 
 
 def format_endpoint(words: tuple[int, ...], port: int) -> str:

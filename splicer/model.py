@@ -38,6 +38,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("request", "An operator asked for it to be drained."),
     ("busy", "No moment without bytes in flight was found; another attempt follows."),
     ("closing", "An end has begun to close."),
+    ("waitall_reader", "A blocking end is read with MSG_WAITALL, which a spliced socket does not honour."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)

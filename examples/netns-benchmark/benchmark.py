@@ -57,10 +57,12 @@ class Splicer:
         self._command = command
         self._arguments = arguments
         self._run_dir = bed.directory / "run"
+        self.failures: list[str] = []
 
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
         ready = self._bed.directory / "ready"
+        ready.unlink(missing_ok=True)
         log_path = self._bed.directory / "splicer.log"
         command = [self._command, "run", "--cgroup", str(self._bed.cgroup), "--run-dir", str(self._run_dir)]
         command += ["--pin-dir", str(self._bed.bpffs / "splicer"), "--ready-file", str(ready)]
@@ -78,7 +80,7 @@ class Splicer:
         finally:
             if (status := self._bed.stop(daemon)) != OK:
                 # Not an exception: it would hide the one that may be on its way.
-                print(f"benchmark: splicer run ended with {status}: {_tail(log_path)}", file=sys.stderr)
+                self.failures.append(f"splicer run ended with {status}: {_tail(log_path)}")
 
     def status(self) -> dict[str, Any]:
         command = [self._command, "status", "--json", "--run-dir", str(self._run_dir)]
@@ -262,7 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="benchmark",
         description="Measures plain and spliced TCP alternately, in network namespaces of its own.",
         epilog="wrk's legs are rounded up to whole seconds. Exit code 1: wrk reported errors, "
-        "a leg that should be spliced was not, or --check failed.",
+        "a leg that should be spliced was not, splicer failed, or --check did.",
     )
     add = parser.add_argument
     add("-n", "--alternations", type=_positive_int, default=5, metavar="N", help="pairs of legs (5)")
@@ -340,8 +342,8 @@ def run(options: argparse.Namespace) -> int:
     load = Load(seconds, options.connections, options.threads, options.workers)
     machine = describe_machine()
     results: list[Result] = []
+    splicer: Splicer | None = None
     with Testbed() as bed:
-        splicer = None
         if not options.baseline:
             command = find_splicer(options.splicer)
             refuse_company(command)
@@ -364,6 +366,7 @@ def run(options: argparse.Namespace) -> int:
             if not options.json:
                 print(results[-1].to_line() if options.matrix else results[-1].to_text(), flush=True)
     failures = [failure for result in results for failure in result.failures(options.check)]
+    failures += splicer.failures if splicer else []
     if options.json:
         document = {
             "schema": 1,

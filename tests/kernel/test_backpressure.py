@@ -55,7 +55,7 @@ def test_sender_is_held_back(wire: Wire, to: str, chunk: int) -> None:
     pair.server.begin("recv", count=total + 100_000)
     pair.client.send(100_000)
     assert pair.server.finish() == total + 100_000
-    assert "OUT" in pair.client.poll(timeout=2.0)
+    assert "OUT" in pair.client.wait_events(events=["OUT"])
     pair.pingpong(10)
     pair.verify()
 

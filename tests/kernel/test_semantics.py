@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an application can observe: each script runs on plain TCP and spliced, and expects the same of both."""
+"""What an application can observe: each script runs on plain TCP and spliced, and expects the same."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_fionread_never_lies_to_a_waiting_reader(wire: Wire) -> None:
         pair.client.send(size)
         got = 0
         while got < size:
-            assert "IN" in pair.server.poll(timeout=2.0)
+            assert "IN" in pair.server.wait_events(events=["IN"])
             waiting = pair.server.fionread()
             assert waiting > 0
             got += pair.server.recv_once(count=waiting)

@@ -68,8 +68,8 @@ def _as_text(address: tuple[str, int]) -> str:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("mix", MIXES)
 def test_splices_every_family_everywhere(host: Host, lab: Lab, mix: str, place: str) -> None:
-    """IPv4, IPv6 and v4-mapped, in every mix, on loopback, over a bridge and through a router: all are spliced,
-    and from then on each message is redirected, counted one by one."""
+    """IPv4, IPv6 and v4-mapped, in every mix, on loopback, over a bridge and through a router: all are
+    spliced, and from then on each message is redirected, counted one by one."""
     client_family, server_family, version, prefix = MIXES[mix]
     client_at, server_at, to = PLACES[place]
     client, server = host.peer(lab, client_at), host.peer(lab, server_at)
@@ -120,8 +120,8 @@ def test_messages_of_every_size_arrive(host: Host, lab: Lab, size: int) -> None:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("hook", ["output", "prerouting"])
 def test_splices_through_dnat(host: Host, lab: Lab, hook: str, version: int) -> None:
-    """A connection whose destination netfilter rewrites, at its start or on its way, is spliced; the row has the
-    address the client sees."""
+    """A connection whose destination netfilter rewrites, at its start or on its way, is spliced; the row has
+    the address the client sees."""
     family = AF_INET if version == 4 else AF_INET6
     actual, port = lab.address("b", version), 7200
     if hook == "output":
@@ -179,13 +179,11 @@ def test_equal_four_tuples_do_not_mix(host: Host, lab: Lab, second_lab: Lab, pla
 
 
 def test_four_tuple_used_again(host: Host, lab: Lab) -> None:
-    """A four-tuple that is used again right after its connection ended is a new connection in every respect."""
+    """A four-tuple that is used again right after its connection ended is a new connection altogether."""
     source = (lab.address("a"), 42_002)
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
-    for round_number in range(5):
-        pair = host.connect(
-            client, server, lab.address("b"), port=7301, source=source, seed=50 + round_number
-        )
+    for number in range(5):
+        pair = host.connect(client, server, lab.address("b"), port=7301, source=source, seed=50 + number)
         host.make_hot(pair)
         pair.pingpong(50)
         pair.verify()
@@ -205,7 +203,7 @@ def test_eager_is_spliced_from_the_start(host: Host, lab: Lab) -> None:
 
 
 def test_status_and_flows_have_the_documented_keys(host: Host, lab: Lab) -> None:
-    """The JSON of both nouns has the documented keys, on the command line and on the control socket alike."""
+    """The JSON of both nouns has the documented keys, on the command line and on the control socket."""
     pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
     host.make_hot(pair)
     status = json.loads(call("status", "--json", "--run-dir", str(host.run_dir)).stdout)
@@ -227,17 +225,15 @@ def test_status_and_flows_have_the_documented_keys(host: Host, lab: Lab) -> None
     [flow] = [flow for flow in answer["flows"] if flow["local"] == _as_text(pair.client.local)]
     assert flow["state"] == "spliced"
     assert 0 <= flow["age_seconds"] < 60
-    for table in (
-        call("status", "--run-dir", str(host.run_dir)),
-        call("flows", "--run-dir", str(host.run_dir)),
-    ):
+    for noun in ("status", "flows"):
+        table = call(noun, "--run-dir", str(host.run_dir))
         assert table.code == 0
         assert table.stdout.strip()
         assert table.stderr == ""
 
 
 def test_connection_counts_follow_the_connections(host: Host, lab: Lab) -> None:
-    """`status` counts what is alive per state, `totals` what has ever been, and closed connections leave `flows`."""
+    """`status` counts what is alive per state, `totals` what ever was; closed connections leave `flows`."""
     wait_until("earlier connections are gone", lambda: not host.daemon.flows())
     before = host.daemon.totals()
     client, server = host.peer(lab, "a"), host.peer(lab, "b")

@@ -40,8 +40,8 @@ def _stays_unknown(host: Host, pair: Pair, rounds: int = 400) -> None:
 @pytest.mark.parametrize("port", [0, EAGER], ids=["adaptive", "eager"])
 @pytest.mark.parametrize("outside", ["client", "server"])
 def test_other_end_outside_the_cgroup(empty_host: Host, lab: Lab, outside: str, port: int) -> None:
-    """A connection whose other end is outside the attached cgroup, which is what remote looks like, never appears
-    in the SOCKHASH nor in `flows`."""
+    """A connection whose other end is outside the attached cgroup, which is what remote looks like, never
+    appears in the SOCKHASH nor in `flows`."""
     client = empty_host.peer(lab, "a", inside=outside != "client")
     server = empty_host.peer(lab, "b", inside=outside != "server")
     before = empty_host.daemon.totals()
@@ -112,9 +112,8 @@ def _splice_rounds(pair: Pair, rounds: int) -> None:
 @pytest.mark.parametrize("port", [0, ALLOW], ids=["refuse", "allow"])
 def test_splice_reader(empty_host: Host, lab: Lab, port: int) -> None:
     """A connection read by splice(2) stays plain, with the reason splice_reader."""
-    pair = empty_host.connect(
-        empty_host.peer(lab, "a"), empty_host.peer(lab, "b"), lab.address("b"), port=port
-    )
+    client, server = empty_host.peer(lab, "a"), empty_host.peer(lab, "b")
+    pair = empty_host.connect(client, server, lab.address("b"), port=port)
     _splice_rounds(pair, 60)
     empty_host.wait_flow(pair, "paired", "splice_reader")
     _splice_rounds(pair, 20)
@@ -133,8 +132,8 @@ def test_splice_reader_is_sticky_per_process(empty_host: Host, lab: Lab) -> None
 
 
 def test_splice_on_a_spliced_end(host: Host, lab: Lab) -> None:
-    """The first splice(2) on a spliced end, even one that finds nothing, takes the connection back to TCP, and the
-    bytes that follow are seen by splice(2)."""
+    """The first splice(2) on a spliced end, even one that finds nothing, takes the connection back to TCP;
+    the bytes that follow are seen by splice(2)."""
     pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
     host.make_hot(pair)
     assert pair.server.attempt("splice_nothing") == "EAGAIN"
@@ -173,7 +172,7 @@ def test_option_set_before(host: Host, lab: Lab, reason: str, at: str, port: int
 @pytest.mark.parametrize("at", ["client", "server"])
 @pytest.mark.parametrize("reason", OPTIONS)
 def test_option_set_while_spliced(host: Host, lab: Lab, reason: str, at: str) -> None:
-    """An application that asks for such an option on a spliced connection gets plain TCP, and no byte is lost."""
+    """An application that asks for such an option on a spliced connection gets plain TCP; no byte is lost."""
     pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
     host.make_hot(pair)
     end, other = (pair.client, pair.server) if at == "client" else (pair.server, pair.client)
@@ -193,9 +192,9 @@ def test_rcvlowat_holds_while_spliced(host: Host, lab: Lab) -> None:
     pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1000)
     host.wait_flow(pair, "paired", "rcvlowat")
     pair.client.send(400)
-    assert "IN" not in pair.server.poll(timeout=0.2)
+    assert "IN" not in pair.server.wait_events(events=["IN"], timeout=0.2)
     pair.client.send(600)
-    assert "IN" in pair.server.poll(timeout=2.0)
+    assert "IN" in pair.server.wait_events(events=["IN"])
     assert pair.server.recv(1000) == 1000
     pair.verify()
 

@@ -123,8 +123,8 @@ def _held_by(process: Path) -> set[tuple[str, int]]:
             if "bpf" in os.readlink(process / "fd" / fd):
                 text = (process / "fdinfo" / fd).read_text()
                 held |= {(kind, int(number)) for kind, number in _HELD.findall(text)}
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it ended meanwhile
+    except OSError:
+        pass  # it ended meanwhile, or is one that not even root may look into
     return held
 
 

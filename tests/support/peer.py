@@ -217,7 +217,7 @@ class Peer:
         if source is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((source[0], source[1]))
-        if not blocking:
+        if not blocking and not fast_open:
             sock.settimeout(timeout)
         text = fast_open.encode("latin-1")
         try:
@@ -581,14 +581,14 @@ class Peer:
             time.sleep(0.002)
         return waiting
 
-    def poll(self, conn: str, timeout: float = 0.0) -> list[str]:
-        """Names of the events poll(2) reports for the socket within `timeout` seconds."""
+    def poll(self, conn: str) -> list[str]:
+        """Names of the events poll(2) reports for the socket at this moment."""
         poller = select.poll()
         poller.register(
             self._connections[conn].sock,
             select.POLLIN | select.POLLOUT | select.POLLPRI | select.POLLRDHUP,
         )
-        return _event_names(poller.poll(timeout * 1000))
+        return _event_names(poller.poll(0))
 
     def wait_events(self, conn: str, events: list[str], timeout: float = 3.0) -> list[str]:
         """What poll(2) reports once it reports all of `events`, or when time is up."""

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers that sleep in recv(2): left alone, or woken all the same where an operator vouches for them."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+from support.host import ALLOW, EAGER, EAGER_ALLOW, Host
+from support.lab import Lab
+from support.players import End, Pair
+
+POLICIES = {"refuse": 0, "eager-refuse": EAGER, "allow": ALLOW, "eager-allow": EAGER_ALLOW}
+ALLOWED = {"allow", "eager-allow"}
+SLEEP = 0.03  # seconds asleep in each round, far longer than adoption takes
+
+
+def _connect(host: Host, lab: Lab, policy: str, blocking: tuple[bool, bool]) -> Pair:
+    client, server = host.peer(lab, "a"), host.peer(lab, "b")
+    return host.connect(client, server, lab.address("b"), port=POLICIES[policy], blocking=blocking)
+
+
+def _sleepy_rounds(sleeper: End, waker: End, rounds: int) -> None:
+    """`rounds` times: the sleeper goes to sleep in recv, then is sent a message and answers it."""
+    sleeper.begin("echo", rounds=rounds, timeout=20.0)
+    for _ in range(rounds):
+        time.sleep(SLEEP)
+        waker.pingpong(rounds=1)
+    sleeper.finish()
+
+
+def _expect_policy(host: Host, pair: Pair, policy: str) -> None:
+    if policy in ALLOWED:
+        host.wait_flow(pair, "spliced")
+    else:
+        host.wait_flow(pair, "paired", "blocking_reader")
+
+
+@pytest.mark.parametrize("asleep", ["client", "server"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_asleep_while_the_connection_becomes_hot(host: Host, lab: Lab, policy: str, asleep: str) -> None:
+    """A blocking reader that is asleep in recv(2) when its connection becomes hot, and is adopted or refused,
+    is woken by the next message under every policy."""
+    pair = _connect(host, lab, policy, (asleep == "client", asleep == "server"))
+    ends = (pair.client, pair.server) if asleep == "client" else (pair.server, pair.client)
+    _sleepy_rounds(*ends, rounds=40)
+    _expect_policy(host, pair, policy)
+    _sleepy_rounds(*ends, rounds=10)
+    pair.verify()
+    if policy not in ALLOWED:
+        assert ends[0].report()["spurious"] == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_both_ends_blocking(host: Host, lab: Lab, policy: str) -> None:
+    """The same with blocking sockets at both ends, as most programs have them."""
+    pair = _connect(host, lab, policy, (True, True))
+    pair.pingpong(30)
+    _sleepy_rounds(pair.server, pair.client, rounds=20)
+    _sleepy_rounds(pair.client, pair.server, rounds=20)
+    _expect_policy(host, pair, policy)
+    pair.pingpong(300)
+    pair.verify()
+
+
+@pytest.mark.parametrize("policy", sorted(ALLOWED))
+def test_asleep_while_drained_and_adopted_again(host: Host, lab: Lab, policy: str) -> None:
+    """Draining and adopting again while a blocking reader sleeps does not leave it asleep."""
+    pair = _connect(host, lab, policy, (False, True))
+    _sleepy_rounds(pair.server, pair.client, rounds=30)
+    host.wait_flow(pair, "spliced")
+    for _ in range(10):
+        pair.server.begin("echo", rounds=30)
+        time.sleep(SLEEP)
+        host.daemon.drain()
+        time.sleep(SLEEP)
+        pair.client.pingpong(rounds=30)
+        pair.server.finish()
+    pair.verify()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_long_sleep(host: Host, lab: Lab, policy: str) -> None:
+    """A reader that sleeps on long after its connection has become hot is woken by what comes at last."""
+    pair = _connect(host, lab, policy, (False, True))
+    pair.pingpong(60)
+    pair.server.begin("hear", count=5, timeout=10.0)
+    time.sleep(1.5)
+    pair.client.say("hello")
+    assert pair.server.finish() == "hello"
+    pair.server.begin("recv_to_eof")
+    time.sleep(0.3)
+    pair.client.shutdown(how=socket.SHUT_WR)
+    assert pair.server.finish() == 0
+    pair.verify()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_asleep_when_the_peer_resets(host: Host, lab: Lab, policy: str) -> None:
+    """A RST wakes a sleeping reader with ECONNRESET."""
+    pair = _connect(host, lab, policy, (False, True))
+    pair.pingpong(60)
+    time.sleep(0.1)
+    pair.server.begin("recv_once", count=100)
+    time.sleep(0.1)
+    pair.client.reset()
+    with pytest.raises(Exception, match="ECONNRESET"):
+        pair.server.finish()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_reader_that_waits_for_all(host: Host, lab: Lab, policy: str) -> None:
+    """MSG_WAITALL readers get all they asked for in one call; they stay plain even where others may block."""
+    pair = _connect(host, lab, policy, (False, True))
+    for _ in range(40):
+        pair.server.begin("recv_once", count=900, flags=socket.MSG_WAITALL)
+        for _ in range(3):
+            pair.client.send(300)
+        assert pair.server.finish() == 900
+        pair.server.send(64)
+        pair.client.recv(64)
+    time.sleep(0.1)
+    flow = host.find_flow(pair)
+    assert flow is not None
+    assert flow["state"] == "paired", flow
+    assert flow["reason"] not in ("", "cold", "pending")
+    for _ in range(5):
+        pair.server.begin("recv_once", count=900, flags=socket.MSG_WAITALL)
+        for _ in range(3):
+            pair.client.send(300)
+            time.sleep(0.005)
+        assert pair.server.finish() == 900
+    pair.verify()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_receive_timeout(host: Host, lab: Lab, policy: str) -> None:
+    """SO_RCVTIMEO: an empty blocking read gives up with EAGAIN in time, not earlier; a later one reads."""
+    pair = _connect(host, lab, policy, (False, True))
+    pair.pingpong(60)
+    time.sleep(0.05)
+    pair.pingpong(5)
+    pair.server.settimeout(option=socket.SO_RCVTIMEO, seconds=0.3)
+    started = time.monotonic()
+    assert pair.server.attempt("hear_once", count=10) == "EAGAIN"
+    assert 0.28 < time.monotonic() - started < 1.0
+    pair.client.say("x")
+    assert pair.server.hear(1) == "x"
+    pair.verify()
+
+
+def test_blocking_sender_waits_for_room(host: Host, lab: Lab) -> None:
+    """A blocking sender whose reader does not read sleeps until there is room, where blocking is allowed."""
+    pair = _connect(host, lab, "allow", (True, False))
+    for _ in range(5):
+        pair.pingpong(40)
+        time.sleep(0.02)
+    count = 30_000_000
+    pair.client.begin("send", count=count, chunk=50_000, timeout=20.0)
+    assert pair.client.peer.is_waiting(0.5), "the sender was not held back"
+    assert pair.server.recv(count, timeout=20.0) == count
+    assert pair.client.finish() == count
+    pair.verify()

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check that nothing is left finds what is left: without that, its silence would mean nothing."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from support.bpf import find_leftovers
+from support.host import Host
+from support.lab import Lab
+from support.players import PeerError
+
+
+def _create_map(path: str) -> None:
+    kind = ("type", "hash", "key", "4", "value", "4", "entries", "1", "name", "left")
+    subprocess.run(["bpftool", "map", "create", path, *kind], check=True)
+
+
+def test_a_forgotten_map_is_found() -> None:
+    """A map pinned in our bpffs is a leftover, and gone once its pin is."""
+    with Host(start=False) as host:
+        pin = host.bpffs.path / "left"
+        _create_map(str(pin))
+        assert [each.name for each in find_leftovers(host.before, set(), host.bpffs.path, 0.2)] == ["left"]
+        with pytest.raises(AssertionError, match="pins are left"):
+            host.check_clean(0.2)
+        pin.unlink()
+        host.check_clean()
+
+
+def test_what_is_pinned_elsewhere_is_not_ours() -> None:
+    """A map pinned in somebody else's bpffs meanwhile is not taken for a leftover."""
+    with Host(start=False) as host, Host(start=False) as other:
+        _create_map(str(other.bpffs.path / "left"))
+        assert find_leftovers(host.before, set(), host.bpffs.path, 0.2) == []
+        (other.bpffs.path / "left").unlink()
+
+
+def test_wrong_bytes_are_found(lab: Lab) -> None:
+    """The receiver names the offset of the first byte that differs from what should have come."""
+    with Host(start=False) as host:
+        pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+        pair.client.send(100_000)
+        assert pair.server.recv(100_000) == 100_000
+        pair.verify()
+        pair.client.say("!")
+        pair.client.send(10)
+        pair.server.recv(11)
+        with pytest.raises(AssertionError, match="wrong byte at 100000"):
+            pair.verify()
+        with pytest.raises(PeerError, match="TIMEOUT"):
+            pair.server.recv(1, timeout=0.1)
