@@ -42,7 +42,8 @@ static __always_inline void leave_hint(struct bpf_sock_ops *skops)
 	hints.update(&hint, &one);
 }
 
-static __always_inline int has_hint(struct end_key *key)
+/* A hint serves once, or a later connection to another host might find it. */
+static __always_inline int take_hint(struct end_key *key)
 {
 	struct hint_key hint = {};
 
@@ -51,7 +52,8 @@ static __always_inline int has_hint(struct end_key *key)
 	hint.ip[2] = key->local_ip[2];
 	hint.ip[3] = key->local_ip[3];
 	hint.port = key->local_port;
-	return hints.lookup(&hint) != 0;
+	int missing = hints.delete(&hint);
+	return !missing;
 }
 
 static __always_inline struct rendezvous *get_slot(struct pair_id id)
@@ -87,7 +89,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	r->in_map = 0;
 	if (s->has_eager) {
 		get_policy(s, r->key.remote_port, &policy);
-		if (policy.mode == MODE_EAGER && has_hint(&r->key)) {
+		if (policy.mode == MODE_EAGER && take_hint(&r->key)) {
 			struct end_key key = r->key;
 			int err = spliced.sock_hash_update(skops, &key, BPF_NOEXIST);
 			r->in_map = !err;
@@ -135,15 +137,22 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	p->end[SERVER].cookie = socket_cookie(skops);
 	p->born_ns = bpf_ktime_get_ns();
 	p->changed_ns = p->born_ns;
-	p->mode = policy.mode;
 	p->allow_blocking = policy.allow_blocking;
 	p->state = STATE_PAIRED;
-	p->reason = policy.mode == MODE_OFF ? REASON_POLICY : REASON_COLD;
-	if (client->in_map && policy.mode == MODE_EAGER) {
-		int err = spliced.sock_hash_update(skops, &p->end[SERVER].key, BPF_NOEXIST);
-		if (!err) {
+	p->reason = REASON_COLD;
+	if (client->in_map) {
+		int err = -1;
+
+		if (policy.mode == MODE_EAGER)
+			err = spliced.sock_hash_update(skops, &p->end[SERVER].key, BPF_NOEXIST);
+		if (err) {
+			/* The policy of the port dialled was another one, or the map is full. */
+			p->state = STATE_DRAINING;
+			p->reason = REASON_POLICY;
+		} else {
 			p->end[SERVER].flags = END_IN_MAP;
 			p->state = STATE_SPLICED;
+			p->was_spliced = 1;
 			p->reason = REASON_NONE;
 		}
 	}
@@ -161,6 +170,8 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	count(COUNT_PAIRED, 1);
 	if (p->state == STATE_SPLICED)
 		count(COUNT_SPLICED, 1);
+	else if (p->state == STATE_DRAINING)
+		tell(p, EVENT_DRAIN, REASON_POLICY);
 }
 
 /*

@@ -122,7 +122,7 @@ struct pair {
 	u64 retry_ns;		/* no adoption before */
 	u32 announced;
 	u32 allow_blocking;	/* policy at the time of pairing */
-	u32 mode;
+	u32 was_spliced;	/* since it was last plain */
 	u32 attempts;		/* sweeps that found no quiet moment */
 	u32 drains;		/* lengthens the cool-down */
 	u32 watched;		/* the watch was told about it */

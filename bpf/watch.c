@@ -3,9 +3,9 @@
  * watch: iter/sockmap over the SOCKHASH, run by the daemon after an
  * EVENT_WATCH and otherwise once a second.
  *
- * An end whose TCP bytes did not move between two looks may belong to a reader
- * that cannot see them (FIONREAD on class B). It is drained: once it is out,
- * the poke of adopt wakes the reader.
+ * Ends that became unfit are drained. So is an end whose TCP bytes did not
+ * move between two looks: its reader may be unable to see them (FIONREAD on
+ * class B). Once it is out, the poke of adopt wakes that reader.
  */
 
 struct bpf_iter__sockmap {
@@ -21,7 +21,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
-	u32 copied_seq;
+	u32 copied_seq, reason;
 	void *tp;
 
 	if (!key || !ctx->sk)
@@ -47,6 +47,12 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	if (p->state != STATE_SPLICED)
 		return 0;
 	p->watched = 0;
+	/* O_NONBLOCK taken away, an option that guard did not see in time. */
+	reason = find_misfit(tp, p, e);
+	if (reason && reason != REASON_CLOSING) {
+		start_draining(p, reason);
+		return 0;
+	}
 	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
 	if (!unread_bytes(tp)) {
 		e->stuck_seq = 0;

@@ -32,6 +32,7 @@ SOURCES = (
     "maps.h",
     "socket.h",
     "registry.h",
+    "fitness.h",
     "register.c",
     "observe.c",
     "guard.c",

@@ -31,6 +31,7 @@ SOCKET_NAME = "control.sock"
 REQUEST_LIMIT = 64 * 1024  # bytes
 REPLY_LIMIT = 512 * 1024 * 1024  # bytes; a million flows are about 350 MB
 PEERS_AT_ONCE = 8
+BACKLOG = 64
 # Address of a unix socket: 108 bytes with the closing zero (unix(7)).
 _ADDRESS_LIMIT = 107
 
@@ -122,7 +123,7 @@ class Server:
             listener.bind(self.path)
             # Nobody can connect between bind() and listen(), so nobody sees the mode the umask gave.
             os.chmod(self.path, 0o600)
-            listener.listen(PEERS_AT_ONCE)
+            listener.listen(BACKLOG)
             status = os.stat(self.path)
         except OSError as error:
             listener.close()
@@ -309,7 +310,7 @@ def request(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as daemon:
         daemon.settimeout(timeout)
         try:
-            daemon.connect(path)
+            _connect(daemon, path, deadline)
             # A peer that refuses before it has read leaves the reason for us to read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 daemon.sendall(_encode({**(fields or {}), "command": command}))
@@ -326,7 +327,7 @@ def request(
                 hint=f"run it as root: sudo splicer {command}",
                 exit_code=FAILURE,
             ) from error
-        except (TimeoutError, BlockingIOError) as error:
+        except TimeoutError as error:
             raise SplicerError(
                 f"the daemon did not answer within {timeout:g} seconds ({path})",
                 hint="see whether it is alive: its log, or ps -C splicer",
@@ -342,6 +343,17 @@ def request(
             f"the daemon hung up without an answer ({path})", hint="it may be stopping; try again"
         )
     return _decode(line, path)
+
+
+def _connect(daemon: socket.socket, path: str, deadline: float) -> None:
+    while True:
+        try:
+            return daemon.connect(path)
+        except BlockingIOError:
+            # A unix socket with a full backlog does not wait, unlike TCP, when the caller has set a timeout.
+            if time.monotonic() >= deadline:
+                raise TimeoutError from None
+            time.sleep(0.02)
 
 
 def _decode(line: bytes, path: str) -> dict[str, object]:

@@ -41,7 +41,7 @@ class Holder:
         return f"pid {pid}, {cgroup}run directory {self.run_dir}"
 
 
-class AlreadyRunning(SplicerError):  # noqa: N818
+class AlreadyRunningError(SplicerError):
     """Another process holds the lock of the run directory."""
 
     def __init__(self, holder: Holder) -> None:
@@ -92,7 +92,7 @@ def acquire(run_dir: str, cgroup: str, *, purpose: str = "run") -> Lock:
     """Take the lock of `run_dir`, making the directory (mode 0700) if need be.
 
     `cgroup` and `purpose` ("run" or "unload") are left in the file for whoever finds the lock taken.
-    Raises AlreadyRunning when another process holds it, SplicerError when the directory cannot be used.
+    Raises AlreadyRunningError when another process holds it, SplicerError when the directory cannot be used.
     """
     path = os.path.join(run_dir, LOCK_NAME)
     created = False
@@ -119,7 +119,7 @@ def acquire(run_dir: str, cgroup: str, *, purpose: str = "run") -> Lock:
             os.close(descriptor)
             raise SplicerError(f"cannot take the lock ({path}: {error.strerror})") from error
         os.close(descriptor)
-    raise AlreadyRunning(_read(path, run_dir))
+    raise AlreadyRunningError(_read(path, run_dir))
 
 
 def find_holder(run_dir: str) -> Holder | None:

@@ -12,8 +12,6 @@ import logging
 import sys
 from typing import Literal, Protocol, TextIO, cast
 
-import structlog
-
 from splicer.text import is_terminal
 
 LogFormat = Literal["auto", "console", "json"]
@@ -41,6 +39,9 @@ def configure(
     `auto` means `console` on a terminal and `json` otherwise. JSON lines hold `timestamp` (ISO 8601, UTC),
     `level`, `event` and the keys of the event. `debug` lets debug events through.
     """
+    # Whoever names the type Logger imports this module; only the daemon has a use for the library.
+    import structlog
+
     out = sys.stderr if stream is None else stream
     console = log_format == "console" or (log_format == "auto" and is_terminal(out))
     processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level]

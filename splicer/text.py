@@ -56,13 +56,13 @@ def printable(text: str) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """Shorten to `width` characters by cutting out of the middle, keeping the end, where a port stands."""
+    """Shorten to `width` characters by cutting out of the middle, keeping more of the end: the port."""
     if len(text) <= width:
         return text
     kept = width - len(ELISION)
     if kept <= 0:
         return text[:width]
-    tail = (kept + 1) // 2
+    tail = (2 * kept + 2) // 3
     return text[: kept - tail] + ELISION + text[len(text) - tail :]
 
 

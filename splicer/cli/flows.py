@@ -39,8 +39,8 @@ STATE_NAMES = tuple(STATES.values())
 _STATE_STYLES = {"spliced": "green", "draining": "yellow"}
 _STATE_ORDER = {"spliced": 0, "draining": 1, "paired": 2}
 _COLUMNS = (
-    Column("LOCAL", elastic=True, least=15),
-    Column("REMOTE", elastic=True, least=15),
+    Column("LOCAL", elastic=True, least=11),
+    Column("REMOTE", elastic=True, least=11),
     Column("STATE"),
     Column("REASON"),
     Column("MESSAGES", "right"),

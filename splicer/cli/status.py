@@ -42,14 +42,15 @@ totals:
   redirected  what went from socket to socket, past TCP and the network devices
   passed      messages of such connections that went through TCP
   rescued     connections taken back because bytes waited unread
-  refused     connections left plain, by reason; splicer flows --help explains each
+  refused     connections left plain, by reason; see splicer flows --help
 
 examples:
   splicer status
   splicer status --json | jq .connections.spliced
 
 exit codes:
-  0 running, 1 failure, 2 usage, 3 not running (with --json: {"schema":1,"running":false})"""
+  0 running, 1 failure, 2 usage, 3 not running; --json then prints
+  {"schema":1,"running":false}"""
 
 
 def add(parser: options.Parser) -> None:

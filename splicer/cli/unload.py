@@ -58,7 +58,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
 def _acquire(run_dir: str) -> contextlib.AbstractContextManager[object]:
     try:
         return instance.acquire(run_dir, "", purpose="unload")
-    except instance.AlreadyRunning as error:
+    except instance.AlreadyRunningError as error:
         if error.holder.purpose == "unload":
             raise
         stop = f"kill {error.holder.pid}" if error.holder.pid else "find it with: ps -C splicer"

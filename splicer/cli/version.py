@@ -15,9 +15,9 @@ from .context import Context
 
 SUMMARY = "print versions"
 
-DESCRIPTION = (
-    "Print the version of this command, of Python and of the kernel. The daemon's is in splicer status."
-)
+DESCRIPTION = """\
+Print the version of this command, of Python and of the kernel. The daemon's
+is in splicer status."""
 
 EPILOG = """\
 examples:

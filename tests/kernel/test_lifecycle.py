@@ -37,9 +37,9 @@ class Load:
         self._peers = (client, server)
         for pair in self.pairs:
             host.make_hot(pair)
-        conns = [pair.client.conn for pair in self.pairs]
-        for seed, peer in enumerate(self._peers):
-            peer.begin("exchange", conns=conns, seconds=seconds, seed=seed, largest=8000)
+        for ends in ([pair.client for pair in self.pairs], [pair.server for pair in self.pairs]):
+            conns = [end.conn for end in ends]
+            ends[0].peer.begin("exchange", conns=conns, seconds=seconds, seed=1, largest=8000)
 
     @property
     def is_running(self) -> bool:
@@ -212,7 +212,7 @@ def test_new_settings_replace_what_was_left(lab: Lab) -> None:
 
 
 def test_unload_after_a_crash_under_load(lab: Lab) -> None:
-    """`splicer unload` takes out everything a dead daemon left, under load and without losing a byte; a second
+    """`splicer unload` takes out everything a dead daemon left, under load, without losing a byte; a second
     one finds nothing to do."""
     with Host() as host:
         load = Load(host, lab, seconds=3.0)

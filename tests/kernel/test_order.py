@@ -33,9 +33,10 @@ def test_bursts_while_adopting_and_draining(
     for pair in pairs:
         host.make_hot(pair)
     before = host.daemon.totals()
-    for seed, peer in enumerate((client, server)):
-        conns = [pair.client.conn for pair in pairs]
-        peer.begin("exchange", conns=conns, seconds=seconds, seed=seed, largest=largest, edge=edge)
+    for ends in ([pair.client for pair in pairs], [pair.server for pair in pairs]):
+        conns = [end.conn for end in ends]
+        arguments = {"seconds": seconds, "seed": largest, "largest": largest, "edge": edge}
+        ends[0].peer.begin("exchange", conns=conns, **arguments)
     drains = 0
     while client.is_waiting(chance.uniform(0.02, 0.08)) and server.is_waiting():
         host.daemon.drain()

@@ -130,6 +130,7 @@ class Host:
         """
         server_family = client_family if server_family is None else server_family
         name = f"c{next(self._names)}"
+        accepted = f"{name}-accepted"
         bind = address if server_family == client_family and not _is_mapped(address) else ANY[server_family]
         port = server.call("listen", name=name, family=server_family, host=bind, port=port, **listening)
         streams = next(self._names) * 2 if seed is None else seed * 2
@@ -149,7 +150,7 @@ class Host:
         server_ends = server.call(
             "accept",
             listener=name,
-            conn=name,
+            conn=accepted,
             sends=streams + 1,
             receives=streams,
             blocking=blocking[1],
@@ -158,7 +159,7 @@ class Host:
         server.call("unlisten", listener=name)
         return Pair(
             End(client, name, *(tuple(each) for each in client_ends)),
-            End(server, name, *(tuple(each) for each in server_ends)),
+            End(server, accepted, *(tuple(each) for each in server_ends)),
             name,
         )
 

@@ -498,7 +498,7 @@ class Peer:
         messages, full, open_fds = 0, 0, set(by_fd)
         end = time.monotonic() + seconds
         writing = True
-        while open_fds:
+        while open_fds or writing:
             now = time.monotonic()
             if writing and now >= end:
                 writing = False

@@ -62,6 +62,7 @@ class Peer:
 
     def call(self, operation: str, **arguments: Any) -> Any:
         """Carry out an operation and wait for its value. Raises PeerError, PeerHung."""
+        __tracebackhide__ = True
         self.begin(operation, **arguments)
         return self.finish()
 
@@ -87,6 +88,7 @@ class Peer:
 
     def finish(self, timeout: float | None = None) -> Any:
         """The value of the operation begun. Raises PeerError, PeerHung."""
+        __tracebackhide__ = True
         operation, self._pending = self._pending, None
         assert operation is not None
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
@@ -141,6 +143,7 @@ class End:
 
     def __getattr__(self, operation: str) -> Callable[..., Any]:
         def carry_out(*positional: Any, **arguments: Any) -> Any:
+            __tracebackhide__ = True
             named = dict(zip(POSITIONAL.get(operation, ()), positional, strict=True))
             return self.peer.call(operation, conn=self.conn, **named, **arguments)
 
@@ -153,6 +156,7 @@ class End:
         self.peer.begin(operation, conn=self.conn, **arguments)
 
     def finish(self, timeout: float | None = None) -> Any:
+        __tracebackhide__ = True
         return self.peer.finish(timeout)
 
 
@@ -166,6 +170,7 @@ class Pair:
 
     def pingpong(self, rounds: int, size: int = 64, answer: int = 64, pause: float = 0.0) -> None:
         """`rounds` messages each way."""
+        __tracebackhide__ = True
         timeout = 10.0 + rounds * pause
         self.server.begin("echo", rounds=rounds, size=size, answer=answer, timeout=timeout)
         self.client.pingpong(rounds=rounds, size=size, answer=answer, pause=pause, timeout=timeout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any directory can be made to look like a cgroup here, by a mount table that says so of its device number."""
+"""Any directory can be made to look like a cgroup, by a mount table that says so of its device number."""
 
 from __future__ import annotations
 

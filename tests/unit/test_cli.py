@@ -14,6 +14,7 @@ import splicer
 from splicer import __version__
 from splicer.cli import main as cli
 from splicer.cli import version
+from splicer.config import KINDS
 from splicer.errors import SplicerError
 from splicer.model import REASONS
 
@@ -47,11 +48,9 @@ def test_flows_help_explains_every_reason(invoke: Invoke) -> None:
 
 def test_run_help_names_every_option_of_the_contract(invoke: Invoke) -> None:
     text = invoke("run", "--help").stdout
-    for option in (
-        "--cgroup --mode --blocking --config --ready-file --max-connections --run-dir --pin-dir --hot-reads "
-        "--print-config --debug --log-format --color"
-    ).split():
-        assert option in text
+    settings = ["--" + name.replace("_", "-") for name in KINDS]
+    for option in [*settings, "--config", "--print-config", "--color"]:
+        assert f" {option} " in text or f"[{option}]" in text
 
 
 def test_version(invoke: Invoke) -> None:

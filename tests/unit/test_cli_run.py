@@ -166,8 +166,10 @@ class TestPrivileges:
     def test_root_without_capabilities(self, run_dir: str) -> None:
         """For real: a child that is root by name only."""
         child = subprocess.run(
-            ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"]
-            + [sys.executable, "-m", "splicer", "run", "--run-dir", run_dir],
+            [
+                *("setpriv", "--bounding-set=-net_admin", "--inh-caps=-all"),
+                *(sys.executable, "-m", "splicer", "run", "--run-dir", run_dir),
+            ],
             cwd=Path(__file__).resolve().parents[2],
             capture_output=True,
             text=True,

@@ -134,7 +134,8 @@ def test_kubernetes_variables_do_not_matter() -> None:
 def test_services(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        '[[service]]\nport = 8080\nmode = "eager"\nblocking = "allow"\n[[service]]\nport = 1\n[[service]]\nport = 65535\n',
+        '[[service]]\nport = 8080\nmode = "eager"\nblocking = "allow"\n'
+        "[[service]]\nport = 1\n[[service]]\nport = 65535\n",
     )
     services = resolve({}, {}, config_file=file).settings.services
     assert services == (ServiceRule(8080, "eager", "allow"), ServiceRule(1), ServiceRule(65535))
@@ -192,7 +193,8 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         'cgroup = "/sys/fs/cgroup/a \\"b\\" \\\\ ü"\nready_file = "/tmp/r"\nstop_timeout = 2\ndebug = true\n'
-        '[[service]]\nport = 80\nmode = "eager"\n[[service]]\nport = 81\nblocking = "allow"\n[[service]]\nport = 82\n',
+        '[[service]]\nport = 80\nmode = "eager"\n'
+        '[[service]]\nport = 81\nblocking = "allow"\n[[service]]\nport = 82\n',
     )
     first = resolve({"mode": "off"}, {"SPLICER_HOT_READS": "9"}, config_file=file)
     text = render(first)

@@ -222,5 +222,5 @@ class TestTheTest:
             assert not any(find_foreign(found) for found in self.read(f"import {library}", module))
 
     def test_shared_objects(self) -> None:
-        source = 'x = ctypes.CDLL("libbpf.so.1")\ny = util.find_library("bcc")\n"""libbpf.so is opened elsewhere"""'
+        source = 'x = ctypes.CDLL("libbpf.so.1")\ny = util.find_library("bcc")\n"""libbpf.so, elsewhere"""'
         assert set(find_shared_objects(source)) == {("bpf", 1), ("bcc", 2)}

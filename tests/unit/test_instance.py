@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from splicer.errors import FAILURE, SplicerError
-from splicer.instance import AlreadyRunning, acquire, find_holder, prepare
+from splicer.instance import AlreadyRunningError, acquire, find_holder, prepare
 
 HOLD = """
 import sys
@@ -49,7 +49,7 @@ def test_the_lock_names_its_holder(run_dir: str) -> None:
 
 def test_a_second_instance_is_refused_and_names_the_first(run_dir: str) -> None:
     with hold(run_dir) as child:
-        with pytest.raises(AlreadyRunning) as caught:
+        with pytest.raises(AlreadyRunningError) as caught:
             acquire(run_dir, "/other")
         error = caught.value
         assert error.message == (
@@ -64,7 +64,7 @@ def test_a_second_instance_is_refused_and_names_the_first(run_dir: str) -> None:
 def test_unload_is_named_as_such(run_dir: str) -> None:
     with (
         hold(run_dir, "unload") as child,
-        pytest.raises(AlreadyRunning, match="splicer unload is at work") as caught,
+        pytest.raises(AlreadyRunningError, match="splicer unload is at work") as caught,
     ):
         acquire(run_dir, "/other")
     assert caught.value.holder.pid == child.pid
@@ -96,7 +96,7 @@ def test_a_holder_that_has_not_said_who_it_is(run_dir: str, content: str) -> Non
     path.write_text(content)
     with path.open("r+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(AlreadyRunning, match=r"already running \(pid unknown, run directory"):
+        with pytest.raises(AlreadyRunningError, match=r"already running \(pid unknown, run directory"):
             acquire(run_dir, "/x")
 
 
@@ -115,7 +115,8 @@ def test_a_removed_lock_file_is_not_mistaken_for_the_lock(
     run_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(run_dir) / "lock"
-    flock, removed = fcntl.flock, []
+    flock = fcntl.flock
+    removed: list[bool] = []
 
     def flock_after_removal(descriptor: int, operation: int) -> None:
         if not removed:
