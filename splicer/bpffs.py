@@ -23,7 +23,8 @@ class _StatFs(ct.Structure):
 
 def is_bpffs(path: str) -> bool:
     result = _StatFs()
-    return _libc.statfs(path.encode(), ct.byref(result)) == 0 and result.f_type == _BPF_FS_MAGIC
+    failed: int = _libc.statfs(path.encode(), ct.byref(result))
+    return not failed and bool(result.f_type == _BPF_FS_MAGIC)
 
 
 def _nearest_directory(path: str) -> str:
@@ -59,8 +60,8 @@ def release(mount_point: str | None) -> None:
         _libc.umount2(mount_point.encode(), _MNT_DETACH)
 
 
-def remove_tree(pin_dir: str) -> list[str]:
-    """Unpin everything below; returns the paths removed. Idempotent."""
+def remove_tree(pin_dir: str, *, keep_root: bool = False) -> list[str]:
+    """Unpin everything below, and the directory itself unless told; returns the paths removed. Idempotent."""
     removed = []
     for directory, _, names in os.walk(pin_dir, topdown=False):
         for name in names:
@@ -68,6 +69,7 @@ def remove_tree(pin_dir: str) -> list[str]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
                 removed.append(path)
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
+        if not (keep_root and directory == pin_dir):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
     return removed

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile, load and pin the BPF programs; run as a short-lived child: `python -m splicer.compiler`.
 
-bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child reads
-one JSON object from stdin ({pin_dir, max_connections, debug}) and prints one: {"ok": true, ...} or
+bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
+reads one JSON object from stdin ({pin_dir, max_connections, debug}) and prints one: {"ok": true, ...} or
 {"ok": false, "error", "hint", "exit_code", "log"}.
 
 This is the only module that imports bcc.
@@ -78,10 +78,18 @@ FIELDS = {
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
 
+class LoadError(SplicerError):
+    """Compiling or loading failed; `log` is all that clang or the verifier said."""
+
+    def __init__(self, message: str, log: str, **keys: Any) -> None:
+        super().__init__(message, **keys)
+        self.log = log
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Where a task's system call number and its third and fourth argument are in pt_regs (path, and bytes from
-    there), and the numbers of the reading calls (asm/unistd.h)."""
+    """Where a task's system call number and its third and fourth argument are in pt_regs (path, and bytes
+    from there), and the numbers of the reading calls (asm/unistd.h)."""
 
     call: str
     call_type: str
@@ -180,7 +188,7 @@ def join_sources(root: Path) -> str:
 
 
 def collect_macros(max_connections: int) -> list[str]:
-    """-D flags: offsets, masks, system call numbers, sizes. Raises SplicerError on a kernel lacking a field."""
+    """-D flags: offsets, masks, system call numbers, sizes. Raises SplicerError if a field is missing."""
     btf = Btf()
     try:
         flags = []
@@ -204,7 +212,8 @@ def collect_macros(max_connections: int) -> list[str]:
                 hint=f"supported: {', '.join(ARCHITECTURES)}",
                 exit_code=UNSUPPORTED,
             )
-        registers = (("call", (architecture.call, 0)), *zip(("arg3", "arg4"), architecture.arguments, strict=True))
+        arguments = zip(("arg3", "arg4"), architecture.arguments, strict=True)
+        registers = (("call", (architecture.call, 0)), *arguments)
         for name, (path, further) in registers:
             place = btf.locate(path)
             if place is None:
@@ -242,10 +251,14 @@ def _stderr_captured() -> Iterator[list[str]]:
             lines += sink.read().decode(errors="replace").splitlines()
 
 
+# How the verifier's closing lines begin.
+_STATISTICS = ("processed ", "verification time", "stack depth")
+
+
 def explain_refusal(name: str, number: int, log: str) -> str:
     """The verifier's reason in one line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))]
+    lines = [line for line in lines if not line.startswith(_STATISTICS)]
     detail = lines[-1] if lines else os.strerror(number)
     return f"the kernel refused the {name} program: {detail}"
 
@@ -272,9 +285,7 @@ def _compile(flags: list[str]) -> Any:
             module = None
     if module is None:
         first = next((line for line in said if "error:" in line), said[-1] if said else "no message")
-        error = SplicerError(f"the BPF programs do not compile: {first}", exit_code=FAILURE)
-        error.log = "\n".join(said)  # type: ignore[attr-defined]
-        raise error
+        raise LoadError(f"the BPF programs do not compile: {first}", "\n".join(said))
     return module
 
 
@@ -308,21 +319,24 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
                     exit_code=UNSUPPORTED,
                 )
             function = program.function.encode()
-            code = ct.string_at(
-                lib.bpf_function_start(module.module, function), lib.bpf_function_size(module.module, function)
-            )
+            start = lib.bpf_function_start(module.module, function)
+            code = ct.string_at(start, lib.bpf_function_size(module.module, function))
             fd, log = libbpf.load_program(
-                program.kind, program.name, code, attach_type=program.attach_type, btf_id=target, verbose=debug
+                program.kind,
+                program.name,
+                code,
+                attach_type=program.attach_type,
+                btf_id=target,
+                verbose=debug,
             )
             logs[program.name] = log
             if fd < 0:
-                error = SplicerError(
+                raise LoadError(
                     explain_refusal(program.name, -fd, log),
+                    log,
                     hint="run again with --debug for the verifier's log",
                     exit_code=UNSUPPORTED,
                 )
-                error.log = log  # type: ignore[attr-defined]
-                raise error
             pin(fd, "programs", program.name)
             if program.name == "verdict":
                 libbpf.attach_program_to_map(fd, lib.bpf_table_fd(module.module, b"spliced"))
@@ -356,7 +370,8 @@ def main() -> int:
             "log": getattr(error, "log", ""),
         }
     except OSError as error:
-        reply = {"ok": False, "error": f"cannot load the BPF programs: {error.strerror}", "exit_code": FAILURE}
+        message = f"cannot load the BPF programs: {error.strerror}"
+        reply = {"ok": False, "error": message, "exit_code": FAILURE}
     json.dump(reply, sys.stdout)
     return 1
 

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
 from splicer.logs import Logger
@@ -35,7 +36,7 @@ BACKLOG = 64
 # Address of a unix socket: 108 bytes with the closing zero (unix(7)).
 _ADDRESS_LIMIT = 107
 
-Handler = Callable[[Mapping[str, object]], Mapping[str, object]]
+Handler = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 class _RefusedError(Exception):

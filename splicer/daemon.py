@@ -28,6 +28,7 @@ from splicer.layout import (
 )
 from splicer.logs import Logger
 from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Status, Totals
+from splicer.sweep import Sweeper
 
 # Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
 QUEUE_MESSAGES = 1024
@@ -55,7 +56,7 @@ class Daemon:
         self._started = time.monotonic()
         self._kernel_class = ""
         self._generation: generation.Generation
-        self._sweeper: generation.Sweeper
+        self._sweeper: Sweeper
         # Namespace cookie to processes likely to be in it, with something to do there.
         self._to_adopt: dict[int, set[int]] = {}
         self._to_drain: dict[int, set[int]] = {}

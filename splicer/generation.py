@@ -12,6 +12,7 @@ The links keep the programs attached when the daemon dies.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from splicer import bpffs, compiler, instance, libbpf
+from splicer import bpffs, compiler, libbpf
 from splicer.cgroups import Cgroup
 from splicer.config import Settings
 from splicer.errors import FAILURE, SplicerError
@@ -39,6 +40,7 @@ class Generation:
     links: dict[str, int]
     taken_over: bool
     mounted: str | None = None
+    lock: int = -1
 
     def sweeper(self) -> Sweeper:
         return Sweeper(self.links["adopt"], self.links["watch"], self.maps)
@@ -52,10 +54,17 @@ class Generation:
         self.maps.clear()
         self.links.clear()
 
+    def release(self) -> None:
+        """Let another daemon have the pin directory."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
     def remove(self) -> list[str]:
         """Detach and unpin. Ends still in the SOCKHASH keep it alive until they are closed."""
         self.close()
         removed = bpffs.remove_tree(self.pin_dir)
+        self.release()
         bpffs.release(self.mounted)
         return removed
 
@@ -69,6 +78,21 @@ def _read_note(pin_dir: str, name: str) -> str:
         return os.readlink(_path(pin_dir, name))
     except OSError:
         return ""
+
+
+def _lock(pin_dir: str) -> int:
+    """Descriptor of the pin directory, locked for as long as it is open. A crash releases the lock."""
+    os.makedirs(pin_dir, mode=0o700, exist_ok=True)
+    fd = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise SplicerError(
+            f"the pin directory is in use by another splicer ({pin_dir})",
+            hint="give this one another --pin-dir",
+        ) from error
+    return fd
 
 
 def exists(pin_dir: str) -> bool:
@@ -159,37 +183,56 @@ def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
     mounted = bpffs.prepare(settings.pin_dir)
     if mounted:
         log.info("bpffs_mounted", path=mounted)
-    build = compiler.identify_build(settings.max_connections)
-    place = f"{cgroup.id}:{cgroup.path}"
-    if exists(settings.pin_dir):
-        same = (
-            _read_note(settings.pin_dir, "build") == build and _read_note(settings.pin_dir, "cgroup") == place
-        )
-        if same:
-            with contextlib.suppress(libbpf.KernelError):
-                generation = open_pinned(settings.pin_dir)
-                log.info("generation_taken_over", build=build)
-                return generation
-        log.info("generation_replaced", old=_read_note(settings.pin_dir, "build"), new=build)
-        _drain_and_remove(settings.pin_dir, settings.stop_timeout)
+    lock = _lock(settings.pin_dir)
     try:
-        request = {
-            "pin_dir": settings.pin_dir,
-            "max_connections": settings.max_connections,
-            "debug": settings.debug,
-        }
+        generation = _take_over(settings, cgroup, log) or _load(settings, cgroup, log)
+    except BaseException:
+        os.close(lock)
+        bpffs.release(mounted)
+        raise
+    generation.lock = lock
+    generation.mounted = mounted
+    return generation
+
+
+def _describe(cgroup: Cgroup) -> str:
+    return f"{cgroup.id}:{cgroup.path}"
+
+
+def _take_over(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation | None:
+    """The generation that is pinned, if it is ours; another one is drained and removed."""
+    if not exists(settings.pin_dir):
+        return None
+    build = compiler.identify_build(settings.max_connections)
+    pinned = _read_note(settings.pin_dir, "build")
+    if pinned == build and _read_note(settings.pin_dir, "cgroup") == _describe(cgroup):
+        with contextlib.suppress(libbpf.KernelError):
+            generation = open_pinned(settings.pin_dir)
+            log.info("generation_taken_over", build=build)
+            return generation
+    left, _ = _drain_and_remove(settings.pin_dir, settings.stop_timeout)
+    log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
+    return None
+
+
+def _load(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
+    build = compiler.identify_build(settings.max_connections)
+    request = {
+        "pin_dir": settings.pin_dir,
+        "max_connections": settings.max_connections,
+        "debug": settings.debug,
+    }
+    try:
         _run_compiler(request, log)
-        # The daemon writes the settings before anything is attached, see Daemon.
         os.symlink(build, _path(settings.pin_dir, "build"))
-        os.symlink(place, _path(settings.pin_dir, "cgroup"))
+        os.symlink(_describe(cgroup), _path(settings.pin_dir, "cgroup"))
+        # The settings map is all zero: attached, and idle until the daemon writes the policy.
         _attach(settings.pin_dir, cgroup)
         generation = open_pinned(settings.pin_dir)
     except BaseException:
         bpffs.remove_tree(settings.pin_dir)
-        bpffs.release(mounted)
         raise
     generation.taken_over = False
-    generation.mounted = mounted
     log.info("generation_loaded", build=build)
     return generation
 
@@ -200,25 +243,28 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
     try:
         generation = open_pinned(pin_dir)
     except libbpf.KernelError:
-        return 0, bpffs.remove_tree(pin_dir)  # half a generation never spliced anything
+        return 0, bpffs.remove_tree(pin_dir, keep_root=True)  # half a generation never spliced anything
     try:
         left = generation.sweeper().drain("stop", timeout)
     finally:
         generation.close()
-    return left, bpffs.remove_tree(pin_dir)
+    return left, bpffs.remove_tree(pin_dir, keep_root=True)
 
 
 def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
     """Drain and remove what a dead daemon left behind; returns lines that say what was done.
 
-    Raises AlreadyRunning if a live daemon holds the run directory.
+    The caller holds the instance lock of `run_dir`, so no daemon starts there meanwhile. Raises SplicerError
+    if a daemon with another run directory uses the pins.
     """
-    holder = instance.find_holder(run_dir)
-    if holder is not None:
-        raise instance.AlreadyRunning(holder)
     if not exists(pin_dir):
         return []
-    left, removed = _drain_and_remove(pin_dir, timeout)
+    lock = _lock(pin_dir)
+    try:
+        left, removed = _drain_and_remove(pin_dir, timeout)
+        bpffs.remove_tree(pin_dir)
+    finally:
+        os.close(lock)
     lines = [f"removed {path}" for path in removed]
     if left:
         lines.append(

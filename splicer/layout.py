@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The structures of bpf/types.h as bytes. Everything is in host byte order; a kernel test compares the sizes."""
+"""The structures of bpf/types.h as bytes. Everything is in host byte order; tests compare the two."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def format_endpoint(words: tuple[int, ...], port: int) -> str:
 
 @dataclass(frozen=True)
 class End:
-    """One end of a pair: its own address and its peer's as it sees them, netns cookie, reader's process id."""
+    """One end of a pair: its address and its peer's as it sees them, netns cookie, reader's process id."""
 
     local: str
     remote: str

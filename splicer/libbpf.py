@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps, programs, links, iterators and the ring buffer, through libbpf's C API.
 
-libbpf comes with python3-bpfcc. The daemon works on pinned objects through this module alone, so it never loads
-bcc and the LLVM behind it. Functions raise KernelError, an OSError with the name of the operation in it.
+libbpf comes with python3-bpfcc. The daemon works on pinned objects through this module alone, so it never
+loads bcc and the LLVM behind it. Functions raise KernelError, an OSError that names the operation.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class Map:
 
     def set(self, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
         check(
-            get_library().bpf_map_update_elem(self.fd, key, value, ct.c_uint64(flags)), f"update of {self.name}"
+            get_library().bpf_map_update_elem(self.fd, key, value, ct.c_uint64(flags)),
+            f"update of {self.name}",
         )
 
     def delete(self, key: bytes) -> bool:
@@ -275,7 +276,9 @@ def attach_program_to_map(program_fd: int, map_fd: int) -> None:
 
 def link_cgroup(program_fd: int, cgroup_fd: int, attach_type: int) -> int:
     """Attach to a cgroup beside other programs (links always use BPF_F_ALLOW_MULTI)."""
-    return check(get_library().bpf_link_create(program_fd, cgroup_fd, attach_type, None), "attach to the cgroup")
+    return check(
+        get_library().bpf_link_create(program_fd, cgroup_fd, attach_type, None), "attach to the cgroup"
+    )
 
 
 def link_tracepoint(program_fd: int) -> int:
@@ -292,7 +295,8 @@ def link_iterator(program_fd: int, map_fd: int | None = None) -> int:
         options.iter_info = ct.cast(ct.pointer(target), ct.c_void_p)
         options.iter_info_len = ct.sizeof(target)
     return check(
-        get_library().bpf_link_create(program_fd, 0, BPF_TRACE_ITER, ct.byref(options)), "make an iterator link"
+        get_library().bpf_link_create(program_fd, 0, BPF_TRACE_ITER, ct.byref(options)),
+        "make an iterator link",
     )
 
 

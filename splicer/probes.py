@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this kernel does with redirected bytes, found by trying it on a scratch SOCKHASH.
 
-Versions are never compared: distributions backport. A probe answers yes or no, or raises KernelError when it could
-not find out.
+Versions are never compared: distributions backport. A probe answers yes or no, or raises KernelError when it
+could not find out.
 """
 
 from __future__ import annotations

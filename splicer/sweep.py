@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from splicer import libbpf
 from splicer.layout import SWEEP, KernelSettings, Pair, read_pair
@@ -34,7 +35,11 @@ class Sweeper:
     """The iterators and maps of one generation of programs."""
 
     def __init__(
-        self, adopt_link: int, watch_link: int, maps: Mapping[str, libbpf.Map], directory: Directory | None = None
+        self,
+        adopt_link: int,
+        watch_link: int,
+        maps: Mapping[str, libbpf.Map],
+        directory: Directory | None = None,
     ) -> None:
         self._adopt = adopt_link
         self._watch = watch_link
@@ -80,17 +85,19 @@ class Sweeper:
     def pairs(self) -> list[Pair]:
         return [read_pair(value) for _, value in self._maps["pairs"].items()]
 
-    def change_settings(self, **changes: int | bool) -> None:
+    def change_settings(self, **changes: Any) -> None:
         """Rewrite single fields of the settings map."""
         raw = self._maps["settings"].get(_ZERO)
         if raw is not None:
-            self._maps["settings"].set(_ZERO, dataclasses.replace(KernelSettings.unpack(raw), **changes).pack())
+            self._maps["settings"].set(
+                _ZERO, dataclasses.replace(KernelSettings.unpack(raw), **changes).pack()
+            )
 
     def drain(self, reason: str, timeout: float) -> int:
         """Take every end out of the SOCKHASH; no verdict redirects from here on.
 
-        Returns the number of pairs still in it after `timeout` seconds: their readers do not read. That is safe,
-        see ARCHITECTURE.md. The caller decides whether splicing goes on afterwards.
+        Returns the number of pairs still in it after `timeout` seconds: their readers do not read. That is
+        safe, see ARCHITECTURE.md. The caller decides whether splicing goes on afterwards.
         """
         self.change_settings(splicing=0, stopping=REASON_NAMES.index(reason))
         deadline = time.monotonic() + timeout

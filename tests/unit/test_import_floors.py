@@ -23,10 +23,10 @@ PACKAGE = Path(splicer.__file__).resolve().parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "model", "text", "layout"),
-    ("config", "policy", "stats"),
-    ("libbpf", "btf", "compiler", "namespaces", "cgroups", "bpffs", "process", "logs"),
-    ("probes", "generation", "control", "instance"),
-    ("daemon", "sweep"),
+    ("config",),
+    ("libbpf", "btf", "compiler", "namespaces", "cgroups", "bpffs", "logs"),
+    ("probes", "generation", "sweep", "control", "instance"),
+    ("daemon",),
     ("cli", "__main__"),
 )
 FLOOR_OF = {module: number for number, modules in enumerate(FLOORS) for module in modules}
