@@ -126,7 +126,7 @@ def find_class() -> KernelClass:
 
 
 def require_class() -> KernelClass:
-    """The kernel's class, if splicer can keep its promises there. Raises SplicerError (exit code 4) if not."""
+    """The kernel's class. Raises SplicerError (exit code 4) if splicer could not keep its promises there."""
     try:
         found = find_class()
     except libbpf.KernelError as error:
@@ -137,13 +137,13 @@ def require_class() -> KernelClass:
         ) from error
     if found.name == "A":
         raise SplicerError(
-            "on this kernel FIONREAD does not count redirected bytes (class A), so nginx and others would hang",
+            "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang",
             hint="use a kernel with the fix: Linux 6.6.128, 6.12.75, 6.18.14, 6.19 or a later one",
             exit_code=UNSUPPORTED,
         )
     if not found.accounts_memory:
         raise SplicerError(
-            "this kernel does not charge redirected bytes to the receiver, so a sender could not be held back",
+            "this kernel does not charge redirected bytes to the receiver; a sender could not be held back",
             hint="use a newer kernel",
             exit_code=UNSUPPORTED,
         )
