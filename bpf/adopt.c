@@ -16,15 +16,20 @@
  * sender's psock tells: a system call on a spliced socket holds a reference to
  * it from before the verdict until after the message was queued. One reference
  * is the map's. So: state DRAINING, then the sender's psock seen with the
- * map's reference only (any later send passes), then the reader's queue seen
- * empty under its lock.
+ * map's reference only (any later send passes) or, by the verdict of its next
+ * send, with one more; then the reader's queue seen empty under its lock.
  */
 
 /* A sender that looks busy this long after its last redirect is waiting in TCP. */
 #define SETTLE_NS		1000000000ULL
-/* Sweeps without a quiet moment before adoption gives up for BUSY_RETRY_NS. */
-#define MAX_ATTEMPTS		64
-#define BUSY_RETRY_NS		2000000000ULL
+/* Visits without a quiet moment before adoption gives up for a while. */
+#define MAX_ATTEMPTS		32
+/*
+ * An end that is in and only passes is slower than plain TCP, so one end alone
+ * does not stay for long.
+ */
+#define MAX_HALF		12
+#define BUSY_RETRY_NS		250000000ULL
 /* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
 #define REFUSED_RETRY_NS	10000000000ULL
 /* Doubled at each drain of the same pair, so that it does not flap. */
@@ -50,6 +55,15 @@ static __always_inline int is_caught_up(void *tp, struct end *peer)
 	PROBE(write_seq, peer->sk, tcp_sock_write_seq);
 	PROBE(cookie, peer->sk, sock_skc_cookie);
 	return cookie == peer->cookie && write_seq == copied_seq;
+}
+
+/* The peer has read all that we ever sent through TCP. */
+static __always_inline int is_read_by(void *tp, struct end *peer)
+{
+	u32 copied_seq = 0;
+
+	PROBE(copied_seq, peer->sk, tcp_sock_copied_seq);
+	return copied_seq == FIELD(tp, u32, tcp_sock_write_seq);
 }
 
 /* No system call of the peer is on its way to or from our queue. */
@@ -84,27 +98,30 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 static __always_inline void
 try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 {
-	u32 reason = find_misfit(tp, p, e);
+	u32 reason = find_misfit(tp, p, e), half;
 
 	if (reason) {
 		refuse(p, reason, REFUSED_RETRY_NS);
 		return;
 	}
 	e->flags |= END_FIT;
-	if (++p->attempts > MAX_ATTEMPTS) {
-		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
+	half = (e->flags | peer->flags) & END_IN_MAP;
+	if (++p->attempts > MAX_ATTEMPTS || (half && ++p->half > MAX_HALF)) {
+		refuse(p, REASON_BUSY, BUSY_RETRY_NS << (p->drains < 6 ? p->drains : 6));
 		return;
 	}
-	if (e->flags & END_IN_MAP)
+	if (e->flags & END_IN_MAP || !(peer->flags & END_FIT))
 		goto later;
-	if (!(peer->flags & END_FIT))
+	/* Nothing unread here, nothing on its way here ... */
+	if (unread_bytes(tp) || !is_caught_up(tp, peer))
 		goto later;
-	if (unread_bytes(tp))
-		goto later;
-	if (!(peer->flags & END_IN_MAP)) {
+	if (!half) {
+		/* ... and nothing the other way: a stream would not let the second in. */
+		if (!is_read_by(tp, peer))
+			goto later;
 		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
 			goto later;
-	} else if (!is_caught_up(tp, peer) || !is_quiet(peer)) {
+	} else if (!is_quiet(peer)) {
 		goto later;
 	}
 
@@ -121,8 +138,10 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 		return;
 	}
 	e->flags |= END_IN_MAP;
-	if (!(peer->flags & END_IN_MAP))
+	if (!half) {
+		p->half = 0;
 		goto later;
+	}
 
 	p->reason = REASON_NONE;
 	p->changed_ns = bpf_ktime_get_ns();
@@ -130,6 +149,8 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	p->dir[SERVER].burst = 0;
 	p->dir[CLIENT].primed = 0;
 	p->dir[SERVER].primed = 0;
+	p->dir[CLIENT].settled = 0;
+	p->dir[SERVER].settled = 0;
 	p->was_spliced = 1;
 	WRITE_ONCE(p->state, STATE_SPLICED);
 	count(COUNT_SPLICED, 1);
@@ -142,6 +163,8 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	return;
 later:
 	count_sweep(SWEEP_TO_ADOPT);
+	if ((e->flags | peer->flags) & END_IN_MAP)
+		count_sweep(SWEEP_HALF);
 }
 
 static __always_inline int is_psock_empty(void *tp)
@@ -155,15 +178,29 @@ static __always_inline int is_psock_empty(void *tp)
 	return first == head;
 }
 
+static __always_inline u64 get_cool_down(struct pair *p)
+{
+	switch (p->reason) {
+	case REASON_REQUEST:
+		return 0;
+	case REASON_BUSY:
+		return BUSY_RETRY_NS << p->drains;
+	default:
+		return COOL_DOWN_NS << p->drains;
+	}
+}
+
 static __always_inline void
-try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
+try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer,
+	     struct direction *inbound)
 {
 	u64 now = bpf_ktime_get_ns();
 	u32 lowat;
 
 	if (!(e->flags & END_IN_MAP))
 		return;
-	if (!is_quiet(peer) && now - p->changed_ns < SETTLE_NS)
+	if (!READ_ONCE(inbound->settled) && !is_quiet(peer) &&
+	    now - p->changed_ns < SETTLE_NS)
 		goto later;
 	if (!is_psock_empty(tp))
 		goto later;
@@ -185,7 +222,7 @@ try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer
 	p->end[SERVER].stuck_seq = 0;
 	if (p->drains < 6)
 		p->drains++;
-	p->retry_ns = p->reason == REASON_REQUEST ? 0 : now + (COOL_DOWN_NS << p->drains);
+	p->retry_ns = now + get_cool_down(p);
 	p->changed_ns = now;
 	WRITE_ONCE(p->state, STATE_PAIRED);
 	if (p->was_spliced)
@@ -227,7 +264,8 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 		WRITE_ONCE(p->state, STATE_DRAINING);
 	}
 	if (p->state == STATE_DRAINING)
-		try_take_out(sk, tp, p, e, peer);
+		try_take_out(sk, tp, p, e, peer,
+			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
 	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING)
 		try_adopt(sk, tp, p, e, peer);
 	return 0;

@@ -104,12 +104,14 @@ struct direction {
 	u64 redirected_messages;
 	u64 passed_messages;
 	u64 mark_bytes;		/* redirected_bytes when the mark was set */
-	u64 mark_messages;
-	u64 read_messages;	/* at least so many redirected messages were read */
+	u32 mark_messages;
+	u32 read_messages;	/* at least so many redirected messages were read */
 	u32 answered;		/* the other direction's messages, at the last look */
 	u32 primed;		/* blocking readers: one message went through TCP */
 	u32 burst;		/* messages since the other direction spoke */
-	u32 burst_bytes;	/* their size, saturating */
+	u32 burst_bytes;	/* their size */
+	u32 settled;		/* draining: every redirected message has arrived */
+	u32 pad;
 };
 
 struct pair {
@@ -123,9 +125,11 @@ struct pair {
 	u32 announced;
 	u32 allow_blocking;	/* policy at the time of pairing */
 	u32 was_spliced;	/* since it was last plain */
-	u32 attempts;		/* sweeps that found no quiet moment */
+	u32 attempts;		/* visits that found no quiet moment */
+	u32 half;		/* visits since the first end went in */
 	u32 drains;		/* lengthens the cool-down */
 	u32 watched;		/* the watch was told about it */
+	u32 pad;
 	struct direction dir[2];
 };
 
@@ -198,6 +202,7 @@ enum sweep_counter {
 	SWEEP_ADOPTED,		/* pairs that became spliced */
 	SWEEP_DRAINED,		/* pairs that became plain */
 	SWEEP_TO_ADOPT,		/* ends that still wait for adoption */
+	SWEEP_HALF,		/* ends of pairs with one end in */
 	SWEEP_TO_DRAIN,		/* ends that still wait to be taken out */
 	SWEEP_STUCK,		/* watch: ends whose TCP bytes did not move */
 	SWEEP_UNREAD,		/* watch: ends with TCP bytes to look at again */

@@ -25,7 +25,7 @@ static __always_inline int is_overfull(struct settings *s, struct direction *d,
 		d->mark_messages = d->redirected_messages;
 	}
 	return queued + size > s->queue_bytes ||
-	       d->redirected_messages - d->read_messages >= s->queue_messages;
+	       (u32)d->redirected_messages - d->read_messages >= s->queue_messages;
 }
 
 /*
@@ -51,6 +51,24 @@ static __always_inline int is_small_stream(struct settings *s, struct direction 
 	}
 	return d->burst >= s->stream_messages &&
 	       d->burst_bytes < d->burst * s->stream_size;
+}
+
+/*
+ * No verdict of this pair redirects any more. If the map and this system call
+ * hold the only references to our psock, no other call is between its verdict
+ * and the peer's queue either: everything redirected in this direction has
+ * arrived. See adopt.c; a sender that never rests would not be seen quiet there.
+ */
+static __always_inline void note_settled(struct direction *d, void *tp)
+{
+	u64 psock = FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
+	u32 references = 0;
+
+	if (d->settled)
+		return;
+	PROBE(references, psock, sk_psock_refcnt);
+	if (references == 2)
+		WRITE_ONCE(d->settled, 1);
 }
 
 int verdict(struct sk_msg_md *msg)
@@ -85,8 +103,11 @@ int verdict(struct sk_msg_md *msg)
 		peer = &p->end[CLIENT];
 	}
 	s = get_settings();
-	if (!s || !s->splicing || READ_ONCE(p->state) != STATE_SPLICED)
+	if (!s || !s->splicing || READ_ONCE(p->state) != STATE_SPLICED) {
+		if (p->state == STATE_DRAINING)
+			note_settled(d, tp);
 		goto pass;
+	}
 
 	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
 	state = FIELD(tp, u8, sock_skc_state);

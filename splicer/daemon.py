@@ -39,6 +39,7 @@ STREAM_SIZE = 16 << 10
 # Sweeps for adoption may use about this share of one CPU; draining is more urgent.
 _ADOPT_SHARE = 0.05
 _ADOPT_PAUSE_S = 0.005
+_ADOPT_TURNS = 8
 _DRAIN_PAUSE_S = 0.001
 _DRAIN_PAUSE_MAX_S = 0.25
 _WATCH_SOON_S = 0.02
@@ -242,11 +243,12 @@ class Daemon:
 
     def _sweep_to_adopt(self) -> None:
         started = time.monotonic()
-        # The second end of a pair goes in at the second look; do not leave it half-way for long.
-        for _ in range(3):
+        # The ends of a pair go in one after the other; do not leave one alone for long.
+        for turn in range(_ADOPT_TURNS):
             counts = self._sweeper.adopt(self._to_adopt)
             if not counts.to_adopt:
                 self._to_adopt.clear()
+            if turn and not counts.half:
                 break
         ended = time.monotonic()
         self._adopt_at = ended + max(_ADOPT_PAUSE_S, (ended - started) / _ADOPT_SHARE)

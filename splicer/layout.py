@@ -36,15 +36,15 @@ class EventType(enum.IntEnum):
 
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I"
-_DIRECTION = "6Q 4I"
-PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 6I " + _DIRECTION + " " + _DIRECTION)
+_DIRECTION = "4Q 8I"
+PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 8I " + _DIRECTION + " " + _DIRECTION)
 SETTINGS = struct.Struct("=12I")
 POLICY = struct.Struct("=2I")
 EVENT = struct.Struct("=2I 2I 2Q 2I")
-SWEEP = ("seen", "adopted", "drained", "to_adopt", "to_drain", "stuck", "unread")
+SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain", "stuck", "unread")
 
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 4
-_DIRECTION_FIELDS = 10
+_DIRECTION_FIELDS = 12
 
 
 def format_endpoint(words: tuple[int, ...], port: int) -> str:
@@ -111,7 +111,7 @@ def read_pair(value: bytes) -> Pair:
     fields = PAIR.unpack(value)
     ends = fields[4:]
     rest = ends[2 * _END_FIELDS :]
-    directions = rest[9:]
+    directions = rest[11:]
     return Pair(
         id=(fields[0], fields[1]),
         state=fields[2],

@@ -26,6 +26,7 @@ class Counts:
     adopted: int = 0
     drained: int = 0
     to_adopt: int = 0
+    half: int = 0
     to_drain: int = 0
     stuck: int = 0
     unread: int = 0

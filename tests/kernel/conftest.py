@@ -73,8 +73,12 @@ def shared_host(_prerequisites: None) -> Iterator[Host]:
 def host(shared_host: Host) -> Iterator[Host]:
     """splicer with the services of support/host.py, shared by a module's tests; peers live for one test."""
     assert shared_host.daemon.alive, f"splicer run has ended:\n{shared_host.daemon.tail()}"
+    shared_host.expected_rescues = 0
+    rescued = shared_host.daemon.totals()["rescued"]
     yield shared_host
     shared_host.stop_peers()
+    rescued = shared_host.daemon.totals()["rescued"] - rescued
+    assert rescued <= shared_host.expected_rescues, "a connection had to be rescued"
 
 
 @pytest.fixture(params=["plain", "spliced"])

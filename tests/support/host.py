@@ -52,6 +52,7 @@ class Host:
         self.directory = Path(tempfile.mkdtemp(prefix="splicer-test-"))
         self.run_dir = self.directory / "run"
         self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
+        self.expected_rescues = 0
         self._peers: list[Peer] = []
         self._daemons: list[Daemon] = []
         self._names = itertools.count()

@@ -141,6 +141,41 @@ class Connection:
         return data
 
 
+class Visit:
+    """One connection of `churn`: asks, and compares the echo."""
+
+    def __init__(self, family: int, host: str, port: int, rounds: int) -> None:
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock.connect((host, port))
+        self.sock.setblocking(False)
+        self.rounds = rounds
+        self.awaited = b""
+
+    def ask(self, blob: bytes, chance: random.Random, largest: int) -> None:
+        start, size = chance.randrange(len(blob) - largest), chance.randint(1, largest)
+        # What the kernel does not take now is not asked: the echo tells nothing about messages.
+        taken = self.sock.send(blob[start : start + size])
+        self.awaited = blob[start : start + taken]
+        self.rounds -= 1
+
+    def hear(self, done: dict[str, int]) -> bool:
+        """Read once; True if the visit is over."""
+        data = self.sock.recv(1 << 16)
+        done["wrong"] += not self.awaited.startswith(data) or not data
+        self.awaited = self.awaited[len(data) :]
+        done["rounds"] += not self.awaited
+        return not data or (not self.awaited and self.rounds == 0)
+
+    def leave(self, chance: random.Random) -> None:
+        how = chance.randrange(3)
+        with contextlib.suppress(OSError):
+            if how == 0:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif how == 1:
+                self.sock.send(b"and one more that nobody reads")
+        self.sock.close()
+
+
 class Peer:
     """The operations; each public method is one, and its arguments are the fields of the command."""
 
@@ -535,6 +570,76 @@ class Peer:
         poller.close()
         return {"messages": messages, "full": full}
 
+    def serve(self, listener: str, seconds: float, timeout: float = 10.0) -> int:
+        """Accept and echo, non-blocking with epoll, for some time and until all have gone; how many came."""
+        door = self._listeners[listener]
+        door.setblocking(False)
+        poller = select.epoll()
+        poller.register(door, select.EPOLLIN)
+        guests: dict[int, tuple[socket.socket, bytearray]] = {}
+        end, count = time.monotonic() + seconds, 0
+        while time.monotonic() < end or guests:
+            if time.monotonic() > end + timeout:
+                raise Overdue(len(guests))
+            for fd, _ in poller.poll(0.05):
+                if fd == door.fileno():
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            sock, _ = door.accept()
+                            sock.setblocking(False)
+                            guests[sock.fileno()] = (sock, bytearray())
+                            poller.register(sock, select.EPOLLIN)
+                            count += 1
+                elif not _echo(*guests[fd]):
+                    guests.pop(fd)[0].close()
+                else:
+                    poller.modify(fd, select.EPOLLIN | (select.EPOLLOUT if guests[fd][1] else 0))
+        poller.close()
+        return count
+
+    def churn(
+        self,
+        family: int,
+        host: str,
+        port: int,
+        seconds: float,
+        seed: int,
+        together: int = 12,
+        rounds: int = 80,
+        largest: int = 6000,
+        timeout: float = 10.0,
+    ) -> dict[str, int]:
+        """Connections to `serve`, some at a time, each for a random number of rounds, ended in some way."""
+        chance = random.Random(seed)
+        blob = random.Random(seed + 1).randbytes(1 << 20)
+        poller = select.epoll()
+        visits: dict[int, Visit] = {}
+        done = {"connections": 0, "rounds": 0, "wrong": 0, "broken": 0}
+        end = time.monotonic() + seconds
+        while visits or time.monotonic() < end:
+            if time.monotonic() > end + timeout:
+                raise Overdue(done)
+            while len(visits) < together and time.monotonic() < end:
+                visit = Visit(family, host, port, chance.randint(1, rounds))
+                visits[visit.sock.fileno()] = visit
+                poller.register(visit.sock, select.EPOLLIN)
+                done["connections"] += 1
+                visit.ask(blob, chance, largest)
+            for fd, _ in poller.poll(0.05):
+                visit = visits[fd]
+                try:
+                    finished = visit.hear(done)
+                except OSError:
+                    done["broken"] += 1
+                    finished = True
+                if finished:
+                    poller.unregister(fd)
+                    visits.pop(fd).leave(chance)
+                elif not visit.awaited:
+                    visit.ask(blob, chance, largest)
+        poller.close()
+        return done
+
     # endings
 
     def shutdown(self, conn: str, how: int) -> None:
@@ -646,6 +751,22 @@ class Peer:
         for sock in [*self._listeners.values(), *(c.sock for c in self._connections.values())]:
             with contextlib.suppress(OSError):
                 sock.close()
+
+
+def _echo(sock: socket.socket, waiting: bytearray) -> bool:
+    """Read once and send back what is possible; False at the end of the connection."""
+    try:
+        if not waiting:
+            data = sock.recv(1 << 16)
+            if not data:
+                return False
+            waiting += data
+        del waiting[: sock.send(waiting)]
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def _apply(sock: socket.socket, options: list[list[int]] | None) -> None:

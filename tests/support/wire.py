@@ -40,10 +40,10 @@ class Wire:
         self.heat(made)
         return made
 
-    def redirected(self, pair: Pair) -> int:
-        """How many messages of the connection have been redirected."""
+    def redirected_bytes(self, pair: Pair) -> int:
+        """How much of the connection has been redirected."""
         flow = self.host.find_flow(pair) if self.spliced else None
-        return 0 if flow is None else int(flow["redirected_messages"])
+        return 0 if flow is None else int(flow["redirected_bytes"])
 
 
 def _places(client: str, server: str) -> tuple[str, str]:
