@@ -98,8 +98,11 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 static __always_inline void
 try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 {
-	u32 reason = find_misfit(tp, p, e), half;
+	u32 reason = find_misfit((u64)tp, p, e), half;
 
+	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
+	    FIELD(tp, u8, sock_sk_shutdown))
+		reason = REASON_CLOSING;
 	if (reason) {
 		refuse(p, reason, REFUSED_RETRY_NS);
 		return;
@@ -149,6 +152,8 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	p->dir[SERVER].burst = 0;
 	p->dir[CLIENT].primed = 0;
 	p->dir[SERVER].primed = 0;
+	p->dir[CLIENT].fit = 1;
+	p->dir[SERVER].fit = 1;
 	p->dir[CLIENT].settled = 0;
 	p->dir[SERVER].settled = 0;
 	p->was_spliced = 1;

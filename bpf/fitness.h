@@ -1,41 +1,82 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What keeps a socket from being spliced, read from the socket itself. */
+/*
+ * What keeps a socket from being spliced, read from the socket itself.
+ *
+ * The address may be stale: the caller compares the cookie afterwards, and a
+ * wrong answer costs a splice and never a byte.
+ */
 
-/* What a psock cannot serve; 0 if nothing stands in the way. */
-static __always_inline u32 find_misfit(void *tp, struct pair *p, struct end *e)
+static __always_inline u32 find_misfit_option(u64 sk)
 {
-	u64 socket = FIELD(tp, u64, sock_sk_socket), file = 0, ulp;
-	u32 flags = 0;
-	u32 tgid = e->tgid;
+	u32 rcvlowat = 0, tsflags = 0;
+	u64 flags = 0, pointer = 0, pacing = ~0UL;
+	u8 bits = 0;
+	int peek_off = -1;
 
-	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED)
-		return REASON_CLOSING;
-	if (FIELD(tp, u8, sock_sk_shutdown))
-		return REASON_CLOSING;
-	if (!socket || FIELD(tp, u8, sock_sk_kern_sock) & MASK_sock_sk_kern_sock)
-		return REASON_KERNEL;
-	PROBE(file, socket, socket_file);
-	if (!file)
-		return REASON_KERNEL;
-	PROBE(flags, file, file_f_flags);
-	if (!(flags & O_NONBLOCK) && !p->allow_blocking)
-		return REASON_BLOCKING;
-	if (tgid && splicers.lookup(&tgid))
-		return REASON_SPLICE;
-	if (FIELD(tp, u32, sock_sk_rcvlowat) > 1)
+	PROBE(rcvlowat, sk, sock_sk_rcvlowat);
+	if (rcvlowat > 1)
 		return REASON_RCVLOWAT;
-	if (FIELD(tp, u64, sock_sk_flags) & (1ULL << ENUM_SOCK_ZEROCOPY))
+	PROBE(flags, sk, sock_sk_flags);
+	if (flags & (1ULL << ENUM_SOCK_ZEROCOPY))
 		return REASON_ZEROCOPY;
-	ulp = FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops);
-	if (ulp)
+	PROBE(pointer, sk, inet_connection_sock_icsk_ulp_ops);
+	if (pointer)
 		return REASON_ULP;
 #ifdef OFF_tcp_sock_is_mptcp
-	if (FIELD(tp, u8, tcp_sock_is_mptcp) & MASK_tcp_sock_is_mptcp)
+	PROBE(bits, sk, tcp_sock_is_mptcp);
+	if (bits & MASK_tcp_sock_is_mptcp)
 		return REASON_MPTCP;
 #endif
-	if (FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
+	PROBE(bits, sk, tcp_sock_repair);
+	if (bits & MASK_tcp_sock_repair)
 		return REASON_REPAIR;
-	if ((int)FIELD(tp, u32, sock_sk_peek_off) >= 0)
+	PROBE(peek_off, sk, sock_sk_peek_off);
+	if (peek_off >= 0)
 		return REASON_PEEK_OFF;
+	PROBE(bits, sk, tcp_sock_recvmsg_inq);
+	PROBE(tsflags, sk, sock_sk_tsflags);
+	if (bits & MASK_tcp_sock_recvmsg_inq || tsflags ||
+	    flags & (1ULL << ENUM_SOCK_RCVTSTAMP))
+		return REASON_CMSG;
+	PROBE(pointer, sk, sock_sk_filter);
+	if (pointer)
+		return REASON_FILTER;
+	PROBE(pacing, sk, sock_sk_max_pacing_rate);
+	if (pacing != ~0UL)
+		return REASON_PACING;
 	return REASON_NONE;
+}
+
+/* The file tells whether the socket blocks; before accept() there is none. */
+static __always_inline u32 find_misfit_file(u64 sk, int allow_blocking)
+{
+	u64 socket = 0, file = 0;
+	u32 flags = 0;
+	u8 bits = 0;
+
+	PROBE(bits, sk, sock_sk_kern_sock);
+	if (bits & MASK_sock_sk_kern_sock)
+		return REASON_KERNEL;
+	PROBE(socket, sk, sock_sk_socket);
+	if (!socket)
+		return REASON_UNACCEPTED;
+	PROBE(file, socket, socket_file);
+	if (!file)
+		return REASON_UNACCEPTED;
+	PROBE(flags, file, file_f_flags);
+	if (!(flags & O_NONBLOCK) && !allow_blocking)
+		return REASON_BLOCKING;
+	return REASON_NONE;
+}
+
+static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e)
+{
+	u32 reason = find_misfit_file(sk, p->allow_blocking);
+	u32 tgid = e->tgid;
+
+	if (reason)
+		return reason;
+	if (tgid && splicers.lookup(&tgid))
+		return REASON_SPLICE;
+	return find_misfit_option(sk);
 }

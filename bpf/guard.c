@@ -5,27 +5,45 @@
  * adopt looks at the socket itself.
  */
 
-static __always_inline u32 is_unfit_option(int level, int name)
+static __always_inline u32 get_unfit_option(int level, int name)
 {
 	if (level == SOL_SOCKET) {
-		if (name == SO_RCVLOWAT)
+		switch (name) {
+		case SO_RCVLOWAT:
 			return REASON_RCVLOWAT;
-		if (name == SO_ZEROCOPY)
+		case SO_ZEROCOPY:
 			return REASON_ZEROCOPY;
-		if (name == SO_PEEK_OFF)
+		case SO_PEEK_OFF:
 			return REASON_PEEK_OFF;
+		case SO_TIMESTAMP:
+		case SO_TIMESTAMPNS:
+		case SO_TIMESTAMPING:
+		case SO_TIMESTAMP_NEW:
+		case SO_TIMESTAMPNS_NEW:
+		case SO_TIMESTAMPING_NEW:
+			return REASON_CMSG;
+		case SO_ATTACH_FILTER:
+		case SO_ATTACH_BPF:
+			return REASON_FILTER;
+		case SO_MAX_PACING_RATE:
+			return REASON_PACING;
+		}
 	} else if (level == SOL_TCP) {
-		if (name == TCP_ULP)
+		switch (name) {
+		case TCP_ULP:
 			return REASON_ULP;
-		if (name == TCP_REPAIR)
+		case TCP_REPAIR:
 			return REASON_REPAIR;
+		case TCP_INQ:
+			return REASON_CMSG;
+		}
 	}
 	return REASON_NONE;
 }
 
 int guard(struct bpf_sockopt *ctx)
 {
-	u32 reason = is_unfit_option(ctx->level, ctx->optname);
+	u32 reason = get_unfit_option(ctx->level, ctx->optname);
 	struct bpf_tcp_sock *tp;
 	struct pair_id id;
 	struct pair *p;

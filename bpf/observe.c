@@ -80,8 +80,14 @@ int observe(u64 *ctx)
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
 		reason = refuse_reader(p, get_reader(), tgid);
-		if (p->state == STATE_SPLICED && reason)
+		if (p->state != STATE_SPLICED)
+			return 0;
+		if (reason)
 			start_draining(p, reason);
+		else if (side == CLIENT)
+			p->dir[SERVER].primed = 1;
+		else
+			p->dir[CLIENT].primed = 1;
 		return 0;
 	}
 	if (p->announced)

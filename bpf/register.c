@@ -75,7 +75,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	struct rendezvous *r;
 	struct policy policy;
 
-	if (!s || !s->splicing)
+	if (!s || !s->registering)
 		return;
 	r = get_slot(id);
 	if (!r)
@@ -89,7 +89,9 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	r->in_map = 0;
 	if (s->has_eager) {
 		get_policy(s, r->key.remote_port, &policy);
-		if (policy.mode == MODE_EAGER && take_hint(&r->key)) {
+		if (policy.mode == MODE_EAGER && take_hint(&r->key) &&
+		    !find_misfit_file((u64)tp, policy.allow_blocking) &&
+		    !find_misfit_option((u64)tp)) {
 			struct end_key key = r->key;
 			int err = spliced.sock_hash_update(skops, &key, BPF_NOEXIST);
 			r->in_map = !err;
@@ -108,7 +110,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct pair *p;
 	int zero = 0;
 
-	if (!s || !s->splicing)
+	if (!s || !s->registering)
 		return;
 	client = get_slot(id);
 	if (!client || !is_same(client->id, id))
@@ -143,10 +145,10 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	if (client->in_map) {
 		int err = -1;
 
-		if (policy.mode == MODE_EAGER)
+		if (policy.mode == MODE_EAGER && !find_misfit_option((u64)tp))
 			err = spliced.sock_hash_update(skops, &p->end[SERVER].key, BPF_NOEXIST);
 		if (err) {
-			/* The policy of the port dialled was another one, or the map is full. */
+			/* An inherited option, a full map, or the dialled port has another policy. */
 			p->state = STATE_DRAINING;
 			p->reason = REASON_POLICY;
 		} else {

@@ -68,13 +68,17 @@ enum reason {
 	REASON_BUSY,		/* never quiet while adoption tried */
 	REASON_CLOSING,
 	REASON_WAITALL,
+	REASON_CMSG,
+	REASON_FILTER,
+	REASON_PACING,
+	REASON_UNACCEPTED,
 	NR_REASONS,
 };
 
 /* Bits of struct end.flags. */
 enum end_flag {
 	END_IN_MAP	= 1 << 0,	/* in the SOCKHASH */
-	END_FIT		= 1 << 1,	/* passed every check of adopt */
+	END_FIT		= 1 << 1,	/* passed every check */
 	END_PARTIAL	= 1 << 2,	/* was seen to leave bytes behind when reading */
 };
 
@@ -107,11 +111,11 @@ struct direction {
 	u32 mark_messages;
 	u32 read_messages;	/* at least so many redirected messages were read */
 	u32 answered;		/* the other direction's messages, at the last look */
-	u32 primed;		/* blocking readers: one message went through TCP */
+	u32 primed;		/* blocking readers: was seen to return with TCP bytes */
 	u32 burst;		/* messages since the other direction spoke */
 	u32 burst_bytes;	/* their size */
 	u32 settled;		/* draining: every redirected message has arrived */
-	u32 pad;
+	u32 fit;		/* the end it leads to passed every check */
 };
 
 struct pair {
@@ -165,7 +169,7 @@ struct settings {
 	u32 queue_bytes;	/* bound on redirected, unread bytes */
 	u32 stream_messages;	/* so many unanswered sends are a stream */
 	u32 stream_size;	/* a stream of messages at least so big stays */
-	u32 own_tgid;		/* the daemon itself */
+	u32 registering;	/* 0: new connections are left alone */
 };
 
 enum event_type {

@@ -73,7 +73,7 @@ static __always_inline void note_settled(struct direction *d, void *tp)
 
 int verdict(struct sk_msg_md *msg)
 {
-	u32 state, size, copied_seq = 0, queued = 0;
+	u32 state, size, reason, copied_seq = 0, queued = 0;
 	struct direction *d, *back;
 	u64 peer_sk, cookie = 0;
 	struct settings *s;
@@ -136,11 +136,21 @@ int verdict(struct sk_msg_md *msg)
 		goto pass_watched;
 	/*
 	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
-	 * and would not see redirected bytes; TCP bytes get it out of there.
+	 * and would not see redirected bytes. TCP bytes get it out of there;
+	 * observe sees it return.
 	 */
-	if (p->allow_blocking && !d->primed) {
-		d->primed = 1;
+	if (p->allow_blocking && !d->primed)
 		goto pass_watched;
+	if (!d->fit) {
+		/* Eager: inserted before anything was known about it. */
+		reason = find_misfit(peer_sk, p, peer);
+		if (reason == REASON_UNACCEPTED)
+			goto pass_watched;
+		if (reason) {
+			start_draining(p, reason);
+			goto pass;
+		}
+		d->fit = 1;
 	}
 	size = msg->size;
 	if (is_overfull(s, d, queued, size)) {

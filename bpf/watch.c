@@ -8,6 +8,10 @@
  * class B). Once it is out, the poke of adopt wakes that reader.
  */
 
+/* States in which rcv_nxt counts the peer's FIN. */
+#define FIN_RECEIVED	(TCPF(BPF_TCP_CLOSE_WAIT) | TCPF(BPF_TCP_LAST_ACK) | \
+			 TCPF(BPF_TCP_CLOSING) | TCPF(BPF_TCP_CLOSE))
+
 struct bpf_iter__sockmap {
 	void *meta;
 	void *map;
@@ -21,7 +25,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
-	u32 copied_seq, reason;
+	u32 copied_seq, reason, unread;
 	void *tp;
 
 	if (!key || !ctx->sk)
@@ -48,13 +52,16 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		return 0;
 	p->watched = 0;
 	/* O_NONBLOCK taken away, an option that guard did not see in time. */
-	reason = find_misfit(tp, p, e);
-	if (reason && reason != REASON_CLOSING) {
+	reason = find_misfit((u64)tp, p, e);
+	if (reason && reason != REASON_UNACCEPTED) {
 		start_draining(p, reason);
 		return 0;
 	}
 	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
-	if (!unread_bytes(tp)) {
+	unread = unread_bytes(tp);
+	if (unread && TCPF(FIELD(tp, u8, sock_skc_state)) & FIN_RECEIVED)
+		unread--;	/* the FIN waits behind redirected bytes, as it should */
+	if (!unread) {
 		e->stuck_seq = 0;
 		return 0;
 	}

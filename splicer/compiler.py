@@ -73,8 +73,13 @@ FIELDS = {
     "tcp_sock_repair": "tcp_sock.repair",
     "sk_psock_refcnt": "sk_psock.refcnt",
     "sk_psock_ingress_msg": "sk_psock.ingress_msg",
+    "sock_sk_tsflags": "sock.sk_tsflags",
+    "sock_sk_filter": "sock.sk_filter",
+    "sock_sk_max_pacing_rate": "sock.sk_max_pacing_rate",
+    "tcp_sock_recvmsg_inq": "tcp_sock.recvmsg_inq",
     "task_struct_flags": "task_struct.flags",
 }
+SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
 
@@ -204,9 +209,12 @@ def collect_macros(max_connections: int) -> list[str]:
                 if place is not None:
                     flags.append(f"-DOFF_{macro}={place.offset}")
                     flags.append(f"-DMASK_{macro}={place.mask or 0xFF}")
-        zerocopy = btf.find_enumerator("sock_flags", "SOCK_ZEROCOPY")
+        socket_flags = {name: btf.find_enumerator("sock_flags", name) for name in SOCKET_FLAGS}
         architecture = ARCHITECTURES.get(platform.machine())
-        if zerocopy is None or architecture is None:
+        missing = [name for name, value in socket_flags.items() if value is None]
+        if missing:
+            raise SplicerError(f"this kernel has no {', '.join(missing)}", exit_code=UNSUPPORTED)
+        if architecture is None:
             raise SplicerError(
                 f"splicer does not know this architecture ({platform.machine()})",
                 hint=f"supported: {', '.join(ARCHITECTURES)}",
@@ -221,7 +229,7 @@ def collect_macros(max_connections: int) -> list[str]:
             flags.append(f"-DOFF_pt_regs_{name}={place.offset + further}")
     finally:
         btf.close()
-    flags.append(f"-DENUM_SOCK_ZEROCOPY={zerocopy}")
+    flags += [f"-DENUM_{name}={value}" for name, value in socket_flags.items()]
     flags.append(f"-DCALL_TYPE={architecture.call_type}")
     flags += [f"-DSYSCALL_{name}={number}" for name, number in architecture.calls.items()]
     flags.append(f"-DPAGE_SIZE={os.sysconf('SC_PAGE_SIZE')}")

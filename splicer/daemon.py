@@ -128,6 +128,7 @@ class Daemon:
     def _stop(self) -> None:
         """Drain for up to stop_timeout seconds; a second signal ends the waiting."""
         deadline = time.monotonic() + self._settings.stop_timeout
+        self._sweeper.change_settings(registering=False)
         left = self._sweeper.drain("stop", 0)
         while left and self._signals < 2 and time.monotonic() < deadline:
             left = self._sweeper.drain("stop", 0.1)
@@ -163,7 +164,7 @@ class Daemon:
                 queue_bytes=QUEUE_BYTES,
                 stream_messages=STREAM_MESSAGES,
                 stream_size=STREAM_SIZE,
-                own_tgid=os.getpid(),
+                registering=True,
             ).pack(),
         )
 

@@ -245,7 +245,9 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
     except libbpf.KernelError:
         return 0, bpffs.remove_tree(pin_dir, keep_root=True)  # half a generation never spliced anything
     try:
-        left = generation.sweeper().drain("stop", timeout)
+        sweeper = generation.sweeper()
+        sweeper.change_settings(registering=False)
+        left = sweeper.drain("stop", timeout)
     finally:
         generation.close()
     return left, bpffs.remove_tree(pin_dir, keep_root=True)

@@ -156,7 +156,7 @@ class KernelSettings:
     queue_bytes: int
     stream_messages: int
     stream_size: int
-    own_tgid: int
+    registering: bool
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -171,10 +171,10 @@ class KernelSettings:
             self.queue_bytes,
             self.stream_messages,
             self.stream_size,
-            self.own_tgid,
+            self.registering,
         )
 
     @classmethod
     def unpack(cls, value: bytes) -> KernelSettings:
         v = SETTINGS.unpack(value)
-        return cls(v[0], bool(v[1]), bool(v[2]), v[3], v[4], bool(v[5]), bool(v[6]), *v[7:])
+        return cls(v[0], bool(v[1]), bool(v[2]), v[3], v[4], bool(v[5]), bool(v[6]), *v[7:11], bool(v[11]))

@@ -112,6 +112,7 @@ def _open_library() -> ct.CDLL:
             continue
         library.btf__load_vmlinux_btf.restype = ct.c_void_p
         library.ring_buffer__new.restype = ct.c_void_p
+        library.libbpf_set_print(None)  # what goes wrong is said once, by whoever asked
         return library
     raise SplicerError(
         "libbpf is not installed",

@@ -39,6 +39,7 @@ def test_each_reason_of_the_programs_has_a_name_and_a_sentence() -> None:
         ("REASON_STOP", "stop"),
         ("REASON_REQUEST", "request"),
         ("REASON_WAITALL", "waitall_reader"),
+        ("REASON_UNACCEPTED", "unaccepted"),
     ],
 )
 def test_reasons_are_in_the_order_of_the_programs(constant: str, name: str) -> None:
@@ -73,7 +74,7 @@ def test_endpoints_read_as_people_write_them(words: tuple[int, ...], port: int, 
 
 
 def test_settings_survive_a_round_trip() -> None:
-    settings = layout.KernelSettings(1, True, True, 0, 16, False, True, 1, 2, 3, 4, 5)
+    settings = layout.KernelSettings(1, True, True, 0, 16, False, True, 1, 2, 3, 4, True)
     assert layout.KernelSettings.unpack(settings.pack()) == settings
 
 
