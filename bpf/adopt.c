@@ -57,15 +57,6 @@ static __always_inline int is_caught_up(void *tp, struct end *peer)
 	return cookie == peer->cookie && write_seq == copied_seq;
 }
 
-/* The peer has read all that we ever sent through TCP. */
-static __always_inline int is_read_by(void *tp, struct end *peer)
-{
-	u32 copied_seq = 0;
-
-	PROBE(copied_seq, peer->sk, tcp_sock_copied_seq);
-	return copied_seq == FIELD(tp, u32, tcp_sock_write_seq);
-}
-
 /* No system call of the peer is on its way to or from our queue. */
 static __always_inline int is_quiet(struct end *peer)
 {
@@ -87,8 +78,8 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 	p->retry_ns = bpf_ktime_get_ns() + retry_ns;
 	p->announced = 0;
 	p->attempts = 0;
-	p->end[CLIENT].flags &= ~END_FIT;
-	p->end[SERVER].flags &= ~END_FIT;
+	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
+	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
 	count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
 	/* One end may be in already. */
 	if ((p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP)
@@ -115,12 +106,15 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	}
 	if (e->flags & END_IN_MAP || !(peer->flags & END_FIT))
 		goto later;
-	/* Nothing unread here, nothing on its way here ... */
+	/*
+	 * A stream never comes to rest at its receiver, so the first end goes
+	 * in only after both were seen at rest, at whatever visit.
+	 */
 	if (unread_bytes(tp) || !is_caught_up(tp, peer))
 		goto later;
+	e->flags |= END_RESTED;
 	if (!half) {
-		/* ... and nothing the other way: a stream would not let the second in. */
-		if (!is_read_by(tp, peer))
+		if (!(peer->flags & END_RESTED))
 			goto later;
 		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
 			goto later;
@@ -221,8 +215,8 @@ try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer
 		return;
 	p->announced = 0;
 	p->attempts = 0;
-	p->end[CLIENT].flags &= ~END_FIT;
-	p->end[SERVER].flags &= ~END_FIT;
+	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
+	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
 	p->end[CLIENT].stuck_seq = 0;
 	p->end[SERVER].stuck_seq = 0;
 	if (p->drains < 6)

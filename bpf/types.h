@@ -80,6 +80,7 @@ enum end_flag {
 	END_IN_MAP	= 1 << 0,	/* in the SOCKHASH */
 	END_FIT		= 1 << 1,	/* passed every check */
 	END_PARTIAL	= 1 << 2,	/* was seen to leave bytes behind when reading */
+	END_RESTED	= 1 << 3,	/* was seen with nothing unread or on its way to it */
 };
 
 enum mode {

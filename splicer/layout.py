@@ -177,4 +177,17 @@ class KernelSettings:
     @classmethod
     def unpack(cls, value: bytes) -> KernelSettings:
         v = SETTINGS.unpack(value)
-        return cls(v[0], bool(v[1]), bool(v[2]), v[3], v[4], bool(v[5]), bool(v[6]), *v[7:11], bool(v[11]))
+        return cls(
+            v[0],
+            bool(v[1]),
+            bool(v[2]),
+            v[3],
+            v[4],
+            bool(v[5]),
+            bool(v[6]),
+            v[7],
+            v[8],
+            v[9],
+            v[10],
+            bool(v[11]),
+        )
