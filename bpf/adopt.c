@@ -30,10 +30,10 @@
  */
 #define MAX_HALF		12
 #define BUSY_RETRY_NS		250000000ULL
-/* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
-#define REFUSED_RETRY_NS	10000000000ULL
-/* Doubled at each drain of the same pair, so that it does not flap. */
+#define REFUSED_RETRY_NS	1000000000ULL
 #define COOL_DOWN_NS		1000000000ULL
+/* Each of these is doubled every time, so that a pair does not flap. */
+#define MAX_DOUBLINGS		6
 
 struct bpf_iter__tcp {
 	void *meta;
@@ -72,10 +72,13 @@ static __always_inline int is_quiet(struct end *peer)
 	return references == expected;
 }
 
+/* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
 static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 {
 	p->reason = reason;
-	p->retry_ns = bpf_ktime_get_ns() + retry_ns;
+	p->retry_ns = bpf_ktime_get_ns() + (retry_ns << p->refusals);
+	if (p->refusals < MAX_DOUBLINGS)
+		p->refusals++;
 	p->announced = 0;
 	p->attempts = 0;
 	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
@@ -101,7 +104,7 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	e->flags |= END_FIT;
 	half = (e->flags | peer->flags) & END_IN_MAP;
 	if (++p->attempts > MAX_ATTEMPTS || (half && ++p->half > MAX_HALF)) {
-		refuse(p, REASON_BUSY, BUSY_RETRY_NS << (p->drains < 6 ? p->drains : 6));
+		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
 		return;
 	}
 	if (e->flags & END_IN_MAP || !(peer->flags & END_FIT))
@@ -151,6 +154,7 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	p->dir[CLIENT].settled = 0;
 	p->dir[SERVER].settled = 0;
 	p->was_spliced = 1;
+	p->refusals = 0;
 	WRITE_ONCE(p->state, STATE_SPLICED);
 	count(COUNT_SPLICED, 1);
 	count_sweep(SWEEP_ADOPTED);
@@ -183,7 +187,7 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	case REASON_REQUEST:
 		return 0;
 	case REASON_BUSY:
-		return BUSY_RETRY_NS << p->drains;
+		return BUSY_RETRY_NS << p->refusals;
 	default:
 		return COOL_DOWN_NS << p->drains;
 	}
@@ -219,7 +223,7 @@ try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer
 	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
 	p->end[CLIENT].stuck_seq = 0;
 	p->end[SERVER].stuck_seq = 0;
-	if (p->drains < 6)
+	if (p->drains < MAX_DOUBLINGS)
 		p->drains++;
 	p->retry_ns = now + get_cool_down(p);
 	p->changed_ns = now;

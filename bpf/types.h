@@ -134,7 +134,7 @@ struct pair {
 	u32 half;		/* visits since the first end went in */
 	u32 drains;		/* lengthens the cool-down */
 	u32 watched;		/* the watch was told about it */
-	u32 pad;
+	u32 refusals;		/* lengthens the time to the next attempt */
 	struct direction dir[2];
 };
 

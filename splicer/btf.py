@@ -55,7 +55,11 @@ class Btf:
         library.btf__name_by_offset.restype = ct.c_char_p
         self._btf = ct.c_void_p(library.btf__load_vmlinux_btf())
         if not self._btf.value or self._btf.value > (1 << 64) - 4096:
-            raise SplicerError("cannot read the kernel's type information", exit_code=UNSUPPORTED)
+            raise SplicerError(
+                "cannot read the kernel's type information (/sys/kernel/btf/vmlinux)",
+                hint="use a kernel built with CONFIG_DEBUG_INFO_BTF, as distribution kernels are",
+                exit_code=UNSUPPORTED,
+            )
 
     def close(self) -> None:
         get_library().btf__free(self._btf)

@@ -26,6 +26,8 @@ from splicer import libbpf
 from splicer.btf import Btf
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 
+_KERNEL = "splicer needs Linux 5.15 or newer; if this is one, please report its version"
+
 # Joined into one text in this order: bcc rewrites map methods in the main text only.
 SOURCES = (
     "types.h",
@@ -203,7 +205,7 @@ def collect_macros(max_connections: int) -> list[str]:
                 if place is None and required:
                     raise SplicerError(
                         f"this kernel has no {path}",
-                        hint="splicer needs Linux 5.15 or newer; please report the kernel version",
+                        hint=_KERNEL,
                         exit_code=UNSUPPORTED,
                     )
                 if place is not None:
@@ -213,7 +215,9 @@ def collect_macros(max_connections: int) -> list[str]:
         architecture = ARCHITECTURES.get(platform.machine())
         missing = [name for name, value in socket_flags.items() if value is None]
         if missing:
-            raise SplicerError(f"this kernel has no {', '.join(missing)}", exit_code=UNSUPPORTED)
+            raise SplicerError(
+                f"this kernel has no {', '.join(missing)}", hint=_KERNEL, exit_code=UNSUPPORTED
+            )
         if architecture is None:
             raise SplicerError(
                 f"splicer does not know this architecture ({platform.machine()})",
@@ -225,7 +229,7 @@ def collect_macros(max_connections: int) -> list[str]:
         for name, (path, further) in registers:
             place = btf.locate(path)
             if place is None:
-                raise SplicerError(f"this kernel has no {path}", exit_code=UNSUPPORTED)
+                raise SplicerError(f"this kernel has no {path}", hint=_KERNEL, exit_code=UNSUPPORTED)
             flags.append(f"-DOFF_pt_regs_{name}={place.offset + further}")
     finally:
         btf.close()
@@ -323,7 +327,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
             if target < 0:
                 raise SplicerError(
                     f"this kernel has no {program.tracepoint or 'iterator over ' + program.iterator}",
-                    hint="splicer needs Linux 5.15 or newer",
+                    hint=_KERNEL,
                     exit_code=UNSUPPORTED,
                 )
             function = program.function.encode()
