@@ -46,7 +46,7 @@ class Btf:
     def __init__(self) -> None:
         if not os.path.exists("/sys/kernel/btf/vmlinux"):
             raise SplicerError(
-                "the kernel has no type information (/sys/kernel/btf/vmlinux)",
+                "the kernel has no BTF type information (/sys/kernel/btf/vmlinux)",
                 hint="use a kernel built with CONFIG_DEBUG_INFO_BTF, as distribution kernels are",
                 exit_code=UNSUPPORTED,
             )
@@ -56,7 +56,7 @@ class Btf:
         self._btf = ct.c_void_p(library.btf__load_vmlinux_btf())
         if not self._btf.value or self._btf.value > (1 << 64) - 4096:
             raise SplicerError(
-                "cannot read the kernel's type information (/sys/kernel/btf/vmlinux)",
+                "cannot read the kernel's BTF type information (/sys/kernel/btf/vmlinux)",
                 hint="use a kernel built with CONFIG_DEBUG_INFO_BTF, as distribution kernels are",
                 exit_code=UNSUPPORTED,
             )
