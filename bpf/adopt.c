@@ -153,12 +153,23 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 	p->dir[SERVER].fit = 1;
 	p->dir[CLIENT].settled = 0;
 	p->dir[SERVER].settled = 0;
+	WRITE_ONCE(p->state, STATE_SPLICED);
+	/*
+	 * A send whose verdict came before may be on its way through TCP to an
+	 * end that is in now. Its reference to the psock was taken before its
+	 * verdict; the state was written before this look (the atomic is a full
+	 * barrier): one of the two sees the other.
+	 */
+	__sync_fetch_and_add(&p->half, 1);
+	if (!is_caught_up(tp, peer) || !is_quiet(peer)) {
+		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
+		return;
+	}
 	p->was_spliced = 1;
 	p->refusals = 0;
-	WRITE_ONCE(p->state, STATE_SPLICED);
 	count(COUNT_SPLICED, 1);
 	count_sweep(SWEEP_ADOPTED);
-	/* A send that began before may end in TCP, and the first end may have bytes to read. */
+	/* The first end may have TCP bytes to read that came while it was alone. */
 	if (!p->watched) {
 		p->watched = 1;
 		tell(p, EVENT_WATCH, REASON_NONE);
@@ -221,8 +232,8 @@ try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer
 	p->attempts = 0;
 	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
 	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
-	p->end[CLIENT].stuck_seq = 0;
-	p->end[SERVER].stuck_seq = 0;
+	p->end[CLIENT].stuck_ns = 0;
+	p->end[SERVER].stuck_ns = 0;
 	if (p->drains < MAX_DOUBLINGS)
 		p->drains++;
 	p->retry_ns = now + get_cool_down(p);

@@ -93,11 +93,11 @@ struct end {
 	struct end_key key;
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
-	u64 stuck_seq;		/* watch: copied_seq + 1 at the last look, or 0 */
+	u64 stuck_ns;		/* watch: when unread TCP bytes were first seen, or 0 */
 	u32 reads;		/* while plain, stops at settings.hot_reads */
 	u32 tgid;		/* the process that read last, init namespace */
 	u32 flags;
-	u32 pad;
+	u32 stuck_seq;		/* watch: copied_seq at that time */
 };
 
 /*

@@ -3,14 +3,17 @@
  * watch: iter/sockmap over the SOCKHASH, run by the daemon after an
  * EVENT_WATCH and otherwise once a second.
  *
- * Ends that became unfit are drained. So is an end whose TCP bytes did not
- * move between two looks: its reader may be unable to see them (FIONREAD on
- * class B). Once it is out, the poke of adopt wakes that reader.
+ * Ends that became unfit are drained. So is an end whose TCP bytes do not
+ * move: its reader may be unable to see them (FIONREAD on class B). Once it is
+ * out, the poke of adopt wakes that reader.
  */
 
 /* States in which rcv_nxt counts the peer's FIN. */
 #define FIN_RECEIVED	(TCPF(BPF_TCP_CLOSE_WAIT) | TCPF(BPF_TCP_LAST_ACK) | \
 			 TCPF(BPF_TCP_CLOSING) | TCPF(BPF_TCP_CLOSE))
+
+/* A reader that gets no CPU for less than this is not stuck. */
+#define RESCUE_NS	40000000ULL
 
 struct bpf_iter__sockmap {
 	void *meta;
@@ -26,6 +29,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct end *e;
 	struct pair *p;
 	u32 copied_seq, reason, unread;
+	u64 now;
 	void *tp;
 
 	if (!key || !ctx->sk)
@@ -62,17 +66,20 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	if (unread && TCPF(FIELD(tp, u8, sock_skc_state)) & FIN_RECEIVED)
 		unread--;	/* the FIN waits behind redirected bytes, as it should */
 	if (!unread) {
-		e->stuck_seq = 0;
+		e->stuck_ns = 0;
 		return 0;
 	}
-	if (e->stuck_seq == (u64)copied_seq + 1) {
-		e->stuck_seq = 0;
+	now = bpf_ktime_get_ns();
+	if (!e->stuck_ns || e->stuck_seq != copied_seq) {
+		e->stuck_ns = now;
+		e->stuck_seq = copied_seq;
+	} else if (now - e->stuck_ns >= RESCUE_NS) {
+		e->stuck_ns = 0;
 		count(COUNT_RESCUED, 1);
 		count_sweep(SWEEP_STUCK);
 		start_draining(p, REASON_RESCUE);
 		return 0;
 	}
-	e->stuck_seq = (u64)copied_seq + 1;
 	count_sweep(SWEEP_UNREAD);
 	return 0;
 }
