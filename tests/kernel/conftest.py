@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from support.host import Host
 from support.lab import Lab
+from support.leftovers import remove_orphans
 from support.requirements import decide
 from support.wire import Wire
 
@@ -33,6 +36,14 @@ def _prerequisites() -> None:
     decision, reason = decide()
     if decision == "fail":
         pytest.fail(reason, pytrace=False)
+    if decision == "run":
+        # Otherwise SIGTERM, as from timeout(1), would leave everything where it is.
+        signal.signal(signal.SIGTERM, _end_run)
+        remove_orphans(Path(tempfile.gettempdir()))
+
+
+def _end_run(number: int, frame: object) -> None:
+    pytest.exit(f"signal {number}", returncode=128 + number)
 
 
 @pytest.hookimpl(hookwrapper=True)

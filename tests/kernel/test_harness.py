@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
-from support.bpf import find_leftovers
+from support.bpf import Bpffs, find_leftovers
+from support.cgroup import find_v2_root
 from support.host import Host
 from support.lab import Lab
+from support.leftovers import NETNS, remove_orphans
 from support.players import PeerError
 
 
@@ -35,6 +38,27 @@ def test_what_is_pinned_elsewhere_is_not_ours() -> None:
         _create_map(str(other.bpffs.path / "left"))
         assert find_leftovers(host.before, set(), host.bpffs.path, 0.2) == []
         (other.bpffs.path / "left").unlink()
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    """A cgroup, a namespace and a mount named after a process that is gone are removed; ours are not."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    root = find_v2_root()
+    assert root is not None
+    cgroup = root / f"splicer-test-{gone.pid}-0"
+    cgroup.mkdir()
+    namespace = f"spltest-{gone.pid}-0-a"
+    subprocess.run(["ip", "netns", "add", namespace], check=True)
+    directory = tmp_path / f"splicer-test-{gone.pid}-x"
+    Bpffs(directory / "bpffs")
+    with Host(start=False) as host:
+        removed = remove_orphans(tmp_path)
+        assert {str(cgroup), namespace, str(directory)} <= set(removed)
+        assert host.cgroup.path.exists()
+        assert not cgroup.exists()
+        assert not (NETNS / namespace).exists()
+        assert not directory.exists()
 
 
 def test_wrong_bytes_are_found(lab: Lab) -> None:

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import time
 
-from support.players import Pair
+from support.host import EAGER
+from support.players import Pair, PeerError
 from support.wire import Wire
 
 
@@ -95,6 +96,17 @@ def test_waitall_after_nonblocking_was_cleared(wire: Wire) -> None:
     pair.verify()
 
 
+def test_eager_blocking_reader_reset_before_any_message(wire: Wire) -> None:
+    """Under `eager` a blocking server has a psock until the first message: a RST before that may be EAGAIN
+    once, and the error comes with the next read."""
+    pair = wire.pair(port=EAGER, blocking=(False, True))
+    pair.server.begin("recv", count=10)
+    time.sleep(0.05)
+    pair.client.reset()
+    assert _finish(pair) == "ECONNRESET"
+    assert pair.server.report()["spurious"] <= int(wire.spliced)
+
+
 def test_interface_counters(wire: Wire) -> None:
     """Redirected bytes are not seen by interfaces, captures and netfilter; `splicer flows` counts them."""
     pair = wire.hot_pair()
@@ -111,8 +123,8 @@ def test_interface_counters(wire: Wire) -> None:
 def _finish(pair: Pair) -> str:
     try:
         return str(pair.server.finish())
-    except Exception as error:
-        return getattr(error, "name", repr(error))
+    except PeerError as error:
+        return error.name
 
 
 def _received_bytes(wire: Wire) -> int:

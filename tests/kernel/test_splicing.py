@@ -37,6 +37,9 @@ FLOW_KEYS = {
     "age_seconds",
 }
 
+# Source ports that tests fix: below the ephemeral ones, which other connections may just have used.
+SAME_SOURCE, USED_AGAIN = 22_001, 22_002
+
 MIXES = {
     "v4": (AF_INET, AF_INET, 4, ""),
     "v6": (AF_INET6, AF_INET6, 6, ""),
@@ -156,7 +159,7 @@ def test_equal_four_tuples_do_not_mix(host: Host, lab: Lab, second_lab: Lab, pla
     """The same four-tuple alive in two pairs of namespaces, both hot: every byte reaches its own peer."""
     client_at, server_at, to = PLACES[place]
     address = lab.address(to)
-    source = (lab.address("lo" if place == "loopback" else client_at), 42_001)
+    source = (lab.address("lo" if place == "loopback" else client_at), SAME_SOURCE)
     pairs = []
     for number, where in enumerate((lab, second_lab)):
         client, server = host.peer(where, client_at), host.peer(where, server_at)
@@ -180,7 +183,7 @@ def test_equal_four_tuples_do_not_mix(host: Host, lab: Lab, second_lab: Lab, pla
 
 def test_four_tuple_used_again(host: Host, lab: Lab) -> None:
     """A four-tuple that is used again right after its connection ended is a new connection altogether."""
-    source = (lab.address("a"), 42_002)
+    source = (lab.address("a"), USED_AGAIN)
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     for number in range(5):
         pair = host.connect(client, server, lab.address("b"), port=7301, source=source, seed=50 + number)

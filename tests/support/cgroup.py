@@ -31,6 +31,13 @@ class Cgroup:
         self.path = root / f"splicer-test-{os.getpid()}-{next(_numbers)}"
         self.path.mkdir()
 
+    @classmethod
+    def adopt(cls, path: Path) -> Cgroup:
+        """A directory that is there already."""
+        made = cls.__new__(cls)
+        made.path = path
+        return made
+
     def add(self, pid: int) -> None:
         """Move a process in; sockets it makes from now on belong to this cgroup."""
         (self.path / "cgroup.procs").write_text(str(pid))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import socket
 import tempfile
@@ -49,7 +50,7 @@ class Host:
 
     def __init__(self, *arguments: str, services: str = SERVICES, start: bool = True) -> None:
         self.arguments = arguments
-        self.directory = Path(tempfile.mkdtemp(prefix="splicer-test-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"splicer-test-{os.getpid()}-"))
         self.run_dir = self.directory / "run"
         self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
         self.expected_rescues = 0

@@ -565,8 +565,9 @@ class Peer:
                         break
                     if not edge and chance.random() < 0.5:
                         break
-            if writing and chance.random() < 0.1:
-                time.sleep(chance.uniform(0, 0.004))
+            # Short pauses now and then, and a longer one in which both sides may be at rest.
+            if writing and (drawn := chance.random()) < 0.13:
+                time.sleep(chance.uniform(0.005, 0.02) if drawn < 0.03 else chance.uniform(0, 0.004))
         poller.close()
         return {"messages": messages, "full": full}
 
