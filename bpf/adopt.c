@@ -20,8 +20,8 @@
  * send, with one more; then the reader's queue seen empty under its lock.
  */
 
-/* A sender that looks busy this long after its last redirect is waiting in TCP. */
-#define SETTLE_NS		1000000000ULL
+#define SETTLE_NS		10000000000ULL
+#define SETTLE_BLOCKING_NS	1000000000ULL
 /* Visits without a quiet moment before adoption gives up for a while. */
 #define MAX_ATTEMPTS		32
 /*
@@ -64,8 +64,9 @@ static __always_inline int is_quiet(struct end *peer)
 	u32 expected = peer->flags & END_IN_MAP ? 1 : 0;
 	u32 references = 0;
 
-	if (psock)
-		PROBE(references, psock, sk_psock_refcnt);
+	if (!psock)
+		return 1;	/* out of the map, and no system call holds it */
+	PROBE(references, psock, sk_psock_refcnt);
 	PROBE(cookie, peer->sk, sock_skc_cookie);
 	if (cookie != peer->cookie)
 		return 1;	/* closed, and close waits for system calls */
@@ -89,9 +90,24 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 		start_draining(p, reason);
 }
 
-static __always_inline void
-try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
+static __always_inline long put_into_map(void *sk, struct end_key *key)
 {
+	struct end_key *noted = ends.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!noted)
+		return -1;
+	*noted = *key;
+	long err = spliced.update(key, sk);
+	return err;
+}
+
+static __always_inline void
+try_adopt(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
+	  struct end *peer)
+{
+	struct end_key key;
+	long err;
+
 	u32 reason = find_misfit((u64)tp, p, e), half;
 
 	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
@@ -132,7 +148,18 @@ try_adopt(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer)
 		refuse(p, REASON_FOREIGN_PSOCK, REFUSED_RETRY_NS);
 		return;
 	}
-	long err = spliced.update(&e->key, sk);
+	/* The other end is looked at once more: it may have changed while it was in. */
+	if (half) {
+		reason = find_misfit(peer->sk, p, peer);
+		if (reason) {
+			refuse(p, reason, REFUSED_RETRY_NS);
+			return;
+		}
+	}
+	/* The record may have been reused; with our own id the key is ours. */
+	key = e->key;
+	key.id = *id;
+	err = put_into_map(sk, &key);
 	if (err) {
 		refuse(p, REASON_FULL, REFUSED_RETRY_NS);
 		return;
@@ -181,15 +208,21 @@ later:
 		count_sweep(SWEEP_HALF);
 }
 
-static __always_inline int is_psock_empty(void *tp)
+static __always_inline u64 own_psock(void *tp)
 {
-	u64 psock = FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
-	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0;
+	return FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
+}
 
-	if (!psock)
-		return 1;
-	bpf_probe_read_kernel(&first, sizeof(first), (void *)head);
-	return first == head;
+/*
+ * The poke: TCP bytes may have arrived unseen while the end was in. Setting
+ * SO_RCVLOWAT to what it is raises EPOLLIN again if there are any.
+ */
+static __always_inline void take_out(void *sk, void *tp, struct end_key *key)
+{
+	u32 lowat = FIELD(tp, u32, sock_sk_rcvlowat);
+
+	spliced.delete(key);
+	set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
 static __always_inline u64 get_cool_down(struct pair *p)
@@ -204,28 +237,42 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	}
 }
 
+/*
+ * Is everything that the peer redirected in our queue? If neither its rest nor
+ * its next verdict has shown that, it sits in one system call: asleep in TCP,
+ * we suppose after SETTLE_NS, unless somebody holds our psock (a sender does
+ * from before it queues). Blocking readers hold it as they sleep.
+ */
+static __always_inline int
+has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inbound)
+{
+	u64 waited = bpf_ktime_get_ns() - p->changed_ns;
+	u32 references = 0;
+
+	if (READ_ONCE(inbound->settled) || is_quiet(peer))
+		return 1;
+	if (p->allow_blocking)
+		return waited >= SETTLE_BLOCKING_NS;
+	PROBE(references, own_psock(tp), sk_psock_refcnt);
+	return references == 1 && waited >= SETTLE_NS;
+}
+
 static __always_inline void
-try_take_out(void *sk, void *tp, struct pair *p, struct end *e, struct end *peer,
-	     struct direction *inbound)
+try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
+	     struct end *peer, struct direction *inbound)
 {
 	u64 now = bpf_ktime_get_ns();
-	u32 lowat;
+	struct end_key key;
 
 	if (!(e->flags & END_IN_MAP))
 		return;
-	if (!READ_ONCE(inbound->settled) && !is_quiet(peer) &&
-	    now - p->changed_ns < SETTLE_NS)
+	if (!has_arrived(tp, p, peer, inbound) || !is_psock_empty(own_psock(tp)))
 		goto later;
-	if (!is_psock_empty(tp))
-		goto later;
-	spliced.delete(&e->key);
+	/* The record may have been reused; with our own id the key is ours. */
+	key = e->key;
+	key.id = *id;
+	take_out(sk, tp, &key);
 	e->flags &= ~END_IN_MAP;
-	/*
-	 * TCP bytes may have arrived unseen meanwhile. Setting SO_RCVLOWAT to
-	 * what it is raises EPOLLIN again if there are any.
-	 */
-	lowat = FIELD(tp, u32, sock_sk_rcvlowat);
-	set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 	if (peer->flags & END_IN_MAP)
 		return;
 	p->announced = 0;
@@ -248,6 +295,28 @@ later:
 	count_sweep(SWEEP_TO_DRAIN);
 }
 
+/*
+ * An end without a record: its server is closed, or it never had one. Nobody
+ * redirects to it any more.
+ */
+static __always_inline void take_out_orphan(void *sk, void *tp)
+{
+	u64 psock = own_psock(tp);
+	struct end_key *noted, key;
+
+	if (!psock)
+		return;
+	noted = ends.sk_storage_get(sk, 0, 0);
+	if (!noted)
+		return;		/* somebody else's psock */
+	if (!is_psock_empty(psock)) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
+	key = *noted;
+	take_out(sk, tp, &key);
+}
+
 int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 {
 	void *sk = ctx->sk_common, *tp;
@@ -263,13 +332,17 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	if (!tp)
 		return 0;	/* listening, TIME_WAIT or not yet accepted */
 	p = find_pair_of(tp, &id, &side);
-	if (!p)
+	if (!p) {
+		take_out_orphan(sk, tp);
 		return 0;
+	}
 	s = get_settings();
 	if (!s)
 		return 0;
-	count_sweep(SWEEP_SEEN);
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
+	if (e->sk != (u64)tp)
+		return 0;	/* a forged name */
+	count_sweep(SWEEP_SEEN);
 	peer = other_end(p, side);
 	if (s->stopping && p->state != STATE_DRAINING &&
 	    (p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP) {
@@ -278,9 +351,9 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 		WRITE_ONCE(p->state, STATE_DRAINING);
 	}
 	if (p->state == STATE_DRAINING)
-		try_take_out(sk, tp, p, e, peer,
+		try_take_out(sk, tp, &id, p, e, peer,
 			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
 	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING)
-		try_adopt(sk, tp, p, e, peer);
+		try_adopt(sk, tp, &id, p, e, peer);
 	return 0;
 }

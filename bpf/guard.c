@@ -59,7 +59,14 @@ int guard(struct bpf_sockopt *ctx)
 		return 1;
 	p = find_pair(tp->snd_una - (u32)tp->bytes_acked,
 		      tp->rcv_nxt - (u32)tp->bytes_received, 1, &id, &side);
-	if (p && p->state == STATE_SPLICED)
+	if (!p || p->end[side].sk != (u64)tp)
+		return 1;
+	if (p->state == STATE_SPLICED) {
 		start_draining(p, reason);
+	} else {
+		/* Adoption may be half-way: let it look at both again. */
+		p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
+		p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
+	}
 	return 1;
 }

@@ -16,6 +16,12 @@
 /* The spliced ends. The verdict program is attached to this map. */
 BPF_SOCKHASH(spliced, struct end_key, MAX_PAIRS * 2);
 
+/*
+ * The key of each socket that was put into the SOCKHASH, for those that have
+ * no record in pairs any more. Goes away with the socket.
+ */
+BPF_SK_STORAGE(ends, struct end_key);
+
 /* Every connection with both ends below the cgroup. */
 BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
 

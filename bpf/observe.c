@@ -40,6 +40,8 @@ static __always_inline enum reader get_reader(void)
 	else if (nr != SYSCALL_read && nr != SYSCALL_readv && nr != SYSCALL_preadv2 &&
 		 nr != SYSCALL_io_uring_enter)
 		return READER_UNKNOWN;
+	if (flags & MSG_TRUNC)
+		return READER_UNKNOWN;	/* discards, into no buffer */
 	return flags & MSG_WAITALL ? READER_WAITALL : READER_RECV;
 }
 
@@ -72,11 +74,15 @@ int observe(u64 *ctx)
 	u32 reason, tgid;
 	int side;
 
-	if (!tp || FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS)
+	if (!tp || !(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)) ||
+	    FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS)
 		return 0;
 	p = find_pair_of(tp, &id, &side);
 	if (!p)
 		return 0;
+	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
+	if (e->sk != (u64)tp)
+		return 0;	/* a forged name */
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
 		reason = refuse_reader(p, get_reader(), tgid);
@@ -95,7 +101,6 @@ int observe(u64 *ctx)
 	s = get_settings();
 	if (!s || !s->splicing)
 		return 0;
-	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (e->reads < s->hot_reads) {
 		reason = refuse_reader(p, get_reader(), tgid);
 		if (reason) {

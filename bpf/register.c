@@ -39,6 +39,7 @@ static __always_inline void leave_hint(struct bpf_sock_ops *skops)
 		read_ip4(hint.ip, ip4);
 	}
 	hint.port = bpf_ntohl(skops->remote_port);
+	hint.service = skops->local_port;
 	hints.update(&hint, &one);
 }
 
@@ -52,6 +53,7 @@ static __always_inline int take_hint(struct end_key *key)
 	hint.ip[2] = key->local_ip[2];
 	hint.ip[3] = key->local_ip[3];
 	hint.port = key->local_port;
+	hint.service = key->remote_port;
 	int missing = hints.delete(&hint);
 	return !missing;
 }
@@ -68,37 +70,73 @@ static __always_inline int is_same(struct pair_id a, struct pair_id b)
 	return a.client_seq == b.client_seq && a.server_seq == b.server_seq;
 }
 
+/* Eager: into the SOCKHASH at ESTABLISHED. Returns 1 if it is in. */
+static __always_inline int put_in(struct bpf_sock_ops *skops, struct end_key *key)
+{
+	void *sk = skops->sk;
+
+	if (!sk || !ends.sk_storage_get(sk, key, BPF_SK_STORAGE_GET_F_CREATE))
+		return 0;
+	int err = spliced.sock_hash_update(skops, key, BPF_NOEXIST);
+	return !err;
+}
+
 static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
+	struct end_key key = {};
 	struct rendezvous *r;
 	struct policy policy;
+	int in_map = 0;
 
 	if (!s || !s->registering)
 		return;
+	read_tuple(&key, tp);
+	key.netns = netns_cookie(skops);
+	key.id = id;
+	if (s->has_eager) {
+		get_policy(s, key.remote_port, &policy);
+		if (policy.mode == MODE_EAGER && take_hint(&key) &&
+		    !find_misfit_file((u64)tp, policy.allow_blocking) &&
+		    !find_misfit_option((u64)tp))
+			in_map = put_in(skops, &key);
+	}
+	/* Another CPU may write the same slot: what is used of it is checked later. */
 	r = get_slot(id);
 	if (!r)
 		return;
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
-	read_tuple(&r->key, tp);
-	r->key.netns = netns_cookie(skops);
-	r->key.id = id;
+	r->key = key;
 	r->sk = (u64)tp;
 	r->cookie = socket_cookie(skops);
-	r->in_map = 0;
-	if (s->has_eager) {
-		get_policy(s, r->key.remote_port, &policy);
-		if (policy.mode == MODE_EAGER && take_hint(&r->key) &&
-		    !find_misfit_file((u64)tp, policy.allow_blocking) &&
-		    !find_misfit_option((u64)tp)) {
-			struct end_key key = r->key;
-			int err = spliced.sock_hash_update(skops, &key, BPF_NOEXIST);
-			r->in_map = !err;
-		}
-	}
+	r->in_map = in_map;
 	r->id.server_seq = id.server_seq;
 	WRITE_ONCE(r->id.client_seq, id.client_seq);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | CLIENT_MARK);
+}
+
+/* The client is in the SOCKHASH already: the server follows, or it goes back. */
+static __always_inline void
+splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id, u32 mode)
+{
+	struct pair *p = pairs.lookup(id);
+	struct end_key key;
+
+	if (!p)
+		return;
+	key = p->end[SERVER].key;
+	key.id = *id;
+	if (mode == MODE_EAGER && !find_misfit_option((u64)tp) && put_in(skops, &key)) {
+		p->end[SERVER].flags = END_IN_MAP;
+		p->was_spliced = 1;
+		p->reason = REASON_NONE;
+		WRITE_ONCE(p->state, STATE_SPLICED);
+		count(COUNT_SPLICED, 1);
+		return;
+	}
+	/* An inherited option, a full map, or the dialled port has another policy. */
+	start_draining(p, REASON_POLICY);
 }
 
 static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp)
@@ -142,50 +180,58 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	p->allow_blocking = policy.allow_blocking;
 	p->state = STATE_PAIRED;
 	p->reason = REASON_COLD;
-	if (client->in_map) {
-		int err = -1;
-
-		if (policy.mode == MODE_EAGER && !find_misfit_option((u64)tp))
-			err = spliced.sock_hash_update(skops, &p->end[SERVER].key, BPF_NOEXIST);
-		if (err) {
-			/* An inherited option, a full map, or the dialled port has another policy. */
-			p->state = STATE_DRAINING;
-			p->reason = REASON_POLICY;
-		} else {
-			p->end[SERVER].flags = END_IN_MAP;
-			p->state = STATE_SPLICED;
-			p->was_spliced = 1;
-			p->reason = REASON_NONE;
-		}
-	}
 	int full = pairs.insert(&id, p);
 	if (full) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
+		/* Nobody knew of it, so nothing was redirected to it. */
+		if (client->in_map)
+			spliced.delete(&p->end[CLIENT].key);
 		return;
 	}
 	/*
 	 * The server's TCP_CLOSE is the end of the pair. It comes for every
 	 * connection, so the client needs no callback.
 	 */
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags |
-					 BPF_SOCK_OPS_STATE_CB_FLAG);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
 	count(COUNT_PAIRED, 1);
-	if (p->state == STATE_SPLICED)
-		count(COUNT_SPLICED, 1);
-	else if (p->state == STATE_DRAINING)
-		tell(p, EVENT_DRAIN, REASON_POLICY);
+	if (client->in_map)
+		splice_eagerly(skops, tp, &id, policy.mode);
 }
 
 /*
  * Never delete from the SOCKHASH here: the application may still have
  * redirected bytes to read. The kernel takes the socket out when it is closed.
+ * A client that is in has no record from here on; adopt takes it out once it
+ * has read everything.
  */
 static __always_inline void forget_server(void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
+	struct pair *p = pairs.lookup(&id);
 
+	if (!p || p->end[SERVER].sk != (u64)tp)
+		return;
+	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))
+		tell(p, EVENT_DRAIN, REASON_CLOSING);
 	if (!pairs.delete(&id))
 		count(COUNT_CLOSED, 1);
+}
+
+/*
+ * A socket that was disconnected, connect(AF_UNSPEC), is used again. The
+ * kernel purged its TCP queue and knows nothing of the psock: what was
+ * redirected to the old connection would be read on the new one.
+ */
+static __always_inline void forget_former_life(struct bpf_sock_ops *skops, void *tp)
+{
+	struct end_key *key;
+	void *sk = skops->sk;
+
+	if (!FIELD(tp, u64, sock_sk_user_data) || !sk)
+		return;
+	key = ends.sk_storage_get(sk, 0, 0);
+	if (key)
+		spliced.delete(key);
 }
 
 static __always_inline void *tcp_sock_of(struct bpf_sock_ops *skops)
@@ -207,6 +253,11 @@ int register_end(struct bpf_sock_ops *skops)
 		s = get_settings();
 		if (s && s->has_eager)
 			leave_hint(skops);
+		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		tp = tcp_sock_of(skops);
+		if (tp)
+			forget_former_life(skops, tp);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		tp = tcp_sock_of(skops);

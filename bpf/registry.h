@@ -68,6 +68,27 @@ static __always_inline int tell(struct pair *p, u32 type, u32 reason)
 	return lost;
 }
 
+static __always_inline void tell_orphan(struct end_key *key)
+{
+	struct event e = {
+		.type = EVENT_DRAIN,
+		.reason = REASON_CLOSING,
+		.id = key->id,
+		.netns = { key->netns, key->netns },
+	};
+
+	events.ringbuf_output(&e, sizeof(e), 0);
+}
+
+/*
+ * Marks on the sockets of connections that may have a record, so that reading
+ * any other costs observe one load. Both are flags that SOCK_OPS has anyway: the
+ * server's close is the end of the pair, and retransmission timeouts, the
+ * client's, are rare where both ends are on one host.
+ */
+#define SERVER_MARK	BPF_SOCK_OPS_STATE_CB_FLAG
+#define CLIENT_MARK	BPF_SOCK_OPS_RTO_CB_FLAG
+
 /*
  * From here on every verdict for this pair passes. Redirected bytes are read
  * first whatever follows through TCP, so the order holds. A lost event costs

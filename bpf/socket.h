@@ -26,6 +26,7 @@
 #define TCP_ULP			31
 #define TCP_INQ			36
 #define RCV_SHUTDOWN		1
+#define MSG_TRUNC		0x20
 #define MSG_WAITALL		0x100
 #define O_NONBLOCK		04000
 #define PF_IO_WORKER		0x00000010
@@ -138,6 +139,16 @@ static __always_inline void read_tuple(struct end_key *key, void *tp)
 	key->remote_port = remote_port(tp);
 }
 
+static __always_inline int is_psock_empty(u64 psock)
+{
+	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0;
+
+	if (!psock)
+		return 1;
+	bpf_probe_read_kernel(&first, sizeof(first), (void *)head);
+	return first == head;
+}
+
 /* The psock of a socket at an address that may be stale, or 0. */
 static __always_inline u64 psock_of(u64 sk)
 {
@@ -145,6 +156,17 @@ static __always_inline u64 psock_of(u64 sk)
 
 	PROBE(user_data, sk, sock_sk_user_data);
 	return user_data & ~7ULL;	/* SK_USER_DATA_PTRMASK */
+}
+
+/* Has an end that may be gone anything to read, redirected or through TCP? */
+static __always_inline int is_waiting(struct end *e)
+{
+	u32 rcv_nxt = 0, copied_seq = 0;
+	u64 sk = e->sk;
+
+	PROBE(rcv_nxt, sk, tcp_sock_rcv_nxt);
+	PROBE(copied_seq, sk, tcp_sock_copied_seq);
+	return rcv_nxt != copied_seq || !is_psock_empty(psock_of(sk));
 }
 
 #endif

@@ -138,6 +138,14 @@ struct pair {
 	struct direction dir[2];
 };
 
+/*
+ * The value follows 56 bytes of the hash element, and elements follow each
+ * other: so each direction has a cache line to itself.
+ */
+_Static_assert(__builtin_offsetof(struct pair, dir) % 64 == 8, "directions share cache lines");
+_Static_assert(sizeof(struct pair) % 64 == 8, "elements share cache lines");
+_Static_assert(sizeof(struct direction) == 64, "a direction is a cache line");
+
 /* Left by a client at ACTIVE_ESTABLISHED for its server to find. */
 struct rendezvous {
 	struct pair_id id;	/* written last */
@@ -148,10 +156,11 @@ struct rendezvous {
 	u32 pad;
 };
 
-/* Eager only: a listener on this host is answering this client. */
+/* Eager only: a listener on this port of this host is answering this client. */
 struct hint_key {
 	u32 ip[4];
 	u32 port;
+	u32 service;
 };
 
 struct policy {

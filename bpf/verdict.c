@@ -114,6 +114,10 @@ int verdict(struct sk_msg_md *msg)
 	if (!(TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT))))
 		goto pass;
 
+	/* kTLS hands plaintext to the verdict. */
+	if (FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops))
+		goto pass;
+
 	/*
 	 * The address may be stale. Memory of sockets stays memory of sockets
 	 * (SLAB_TYPESAFE_BY_RCU) and a new one starts without a cookie, so if

@@ -39,13 +39,18 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		return 0;
 	id = key->id;
 	p = pairs.lookup(&id);
-	if (!p)
+	if (!p) {
+		/* No record any more. adopt does not see a closed socket. */
+		if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_CLOSE)
+			tell_orphan(key);
 		return 0;
-	if (p->end[CLIENT].key.local_port == key->local_port &&
-	    p->end[CLIENT].key.netns == key->netns)
+	}
+	if (p->end[CLIENT].sk == (u64)ctx->sk)
 		e = &p->end[CLIENT];
-	else
+	else if (p->end[SERVER].sk == (u64)ctx->sk)
 		e = &p->end[SERVER];
+	else
+		return 0;
 	count_sweep(SWEEP_SEEN);
 	if (p->state == STATE_DRAINING) {
 		count_sweep(SWEEP_TO_DRAIN);

@@ -71,6 +71,7 @@ FIELDS = {
     "tcp_sock_bytes_received": "tcp_sock.bytes_received",
     "tcp_sock_write_seq": "tcp_sock.write_seq",
     "tcp_sock_copied_seq": "tcp_sock.copied_seq",
+    "tcp_sock_cb_flags": "tcp_sock.bpf_sock_ops_cb_flags",
     "tcp_sock_data_segs_in": "tcp_sock.data_segs_in",
     "tcp_sock_repair": "tcp_sock.repair",
     "sk_psock_refcnt": "sk_psock.refcnt",
@@ -168,6 +169,7 @@ PROGRAMS = (
 )
 MAPS = (
     "spliced",
+    "ends",
     "pairs",
     "rendezvous",
     "hints",

@@ -187,6 +187,8 @@ def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
     try:
         generation = _take_over(settings, cgroup, log) or _load(settings, cgroup, log)
     except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(settings.pin_dir)
         os.close(lock)
         bpffs.release(mounted)
         raise
