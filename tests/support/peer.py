@@ -15,6 +15,7 @@ namespace, with -S.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -268,6 +269,18 @@ class Peer:
         connection.sent.update(text)
         connection.sent_bytes += len(text)
         return [list(sock.getsockname()[:2]), list(sock.getpeername()[:2])]
+
+    def reconnect(self, conn: str, host: str, port: int, timeout: float = 10.0) -> None:
+        """Disconnect with connect(AF_UNSPEC) and connect the same socket to another place (IPv4)."""
+        sock = self._connections[conn].sock
+        nowhere = struct.pack("=H14x", socket.AF_UNSPEC)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.connect(sock.fileno(), nowhere, len(nowhere)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        sock.settimeout(timeout)
+        sock.connect((host, port))
+        sock.setblocking(False)
 
     # sending
 
