@@ -7,7 +7,7 @@
  * pair is announced again at its next read.
  */
 
-#define RENDEZVOUS_SLOTS	16384	/* a power of two */
+#define RENDEZVOUS_SLOTS	2048	/* a power of two; more would not stay in the cache */
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
 #define MAX_POLICIES		1024

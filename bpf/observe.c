@@ -83,6 +83,11 @@ int observe(u64 *ctx)
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (e->sk != (u64)tp)
 		return 0;	/* a forged name */
+	if (!e->key.local_port) {
+		read_tuple(&e->key, tp);
+		e->key.netns = read_netns(tp);
+		e->key.id = id;
+	}
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
 		reason = refuse_reader(p, get_reader(), tgid);

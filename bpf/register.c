@@ -81,33 +81,44 @@ static __always_inline int put_in(struct bpf_sock_ops *skops, struct end_key *ke
 	return !err;
 }
 
+/* Returns 1 if the client is in the SOCKHASH already when its server is found. */
+static __always_inline int
+splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
+		      struct pair_id id, struct end_key *key)
+{
+	struct policy policy;
+
+	get_policy(s, remote_port(tp), &policy);
+	if (policy.mode != MODE_EAGER)
+		return 0;
+	read_tuple(key, tp);
+	key->netns = netns_cookie(skops);
+	key->id = id;
+	if (!take_hint(key) || find_misfit_file((u64)tp, policy.allow_blocking) ||
+	    find_misfit_option((u64)tp))
+		return 0;
+	return put_in(skops, key);
+}
+
 static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
 	struct end_key key = {};
 	struct rendezvous *r;
-	struct policy policy;
 	int in_map = 0;
 
 	if (!s || !s->registering)
 		return;
-	read_tuple(&key, tp);
-	key.netns = netns_cookie(skops);
-	key.id = id;
-	if (s->has_eager) {
-		get_policy(s, key.remote_port, &policy);
-		if (policy.mode == MODE_EAGER && take_hint(&key) &&
-		    !find_misfit_file((u64)tp, policy.allow_blocking) &&
-		    !find_misfit_option((u64)tp))
-			in_map = put_in(skops, &key);
-	}
+	if (s->has_eager)
+		in_map = splice_client_eagerly(skops, tp, s, id, &key);
 	/* Another CPU may write the same slot: what is used of it is checked later. */
 	r = get_slot(id);
 	if (!r)
 		return;
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
-	r->key = key;
+	if (in_map)
+		r->key = key;
 	r->sk = (u64)tp;
 	r->cookie = socket_cookie(skops);
 	r->in_map = in_map;
@@ -158,13 +169,17 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		count(COUNT_REFUSED + REASON_POLICY, 1);
 		return;
 	}
-	/* Too large for the stack. SOCK_OPS does not nest on one CPU. */
+	/*
+	 * Too large for the stack. SOCK_OPS does not nest on one CPU. What is not
+	 * written here is zero and stays so.
+	 */
 	p = scratch.lookup(&zero);
 	if (!p)
 		return;
-	__builtin_memset(p, 0, sizeof(*p));
 	p->id = id;
-	p->end[CLIENT].key = client->key;
+	p->end[CLIENT].key.local_port = 0;
+	if (client->in_map)
+		p->end[CLIENT].key = client->key;
 	p->end[CLIENT].sk = client->sk;
 	p->end[CLIENT].cookie = client->cookie;
 	p->end[CLIENT].flags = client->in_map ? END_IN_MAP : 0;
@@ -175,7 +190,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	p->end[SERVER].key.id = id;
 	p->end[SERVER].sk = (u64)tp;
 	p->end[SERVER].cookie = socket_cookie(skops);
-	p->born_ns = bpf_ktime_get_ns();
+	p->born_ns = coarse_ns();
 	p->changed_ns = p->born_ns;
 	p->allow_blocking = policy.allow_blocking;
 	p->state = STATE_PAIRED;

@@ -54,6 +54,7 @@ static void *(*to_bpf_tcp_sock)(void *sk) = (void *)BPF_FUNC_tcp_sock;
 static long (*set_sockopt)(void *sk, int level, int name, void *value, int len) =
 	(void *)BPF_FUNC_setsockopt;
 static void *(*current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+static u64 (*coarse_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 static void *(*task_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 
 /*
@@ -147,6 +148,15 @@ static __always_inline int is_psock_empty(u64 psock)
 		return 1;
 	bpf_probe_read_kernel(&first, sizeof(first), (void *)head);
 	return first == head;
+}
+
+/* For programs that have no helper for it. */
+static __always_inline u64 read_netns(void *tp)
+{
+	u64 net = FIELD(tp, u64, sock_skc_net), cookie = 0;
+
+	PROBE(cookie, net, net_net_cookie);
+	return cookie;
 }
 
 /* The psock of a socket at an address that may be stale, or 0. */

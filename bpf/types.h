@@ -90,7 +90,7 @@ enum mode {
 };
 
 struct end {
-	struct end_key key;
+	struct end_key key;	/* a client's is written when it is first observed */
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
 	u64 stuck_ns;		/* watch: when unread TCP bytes were first seen, or 0 */
@@ -146,15 +146,21 @@ _Static_assert(__builtin_offsetof(struct pair, dir) % 64 == 8, "directions share
 _Static_assert(sizeof(struct pair) % 64 == 8, "elements share cache lines");
 _Static_assert(sizeof(struct direction) == 64, "a direction is a cache line");
 
-/* Left by a client at ACTIVE_ESTABLISHED for its server to find. */
+/*
+ * Left by a client at ACTIVE_ESTABLISHED for its server to find. One cache line
+ * is touched, and the key only where it is in the SOCKHASH already.
+ */
 struct rendezvous {
 	struct pair_id id;	/* written last */
-	struct end_key key;
 	u64 sk;
 	u64 cookie;
-	u32 in_map;		/* eager: already in the SOCKHASH */
-	u32 pad;
+	u32 in_map;		/* eager */
+	u32 pad[9];
+	struct end_key key;	/* eager */
+	u64 pad2;
 };
+
+_Static_assert(sizeof(struct rendezvous) == 128, "slots share cache lines");
 
 /* Eager only: a listener on this port of this host is answering this client. */
 struct hint_key {

@@ -53,6 +53,8 @@ FIELDS = {
     "sock_skc_rcv_saddr": "sock.__sk_common.skc_rcv_saddr",
     "sock_skc_v6_daddr": "sock.__sk_common.skc_v6_daddr",
     "sock_skc_v6_rcv_saddr": "sock.__sk_common.skc_v6_rcv_saddr",
+    "sock_skc_net": "sock.__sk_common.skc_net",
+    "net_net_cookie": "net.net_cookie",
     "sock_skc_cookie": "sock.__sk_common.skc_cookie",
     "sock_sk_user_data": "sock.sk_user_data",
     "sock_sk_rmem_alloc": "sock.sk_backlog.rmem_alloc",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import ipaddress
 import struct
@@ -43,6 +44,7 @@ POLICY = struct.Struct("=2I")
 EVENT = struct.Struct("=2I 2I 2Q 2I")
 SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain", "stuck", "unread")
 
+_CLIENT_PORT = 11
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 4
 _DIRECTION_FIELDS = 12
 
@@ -107,17 +109,25 @@ def _read_end(fields: tuple[int, ...]) -> End:
     )
 
 
+def _mirror(end: End, server: End) -> End:
+    """A client that was not observed yet, as its server sees it: right but for NAT. Its netns is unknown."""
+    return dataclasses.replace(end, local=server.remote, remote=server.local)
+
+
 def read_pair(value: bytes) -> Pair:
     fields = PAIR.unpack(value)
     ends = fields[4:]
     rest = ends[2 * _END_FIELDS :]
+    client, server = _read_end(ends[:_END_FIELDS]), _read_end(ends[_END_FIELDS:])
+    if not ends[_CLIENT_PORT]:
+        client = _mirror(client, server)
     directions = rest[11:]
     return Pair(
         id=(fields[0], fields[1]),
         state=fields[2],
         reason=fields[3],
-        client=_read_end(ends[:_END_FIELDS]),
-        server=_read_end(ends[_END_FIELDS:]),
+        client=client,
+        server=server,
         born_ns=rest[0],
         changed_ns=rest[1],
         announced=bool(rest[3]),

@@ -13,7 +13,7 @@ from support.wire import Wire
 
 
 def test_disconnected_and_connected_again(wire: Wire) -> None:
-    """connect(AF_UNSPEC) throws away what was unread; the next connection of the socket begins with nothing."""
+    """connect(AF_UNSPEC) throws away what was unread; the next connection begins with nothing."""
     pair = wire.hot_pair()
     pair.server.say("of the old connection")
     assert pair.client.wait_fionread(count=21) == 21
