@@ -279,7 +279,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--mode", choices=("adaptive", "eager"), help="passed on to splicer run")
     add("--connections", type=_positive_int, default=16, metavar="N", help="wrk's connections (16)")
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
-    add("--workers", type=_positive_int, default=2, metavar="N", help="nginx's workers (2)")
+    add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
     return parser.parse_args(arguments)
 
 

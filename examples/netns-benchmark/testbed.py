@@ -158,6 +158,8 @@ class Testbed:
             self.ip(end, "link set lo up")
             # Room for tens of thousands of connections per second to one port.
             self.run(["sh", "-c", "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range"], end)
+            # Else TIME_WAIT piles up from leg to leg, and plain TCP itself slows down and then stalls.
+            self.run(["sh", "-c", "echo 2048 >/proc/sys/net/ipv4/tcp_max_tw_buckets"], end)
 
     def _namespace(self, name: str) -> Namespace:
         namespace = Namespace.make(name)
