@@ -22,7 +22,12 @@ BPF_SOCKHASH(spliced, struct end_key, MAX_PAIRS * 2);
  */
 BPF_SK_STORAGE(ends, struct end_key);
 
-/* Every connection with both ends below the cgroup. */
+/*
+ * Every connection with both ends below the cgroup has a seed, and a pair too
+ * once the server has read a few times. So where there is room for the seed,
+ * there is room for the pair.
+ */
+BPF_TABLE("hash", struct pair_id, struct seed, seeds, MAX_PAIRS);
 BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
 
 /*
@@ -45,6 +50,7 @@ BPF_TABLE("hash", u32, struct policy, policies, MAX_POLICIES);
 BPF_TABLE("array", int, struct settings, settings, 1);
 BPF_TABLE("array", int, u64, sweep, NR_SWEEP);
 BPF_TABLE("percpu_array", int, u64, counters, NR_COUNTERS);
-BPF_TABLE("percpu_array", int, struct pair, scratch, 1);
+/* All zero: what a new pair starts from. Too large for the stack. */
+BPF_TABLE("array", int, struct pair, blank, 1);
 
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);

@@ -64,6 +64,30 @@ static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32
 	}
 }
 
+/*
+ * The server's first read of interest makes a pair of a seed. The client has
+ * nothing to look for: without reads at both ends there is no splicing.
+ */
+static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int *side)
+{
+	struct seed *seed;
+	struct pair *p;
+
+	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & SERVER_MARK))
+		return 0;
+	*id = server_id(first_sent(tp), first_received(tp));
+	*side = SERVER;
+	seed = seeds.lookup(id);
+	if (!seed || seed->grown || seed->sk != (u64)tp)
+		return 0;
+	p = make_pair(id, seed);
+	if (!p)
+		return 0;
+	seed->grown = 1;
+	WRITE_ONCE(p->state, STATE_PAIRED);
+	return p;
+}
+
 int observe(u64 *ctx)
 {
 	void *tp = to_tcp_sock((void *)ctx[0]);
@@ -78,6 +102,8 @@ int observe(u64 *ctx)
 	    FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS)
 		return 0;
 	p = find_pair_of(tp, &id, &side);
+	if (!p)
+		p = grow_seed(tp, &id, &side);
 	if (!p)
 		return 0;
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];

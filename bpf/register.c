@@ -129,16 +129,18 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 
 /* The client is in the SOCKHASH already: the server follows, or it goes back. */
 static __always_inline void
-splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id, u32 mode)
+splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
+	       struct seed *seed, struct end_key *client_key, u32 mode)
 {
-	struct pair *p = pairs.lookup(id);
-	struct end_key key;
+	struct pair *p = make_pair(id, seed);
 
-	if (!p)
+	if (!p) {
+		spliced.delete(client_key);
 		return;
-	key = p->end[SERVER].key;
-	key.id = *id;
-	if (mode == MODE_EAGER && !find_misfit_option((u64)tp) && put_in(skops, &key)) {
+	}
+	p->end[CLIENT].key = *client_key;
+	p->end[CLIENT].flags = END_IN_MAP;
+	if (mode == MODE_EAGER && !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
@@ -155,52 +157,44 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
 	struct rendezvous *client;
+	struct end_key client_key = {};
+	struct seed seed = {};
 	struct policy policy;
-	struct pair *p;
-	int zero = 0;
+	int in_map;
 
 	if (!s || !s->registering)
 		return;
 	client = get_slot(id);
 	if (!client || !is_same(client->id, id))
 		return;		/* remote */
+	seed.client_sk = client->sk;
+	seed.client_cookie = client->cookie;
+	in_map = client->in_map;
+	if (in_map)
+		client_key = client->key;
+	asm volatile("" ::: "memory");
+	if (!is_same(client->id, id))
+		return;		/* overwritten meanwhile */
 	get_policy(s, local_port(tp), &policy);
-	if (policy.mode == MODE_OFF && !client->in_map) {
+	if (policy.mode == MODE_OFF && !in_map) {
 		count(COUNT_REFUSED + REASON_POLICY, 1);
 		return;
 	}
-	/*
-	 * Too large for the stack. SOCK_OPS does not nest on one CPU. What is not
-	 * written here is zero and stays so.
-	 */
-	p = scratch.lookup(&zero);
-	if (!p)
-		return;
-	p->id = id;
-	p->end[CLIENT].key.local_port = 0;
-	if (client->in_map)
-		p->end[CLIENT].key = client->key;
-	p->end[CLIENT].sk = client->sk;
-	p->end[CLIENT].cookie = client->cookie;
-	p->end[CLIENT].flags = client->in_map ? END_IN_MAP : 0;
-	if (!is_same(client->id, id))
-		return;		/* overwritten meanwhile */
-	read_tuple(&p->end[SERVER].key, tp);
-	p->end[SERVER].key.netns = netns_cookie(skops);
-	p->end[SERVER].key.id = id;
-	p->end[SERVER].sk = (u64)tp;
-	p->end[SERVER].cookie = socket_cookie(skops);
-	p->born_ns = coarse_ns();
-	p->changed_ns = p->born_ns;
-	p->allow_blocking = policy.allow_blocking;
-	p->state = STATE_PAIRED;
-	p->reason = REASON_COLD;
-	int full = pairs.insert(&id, p);
+	read_tuple(&seed.key, tp);
+	seed.key.netns = netns_cookie(skops);
+	seed.key.id = id;
+	seed.sk = (u64)tp;
+	seed.cookie = socket_cookie(skops);
+	seed.born_ns = coarse_ns();
+	seed.allow_blocking = policy.allow_blocking;
+	seed.grown = in_map;
+	client_key.id = id;
+	int full = seeds.insert(&id, &seed);
 	if (full) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
 		/* Nobody knew of it, so nothing was redirected to it. */
-		if (client->in_map)
-			spliced.delete(&p->end[CLIENT].key);
+		if (in_map)
+			spliced.delete(&client_key);
 		return;
 	}
 	/*
@@ -209,8 +203,8 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	 */
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
 	count(COUNT_PAIRED, 1);
-	if (client->in_map)
-		splice_eagerly(skops, tp, &id, policy.mode);
+	if (in_map)
+		splice_eagerly(skops, tp, &id, &seed, &client_key, policy.mode);
 }
 
 /*
@@ -222,14 +216,20 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 static __always_inline void forget_server(void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
-	struct pair *p = pairs.lookup(&id);
+	struct seed *seed;
+	struct pair *p;
 
-	if (!p || p->end[SERVER].sk != (u64)tp)
+	seed = seeds.lookup(&id);
+	if (!seed || seed->sk != (u64)tp)
+		return;
+	count(COUNT_CLOSED, 1);
+	p = seed->grown ? pairs.lookup(&id) : 0;
+	seeds.delete(&id);
+	if (!p)
 		return;
 	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
-	if (!pairs.delete(&id))
-		count(COUNT_CLOSED, 1);
+	pairs.delete(&id);
 }
 
 /*

@@ -51,6 +51,32 @@ find_pair_of(void *tp, struct pair_id *id, int *side)
 			 local_port(tp) > remote_port(tp), id, side);
 }
 
+/* A pair with everything but its state, which makes it visible. */
+static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed)
+{
+	struct pair *p;
+	int zero = 0;
+
+	p = blank.lookup(&zero);
+	if (!p)
+		return 0;
+	pairs.insert(id, p);
+	p = pairs.lookup(id);
+	if (!p)
+		return 0;
+	p->id = *id;
+	p->reason = REASON_COLD;
+	p->end[CLIENT].sk = seed->client_sk;
+	p->end[CLIENT].cookie = seed->client_cookie;
+	p->end[SERVER].key = seed->key;
+	p->end[SERVER].sk = seed->sk;
+	p->end[SERVER].cookie = seed->cookie;
+	p->born_ns = seed->born_ns;
+	p->changed_ns = seed->born_ns;
+	p->allow_blocking = seed->allow_blocking;
+	return p;
+}
+
 /* Returns 0 if the daemon will see the event. */
 static __always_inline int tell(struct pair *p, u32 type, u32 reason)
 {

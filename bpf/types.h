@@ -147,6 +147,22 @@ _Static_assert(sizeof(struct pair) % 64 == 8, "elements share cache lines");
 _Static_assert(sizeof(struct direction) == 64, "a direction is a cache line");
 
 /*
+ * A connection that is too young to be worth a struct pair: most never get
+ * older, and writing a whole pair for each would be the dearest thing that
+ * splicer does to them.
+ */
+struct seed {
+	struct end_key key;	/* the server's */
+	u64 sk;
+	u64 cookie;
+	u64 client_sk;
+	u64 client_cookie;
+	u64 born_ns;
+	u32 allow_blocking;
+	u32 grown;		/* there is a pair */
+};
+
+/*
  * Left by a client at ACTIVE_ESTABLISHED for its server to find. One cache line
  * is touched, and the key only where it is in the SOCKHASH already.
  */

@@ -172,6 +172,7 @@ PROGRAMS = (
 MAPS = (
     "spliced",
     "ends",
+    "seeds",
     "pairs",
     "rendezvous",
     "hints",
@@ -180,7 +181,7 @@ MAPS = (
     "settings",
     "sweep",
     "counters",
-    "scratch",
+    "blank",
     "events",
 )
 

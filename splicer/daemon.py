@@ -281,7 +281,7 @@ class Daemon:
             if name and (n := self._count(COUNT_REFUSED + index))
         }
         states = dict.fromkeys(STATES.values(), 0)
-        for pair in self._sweeper.pairs():
+        for pair in self._sweeper.connections():
             if pair.state in STATES:
                 states[STATES[pair.state]] += 1
         status = Status(
@@ -308,7 +308,9 @@ class Daemon:
     def _answer_flows(self, _request: dict[str, Any]) -> dict[str, Any]:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         flows = []
-        for pair in self._sweeper.pairs():
+        for pair in self._sweeper.connections():
+            if pair.state not in STATES:
+                continue  # in the making
             sent = (pair.client_sends, pair.server_sends)
             flow = Flow(
                 local=pair.client.local,
@@ -316,7 +318,7 @@ class Daemon:
                 peer=pair.server.local,
                 netns=pair.client.netns,
                 peer_netns=pair.server.netns,
-                state=STATES.get(pair.state, "paired"),
+                state=STATES[pair.state],
                 reason=REASON_NAMES[pair.reason] if pair.reason < len(REASON_NAMES) else "",
                 redirected_bytes=sum(d.redirected_bytes for d in sent),
                 redirected_messages=sum(d.redirected_messages for d in sent),

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING = 1, 2, 3
+REASON_COLD = 1
 CLIENT, SERVER = 0, 1
 END_IN_MAP = 1
 MODES = {"off": 0, "adaptive": 1, "eager": 2}
@@ -39,6 +40,7 @@ _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I"
 _DIRECTION = "4Q 8I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 8I " + _DIRECTION + " " + _DIRECTION)
+SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
 SETTINGS = struct.Struct("=12I")
 POLICY = struct.Struct("=2I")
 EVENT = struct.Struct("=2I 2I 2Q 2I")
@@ -133,6 +135,27 @@ def read_pair(value: bytes) -> Pair:
         announced=bool(rest[3]),
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
+    )
+
+
+def read_seed(value: bytes) -> Pair | None:
+    """A connection too young for an entry in the pairs map, as one that is cold; None if it has one."""
+    fields = SEED.unpack(value)
+    if fields[-1]:
+        return None
+    none = Direction(0, 0, 0)
+    server = _read_end((*fields[:13], 0, 0, 0, 0, 0, 0, 0))
+    return Pair(
+        id=(fields[9], fields[10]),
+        state=STATE_PAIRED,
+        reason=REASON_COLD,
+        client=End(server.remote, server.local, 0, 0, 0, 0),
+        server=server,
+        born_ns=fields[17],
+        changed_ns=fields[17],
+        announced=False,
+        client_sends=none,
+        server_sends=none,
     )
 
 

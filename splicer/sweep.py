@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from splicer import libbpf
-from splicer.layout import SWEEP, KernelSettings, Pair, read_pair
+from splicer.layout import SWEEP, KernelSettings, Pair, read_pair, read_seed
 from splicer.model import REASON_NAMES
 from splicer.namespaces import Directory, entered
 
@@ -85,6 +85,11 @@ class Sweeper:
 
     def pairs(self) -> list[Pair]:
         return [read_pair(value) for _, value in self._maps["pairs"].items()]
+
+    def connections(self) -> list[Pair]:
+        """All that is known, the young ones included."""
+        seeds = [read_seed(value) for _, value in self._maps["seeds"].items()]
+        return [pair for pair in seeds if pair] + self.pairs()
 
     def change_settings(self, **changes: Any) -> None:
         """Rewrite single fields of the settings map."""
