@@ -12,6 +12,8 @@ from splicer.errors import SplicerError
 STANDARD = "/sys/fs/bpf"
 _BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 _MNT_DETACH = 2
+# What CONFIG_BPF_PRELOAD puts into every new mount.
+_PRELOADED = frozenset({"maps.debug", "progs.debug"})
 _libc = ct.CDLL(None, use_errno=True)
 
 
@@ -56,7 +58,7 @@ def prepare(pin_dir: str) -> str | None:
 
 def release(mount_point: str | None) -> None:
     """Unmount what `prepare` mounted, if nobody else has put anything there."""
-    if mount_point and is_bpffs(mount_point) and not os.listdir(mount_point):
+    if mount_point and is_bpffs(mount_point) and _PRELOADED.issuperset(os.listdir(mount_point)):
         _libc.umount2(mount_point.encode(), _MNT_DETACH)
 
 
