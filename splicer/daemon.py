@@ -36,9 +36,11 @@ QUEUE_BYTES = 2 << 20
 STREAM_MESSAGES = 64
 STREAM_SIZE = 16 << 10
 
-# Sweeps for adoption may use about this share of one CPU; draining is more urgent.
+# Sweeps for adoption may use about this share of one CPU, a little more while many pairs find no quiet
+# moment; draining is more urgent.
 _ADOPT_SHARE = 0.05
 _ADOPT_PAUSE_S = 0.005
+_ADOPT_PAUSE_MAX_S = 0.15
 _ADOPT_TURNS = 8
 _DRAIN_PAUSE_S = 0.001
 _DRAIN_PAUSE_MAX_S = 0.25
@@ -252,7 +254,8 @@ class Daemon:
             if turn and not counts.half:
                 break
         ended = time.monotonic()
-        self._adopt_at = ended + max(_ADOPT_PAUSE_S, (ended - started) / _ADOPT_SHARE)
+        pause = min(_ADOPT_PAUSE_MAX_S, (ended - started) / _ADOPT_SHARE)
+        self._adopt_at = ended + max(_ADOPT_PAUSE_S, pause)
 
     def _watch(self) -> None:
         counts = self._sweeper.watch()

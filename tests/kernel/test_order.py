@@ -85,7 +85,9 @@ def test_coming_and_going_while_adopting_and_draining(host: Host, lab: Lab, port
     assert (done["wrong"], done["broken"]) == (0, 0)
     assert done["connections"] > 10
     after = host.daemon.totals()
-    assert after["spliced"] - before["spliced"] >= 6
+    spliced = after["spliced"] - before["spliced"]
+    print(f"{spliced} spliced of {done['connections']}")
+    assert spliced >= 6
     assert after["paired"] - before["paired"] == done["connections"]
     wait_until("closed connections are gone", lambda: not host.daemon.flows())
     wait_until("the SOCKHASH is empty", lambda: host.count_spliced() == 0)

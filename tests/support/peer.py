@@ -147,6 +147,8 @@ class Visit:
 
     def __init__(self, family: int, host: str, port: int, rounds: int) -> None:
         self.sock = socket.socket(family, socket.SOCK_STREAM)
+        # With a time-out the socket is non-blocking from the start, which eager asks of a client.
+        self.sock.settimeout(10.0)
         self.sock.connect((host, port))
         self.sock.setblocking(False)
         self.rounds = rounds
