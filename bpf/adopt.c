@@ -82,8 +82,7 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 		p->refusals++;
 	p->announced = 0;
 	p->attempts = 0;
-	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
-	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
+	forget_findings(p);
 	count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
 	/* One end may be in already. */
 	if ((p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP)
@@ -197,20 +196,12 @@ try_adopt(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	count(COUNT_SPLICED, 1);
 	count_sweep(SWEEP_ADOPTED);
 	/* The first end may have TCP bytes to read that came while it was alone. */
-	if (!p->watched) {
-		p->watched = 1;
-		tell(p, EVENT_WATCH, REASON_NONE);
-	}
+	ask_for_watch(p);
 	return;
 later:
 	count_sweep(SWEEP_TO_ADOPT);
 	if ((e->flags | peer->flags) & END_IN_MAP)
 		count_sweep(SWEEP_HALF);
-}
-
-static __always_inline u64 own_psock(void *tp)
-{
-	return FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
 }
 
 /*
@@ -277,8 +268,7 @@ try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end 
 		return;
 	p->announced = 0;
 	p->attempts = 0;
-	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
-	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
+	forget_findings(p);
 	p->end[CLIENT].stuck_ns = 0;
 	p->end[SERVER].stuck_ns = 0;
 	if (p->drains < MAX_DOUBLINGS)

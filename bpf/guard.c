@@ -65,8 +65,7 @@ int guard(struct bpf_sockopt *ctx)
 		start_draining(p, reason);
 	} else {
 		/* Adoption may be half-way: let it look at both again. */
-		p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
-		p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
+		forget_findings(p);
 	}
 	return 1;
 }

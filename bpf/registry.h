@@ -94,6 +94,22 @@ static __always_inline int tell(struct pair *p, u32 type, u32 reason)
 	return lost;
 }
 
+/* Have the ends looked at soon: bytes may be where a reader does not see them. */
+static __always_inline void ask_for_watch(struct pair *p)
+{
+	if (p->watched)
+		return;
+	p->watched = 1;
+	tell(p, EVENT_WATCH, REASON_NONE);
+}
+
+/* What adoption found out so far about the two ends is no longer so. */
+static __always_inline void forget_findings(struct pair *p)
+{
+	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
+	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
+}
+
 static __always_inline void tell_orphan(struct end_key *key)
 {
 	struct event e = {

@@ -32,6 +32,8 @@
 #define PF_IO_WORKER		0x00000010
 #define PF_KTHREAD		0x00200000
 
+#define USER_DATA_POINTER	(~7ULL)		/* SK_USER_DATA_PTRMASK */
+
 #define TCPF(state)		(1 << (state))
 
 #ifndef READ_ONCE
@@ -165,7 +167,12 @@ static __always_inline u64 psock_of(u64 sk)
 	u64 user_data = 0;
 
 	PROBE(user_data, sk, sock_sk_user_data);
-	return user_data & ~7ULL;	/* SK_USER_DATA_PTRMASK */
+	return user_data & USER_DATA_POINTER;
+}
+
+static __always_inline u64 own_psock(void *tp)
+{
+	return FIELD(tp, u64, sock_sk_user_data) & USER_DATA_POINTER;
 }
 
 /* Has an end that may be gone anything to read, redirected or through TCP? */

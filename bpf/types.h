@@ -10,7 +10,7 @@
  * A connection is named by the first data byte's sequence number in each
  * direction. Both ends can compute the name at any time from their own
  * tcp_sock, NAT leaves it alone, and it holds 64 bits that only the two ends
- * know: see identify() in socket.h.
+ * know: see client_id() in socket.h.
  */
 struct pair_id {
 	u32 client_seq;
@@ -193,7 +193,7 @@ struct policy {
 struct settings {
 	struct policy policy;	/* where no rule names the service */
 	u32 splicing;		/* 0: every verdict passes */
-	u32 stopping;		/* 1: adopt takes everything out */
+	u32 stopping;		/* not 0: adopt takes everything out, for this reason */
 	u32 hot_reads;
 	u32 has_rules;		/* the policy map is not empty */
 	u32 has_eager;		/* some policy is eager, so clients need the hint */

@@ -61,12 +61,11 @@ static __always_inline int is_small_stream(struct settings *s, struct direction 
  */
 static __always_inline void note_settled(struct direction *d, void *tp)
 {
-	u64 psock = FIELD(tp, u64, sock_sk_user_data) & ~7ULL;
 	u32 references = 0;
 
 	if (d->settled)
 		return;
-	PROBE(references, psock, sk_psock_refcnt);
+	PROBE(references, own_psock(tp), sk_psock_refcnt);
 	if (references == 2)
 		WRITE_ONCE(d->settled, 1);
 }
@@ -181,10 +180,7 @@ int verdict(struct sk_msg_md *msg)
 	count(COUNT_REDIRECTED_MESSAGES, 1);
 	return SK_PASS;
 pass_watched:
-	if (!p->watched) {
-		p->watched = 1;
-		tell(p, EVENT_WATCH, REASON_NONE);
-	}
+	ask_for_watch(p);
 pass:
 	count_pass(d);
 	return SK_PASS;

@@ -372,10 +372,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
 def main() -> int:
     request = json.load(sys.stdin)
     try:
-        if request.get("identify"):
-            answer: dict[str, Any] = {"build": identify_build(request["max_connections"])}
-        else:
-            answer = build(request["pin_dir"], request["max_connections"], request.get("debug", False))
+        answer = build(request["pin_dir"], request["max_connections"], request.get("debug", False))
         json.dump({"ok": True, **answer}, sys.stdout)
         return 0
     except SplicerError as error:

@@ -185,7 +185,8 @@ def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
         log.info("bpffs_mounted", path=mounted)
     lock = _lock(settings.pin_dir)
     try:
-        generation = _take_over(settings, cgroup, log) or _load(settings, cgroup, log)
+        build = compiler.identify_build(settings.max_connections)
+        generation = _take_over(settings, cgroup, build, log) or _load(settings, cgroup, build, log)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(settings.pin_dir)
@@ -201,11 +202,10 @@ def _describe(cgroup: Cgroup) -> str:
     return f"{cgroup.id}:{cgroup.path}"
 
 
-def _take_over(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation | None:
+def _take_over(settings: Settings, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
     """The generation that is pinned, if it is ours; another one is drained and removed."""
     if not exists(settings.pin_dir):
         return None
-    build = compiler.identify_build(settings.max_connections)
     pinned = _read_note(settings.pin_dir, "build")
     if pinned == build and _read_note(settings.pin_dir, "cgroup") == _describe(cgroup):
         with contextlib.suppress(libbpf.KernelError):
@@ -217,8 +217,7 @@ def _take_over(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation | 
     return None
 
 
-def _load(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
-    build = compiler.identify_build(settings.max_connections)
+def _load(settings: Settings, cgroup: Cgroup, build: str, log: Logger) -> Generation:
     request = {
         "pin_dir": settings.pin_dir,
         "max_connections": settings.max_connections,
