@@ -11,8 +11,11 @@
  * then on each of its sends passes the verdict, so when the second end goes in
  * at a moment with nothing in flight towards it, its next bytes are redirected.
  *
- * Taking a pair out. Deleting an end throws away what its reader has not read,
- * and a sender that has decided to redirect may not have arrived yet. The
+ * Taking a pair out, if there is time: see try_leave().
+ *
+ * Taking a pair out that cannot wait, or is never at rest. Deleting an end throws
+ * away what its reader has not read, and a sender that has decided to redirect
+ * may not have arrived yet. The
  * sender's psock tells: a system call on a spliced socket holds a reference to
  * it from before the verdict until after the message was queued. One reference
  * is the map's. So: state DRAINING, then the sender's psock seen with the
@@ -31,6 +34,9 @@
 #define MAX_HALF		12
 #define BUSY_RETRY_NS		250000000ULL
 #define REFUSED_RETRY_NS	1000000000ULL
+/* So long may a pair be waited for that is to leave, before it is made to. */
+#define LEAVE_NS		100000000ULL
+#define LEAVE_STREAM_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
 /* Each of these is doubled every time, so that a pair does not flap. */
 #define MAX_DOUBLINGS		6
@@ -101,14 +107,17 @@ static __always_inline long put_into_map(void *sk, struct end_key *key)
 }
 
 static __always_inline void
-try_adopt(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
-	  struct end *peer)
+try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pair *p,
+	  struct end *e, struct end *peer)
 {
 	struct end_key key;
 	long err;
 
-	u32 reason = find_misfit((u64)tp, p, e), half;
+	u32 reason, half;
 
+	if (p->policy != s->policy)
+		decide(p, s);
+	reason = p->mode == MODE_OFF ? REASON_POLICY : find_misfit((u64)tp, p, e);
 	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
 	    FIELD(tp, u8, sock_sk_shutdown))
 		reason = REASON_CLOSING;
@@ -142,7 +151,7 @@ try_adopt(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 
 	if (FIELD(tp, u64, sock_sk_user_data)) {
 		/* a psock on its way out still holds on; anything else is foreign */
-		if (p->drains)
+		if (e->flags & END_LEFT)
 			goto later;
 		refuse(p, REASON_FOREIGN_PSOCK, REFUSED_RETRY_NS);
 		return;
@@ -220,6 +229,7 @@ static __always_inline u64 get_cool_down(struct pair *p)
 {
 	switch (p->reason) {
 	case REASON_REQUEST:
+	case REASON_POLICY:
 		return 0;
 	case REASON_BUSY:
 		return BUSY_RETRY_NS << p->refusals;
@@ -248,30 +258,18 @@ has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inboun
 	return references == 1 && waited >= SETTLE_NS;
 }
 
-static __always_inline void
-try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
-	     struct end *peer, struct direction *inbound)
+/* Both ends are out. */
+static __always_inline void finish(struct pair *p)
 {
 	u64 now = bpf_ktime_get_ns();
-	struct end_key key;
 
-	if (!(e->flags & END_IN_MAP))
-		return;
-	if (!has_arrived(tp, p, peer, inbound) || !is_psock_empty(own_psock(tp)))
-		goto later;
-	/* The record may have been reused; with our own id the key is ours. */
-	key = e->key;
-	key.id = *id;
-	take_out(sk, tp, &key);
-	e->flags &= ~END_IN_MAP;
-	if (peer->flags & END_IN_MAP)
-		return;
 	p->announced = 0;
 	p->attempts = 0;
 	forget_findings(p);
 	p->end[CLIENT].stuck_ns = 0;
 	p->end[SERVER].stuck_ns = 0;
-	if (p->drains < MAX_DOUBLINGS)
+	if (p->drains < MAX_DOUBLINGS && p->reason != REASON_REQUEST &&
+	    p->reason != REASON_POLICY)
 		p->drains++;
 	p->retry_ns = now + get_cool_down(p);
 	p->changed_ns = now;
@@ -280,9 +278,87 @@ try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end 
 		count(COUNT_DRAINED, 1);
 	p->was_spliced = 0;
 	count_sweep(SWEEP_DRAINED);
-	return;
-later:
-	count_sweep(SWEEP_TO_DRAIN);
+}
+
+/* The record may have been reused; with the id of the socket visited, the key is its. */
+static __always_inline void
+forget_end(void *sk, void *tp, struct pair_id *id, struct end *e)
+{
+	struct end_key key = e->key;
+
+	key.id = *id;
+	if (sk)
+		take_out(sk, tp, &key);
+	else
+		spliced.delete(&key);
+	e->flags = (e->flags & ~END_IN_MAP) | END_LEFT;
+}
+
+static __always_inline void
+try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
+	     struct end *peer, struct direction *inbound)
+{
+	if (!(e->flags & END_IN_MAP))
+		return;
+	if (!has_arrived(tp, p, peer, inbound) || !is_psock_empty(own_psock(tp))) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
+	forget_end(sk, tp, id, e);
+	if (!(peer->flags & END_IN_MAP))
+		finish(p);
+}
+
+/*
+ * Nothing is unread at either end, nothing on its way, and nothing can set out
+ * from here while we hold the lock.
+ */
+static __always_inline int is_at_rest(void *tp, struct end *peer)
+{
+	u32 references = 0, peer_copied = 0;
+	u64 psock = own_psock(tp), cookie = 0;
+
+	PROBE(references, psock, sk_psock_refcnt);
+	if (references != 1 || !is_psock_empty(psock) || !is_quiet(peer) ||
+	    !is_psock_empty(psock_of(peer->sk)) || unread_bytes(tp) || !is_caught_up(tp, peer))
+		return 0;
+	PROBE(peer_copied, peer->sk, tcp_sock_copied_seq);
+	PROBE(cookie, peer->sk, sock_skc_cookie);
+	return cookie == peer->cookie && peer_copied == FIELD(tp, u32, tcp_sock_write_seq);
+}
+
+/*
+ * Take both ends out in one visit. Until then the verdict redirects, so TCP
+ * bytes never come to an end that is in. Between the two looks the peer may
+ * begin to send: either the second look sees its reference, or its verdict sees
+ * the new state and its bytes wait for our lock. In the first case they may be
+ * on either way, and the pair drains like any other.
+ */
+static __always_inline void
+try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
+	  struct end *peer)
+{
+	u64 patience = p->reason == REASON_STREAM ? LEAVE_STREAM_NS : LEAVE_NS;
+
+	if (!(e->flags & peer->flags & END_IN_MAP) ||
+	    bpf_ktime_get_ns() - p->changed_ns > patience) {
+		WRITE_ONCE(p->state, STATE_DRAINING);
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
+	if (!is_at_rest(tp, peer)) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
+	WRITE_ONCE(p->state, STATE_DRAINING);
+	__sync_fetch_and_add(&p->half, 1);	/* a full barrier */
+	if (!is_at_rest(tp, peer)) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
+	forget_end(0, 0, id, peer);
+	forget_end(sk, tp, id, e);
+	finish(p);
 }
 
 /*
@@ -334,16 +410,19 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 		return 0;	/* a forged name */
 	count_sweep(SWEEP_SEEN);
 	peer = other_end(p, side);
-	if (s->stopping && p->state != STATE_DRAINING &&
-	    (p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP) {
+	if (s->stopping && (p->state == STATE_SPLICED || p->state == STATE_PAIRED) &&
+	    (e->flags | peer->flags) & END_IN_MAP) {
 		p->reason = s->stopping;
 		p->changed_ns = bpf_ktime_get_ns();
-		WRITE_ONCE(p->state, STATE_DRAINING);
+		WRITE_ONCE(p->state, p->state == STATE_SPLICED ? STATE_LEAVING : STATE_DRAINING);
 	}
-	if (p->state == STATE_DRAINING)
+	if (p->state == STATE_LEAVING)
+		try_leave(sk, tp, &id, p, e, peer);
+	else if (p->state == STATE_DRAINING)
 		try_take_out(sk, tp, &id, p, e, peer,
 			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
-	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING)
-		try_adopt(sk, tp, &id, p, e, peer);
+	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING &&
+		 s->splicing && !s->stopping)
+		try_adopt(sk, tp, s, &id, p, e, peer);
 	return 0;
 }

@@ -61,7 +61,7 @@ int guard(struct bpf_sockopt *ctx)
 		      tp->rcv_nxt - (u32)tp->bytes_received, 1, &id, &side);
 	if (!p || p->end[side].sk != (u64)tp)
 		return 1;
-	if (p->state == STATE_SPLICED) {
+	if (is_redirecting(p->state)) {
 		start_draining(p, reason);
 	} else {
 		/* Adoption may be half-way: let it look at both again. */

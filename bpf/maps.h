@@ -10,7 +10,9 @@
 #define RENDEZVOUS_SLOTS	2048	/* a power of two; more would not stay in the cache */
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
-#define MAX_POLICIES		1024
+#define MAX_RULES		16384
+#define MAX_NETWORKS		1024
+#define MAX_TRAFFIC		4096
 #define EVENT_PAGES		16	/* a power of two */
 
 /* The spliced ends. The verdict program is attached to this map. */
@@ -44,8 +46,12 @@ BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
 /* Processes that were seen to read a socket with splice(2). */
 BPF_TABLE("lru_hash", u32, u8, splicers, MAX_SPLICERS);
 
-/* Service port (the server's own) to policy. */
-BPF_TABLE("hash", u32, struct policy, policies, MAX_POLICIES);
+/* Policy, as the daemon compiled it. Almost empty nearly always. */
+BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PREALLOC);
+/* Networks that rules name, to the numbers they have in rules. */
+BPF_LPM_TRIE(networks, struct network_key, u32, MAX_NETWORKS);
+
+BPF_TABLE("lru_hash", struct traffic_key, struct traffic, traffic, MAX_TRAFFIC);
 
 BPF_TABLE("array", int, struct settings, settings, 1);
 BPF_TABLE("array", int, u64, sweep, NR_SWEEP);

@@ -113,11 +113,12 @@ int observe(u64 *ctx)
 		read_tuple(&e->key, tp);
 		e->key.netns = read_netns(tp);
 		e->key.id = id;
+		p->policy = 0;	/* it may be about the address */
 	}
 	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
 		reason = refuse_reader(p, get_reader(), tgid);
-		if (p->state != STATE_SPLICED)
+		if (!is_redirecting(p->state))
 			return 0;
 		if (reason)
 			start_draining(p, reason);
@@ -127,10 +128,12 @@ int observe(u64 *ctx)
 			p->dir[CLIENT].primed = 1;
 		return 0;
 	}
-	if (p->announced)
-		return 0;
 	s = get_settings();
-	if (!s || !s->splicing)
+	if (!s)
+		return 0;
+	if (p->policy != s->policy)
+		decide_again(p, s);
+	if (p->announced || p->mode == MODE_OFF || !s->splicing)
 		return 0;
 	if (e->reads < s->hot_reads) {
 		reason = refuse_reader(p, get_reader(), tgid);

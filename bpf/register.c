@@ -9,25 +9,44 @@
  * found is an end on this host, below the cgroup.
  */
 
-static __always_inline void get_policy(struct settings *s, u32 port, struct policy *to)
+static __always_inline int is_eager_rule(u32 kind, u64 who, u32 port)
 {
-	struct policy *rule = 0;
+	struct rule_key key = { .who = who, .kind = kind, .port = port };
+	struct rule *r = rules.lookup(&key);
 
-	if (s->has_rules)
-		rule = policies.lookup(&port);
-	if (rule)
-		*to = *rule;
-	else
-		*to = s->policy;
+	return r && r->mode != NOTHING_SAID && (u32)r->mode == MODE_EAGER;
+}
+
+/*
+ * May the connections of this listener be eager? Its cgroup is out of reach
+ * here (sk is a request socket), its namespace is not. Whoever says yes is
+ * heard again when the connection is established.
+ */
+static __always_inline int may_be_eager(struct bpf_sock_ops *skops, struct settings *s)
+{
+	u32 port = skops->local_port;
+	u64 netns;
+
+	if (s->mode == MODE_EAGER)
+		return 1;
+	if (s->has_rules & 1 << RULE_PORT && is_eager_rule(RULE_PORT, 0, port))
+		return 1;
+	if (!(s->has_rules & 1 << RULE_NETNS))
+		return 0;
+	netns = netns_cookie(skops);
+	return is_eager_rule(RULE_NETNS, netns, port) || is_eager_rule(RULE_NETNS, netns, 0);
 }
 
 /* Eager only: remember whom a local listener answers. sk is a request socket. */
-static __always_inline void leave_hint(struct bpf_sock_ops *skops)
+static __always_inline void leave_hint(struct bpf_sock_ops *skops, struct settings *s)
 {
 	struct hint_key hint = {};
-	u32 ip4 = skops->remote_ip4;
+	u32 ip4;
 	u8 one = 1;
 
+	if (!may_be_eager(skops, s))
+		return;
+	ip4 = skops->remote_ip4;
 	/* clang would merge reads of both kinds into one modified context pointer */
 	asm volatile("" : "+r"(ip4));
 	if (skops->family == AF_INET6) {
@@ -86,16 +105,15 @@ static __always_inline int
 splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 		      struct pair_id id, struct end_key *key)
 {
-	struct policy policy;
+	struct rule said = { NOTHING_SAID, NOTHING_SAID };
 
-	get_policy(s, remote_port(tp), &policy);
-	if (policy.mode != MODE_EAGER)
-		return 0;
 	read_tuple(key, tp);
 	key->netns = netns_cookie(skops);
 	key->id = id;
-	if (!take_hint(key) || find_misfit_file((u64)tp, policy.allow_blocking) ||
-	    find_misfit_option((u64)tp))
+	if (!take_hint(key) || find_misfit_option((u64)tp))
+		return 0;
+	consider_end(&said, s, (u64)tp, key->local_ip, key->remote_port);
+	if (said.mode != NOTHING_SAID && (u32)said.mode == MODE_OFF)
 		return 0;
 	return put_in(skops, key);
 }
@@ -110,7 +128,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 
 	if (!s || !s->registering)
 		return;
-	if (s->has_eager)
+	if (s->has_eager && s->splicing && !s->stopping)
 		in_map = splice_client_eagerly(skops, tp, s, id, &key);
 	/* Another CPU may write the same slot: what is used of it is checked later. */
 	r = get_slot(id);
@@ -130,7 +148,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 /* The client is in the SOCKHASH already: the server follows, or it goes back. */
 static __always_inline void
 splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
-	       struct seed *seed, struct end_key *client_key, u32 mode)
+	       struct seed *seed, struct end_key *client_key, struct settings *s)
 {
 	struct pair *p = make_pair(id, seed);
 
@@ -140,7 +158,9 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	}
 	p->end[CLIENT].key = *client_key;
 	p->end[CLIENT].flags = END_IN_MAP;
-	if (mode == MODE_EAGER && !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
+	decide(p, s);
+	if (p->mode == MODE_EAGER && !find_misfit_file(seed->client_sk, p->allow_blocking) &&
+	    !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
@@ -148,7 +168,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 		count(COUNT_SPLICED, 1);
 		return;
 	}
-	/* An inherited option, a full map, or the dialled port has another policy. */
+	/* A blocking client, an inherited option, a full map, or a rule against it. */
 	start_draining(p, REASON_POLICY);
 }
 
@@ -159,7 +179,6 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct rendezvous *client;
 	struct end_key client_key = {};
 	struct seed seed = {};
-	struct policy policy;
 	int in_map;
 
 	if (!s || !s->registering)
@@ -175,18 +194,12 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	asm volatile("" ::: "memory");
 	if (!is_same(client->id, id))
 		return;		/* overwritten meanwhile */
-	get_policy(s, local_port(tp), &policy);
-	if (policy.mode == MODE_OFF && !in_map) {
-		count(COUNT_REFUSED + REASON_POLICY, 1);
-		return;
-	}
 	read_tuple(&seed.key, tp);
 	seed.key.netns = netns_cookie(skops);
 	seed.key.id = id;
 	seed.sk = (u64)tp;
 	seed.cookie = socket_cookie(skops);
 	seed.born_ns = coarse_ns();
-	seed.allow_blocking = policy.allow_blocking;
 	seed.grown = in_map;
 	client_key.id = id;
 	int full = seeds.insert(&id, &seed);
@@ -204,7 +217,27 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
 	count(COUNT_PAIRED, 1);
 	if (in_map)
-		splice_eagerly(skops, tp, &id, &seed, &client_key, policy.mode);
+		splice_eagerly(skops, tp, &id, &seed, &client_key, s);
+}
+
+static __always_inline void add_to_traffic(struct pair *p)
+{
+	struct traffic_key key = {
+		.client = p->end[CLIENT].cgroup,
+		.server = p->end[SERVER].cgroup,
+	};
+	struct traffic none = {}, *t;
+	u64 messages = p->dir[CLIENT].redirected_messages + p->dir[SERVER].redirected_messages;
+
+	if (!messages)
+		return;
+	t = traffic.lookup_or_try_init(&key, &none);
+	if (!t)
+		return;
+	__sync_fetch_and_add(&t->connections, 1);
+	__sync_fetch_and_add(&t->redirected_messages, messages);
+	__sync_fetch_and_add(&t->redirected_bytes, p->dir[CLIENT].redirected_bytes +
+						   p->dir[SERVER].redirected_bytes);
 }
 
 /*
@@ -229,6 +262,7 @@ static __always_inline void forget_server(void *tp)
 		return;
 	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
+	add_to_traffic(p);
 	pairs.delete(&id);
 }
 
@@ -267,7 +301,7 @@ int register_end(struct bpf_sock_ops *skops)
 			break;		/* a client sizing its own window */
 		s = get_settings();
 		if (s && s->has_eager)
-			leave_hint(skops);
+			leave_hint(skops, s);
 		break;
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
 		tp = tcp_sock_of(skops);

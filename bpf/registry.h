@@ -73,7 +73,8 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p->end[SERVER].cookie = seed->cookie;
 	p->born_ns = seed->born_ns;
 	p->changed_ns = seed->born_ns;
-	p->allow_blocking = seed->allow_blocking;
+	p->end[CLIENT].cgroup = cgroup_id(cgroup_of(seed->client_sk));
+	p->end[SERVER].cgroup = cgroup_id(cgroup_of(seed->sk));
 	return p;
 }
 
@@ -132,7 +133,23 @@ static __always_inline void tell_orphan(struct end_key *key)
 #define CLIENT_MARK	BPF_SOCK_OPS_RTO_CB_FLAG
 
 /*
- * From here on every verdict for this pair passes. Redirected bytes are read
+ * How drastic must it be? If redirecting on for a moment does no harm, both ends
+ * can be taken out at once when they are at rest, and no reader ever sees a
+ * boundary between redirected bytes and TCP bytes.
+ */
+static __always_inline int may_take_time(u32 reason)
+{
+	return reason == REASON_POLICY || reason == REASON_REQUEST ||
+	       reason == REASON_STOP || reason == REASON_STREAM;
+}
+
+static __always_inline int is_redirecting(u32 state)
+{
+	return state == STATE_SPLICED || state == STATE_LEAVING;
+}
+
+/*
+ * From here on, or once the ends are at rest, every verdict for this pair passes. Redirected bytes are read
  * first whatever follows through TCP, so the order holds. A lost event costs
  * time only: the daemon's watch finds draining pairs by itself.
  */
@@ -140,6 +157,7 @@ static __always_inline void start_draining(struct pair *p, u32 reason)
 {
 	p->reason = reason;
 	p->changed_ns = bpf_ktime_get_ns();
-	WRITE_ONCE(p->state, STATE_DRAINING);
+	WRITE_ONCE(p->state, p->state == STATE_SPLICED && may_take_time(reason) ?
+			     STATE_LEAVING : STATE_DRAINING);
 	tell(p, EVENT_DRAIN, reason);
 }

@@ -161,6 +161,32 @@ static __always_inline u64 read_netns(void *tp)
 	return cookie;
 }
 
+/* The cgroup a socket was made in (an accepted one: its listener), or 0. */
+static __always_inline u64 cgroup_of(u64 sk)
+{
+	u64 cgroup = 0;
+
+	PROBE(cgroup, sk, sock_sk_cgroup);
+	return cgroup;
+}
+
+static __always_inline u64 cgroup_id(u64 cgroup)
+{
+	u64 node = 0, id = 0;
+
+	PROBE(node, cgroup, cgroup_kn);
+	PROBE(id, node, kernfs_node_id);
+	return id;
+}
+
+static __always_inline u64 parent_cgroup(u64 cgroup)
+{
+	u64 parent = 0;
+
+	PROBE(parent, cgroup, cgroup_self_parent);
+	return parent ? parent - OFF_cgroup_self : 0;
+}
+
 /* The psock of a socket at an address that may be stale, or 0. */
 static __always_inline u64 psock_of(u64 sk)
 {

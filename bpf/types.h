@@ -7,6 +7,13 @@
 #define SPLICER_TYPES_H
 
 /*
+ * bcc takes a kernel whose /proc/kallsyms shows no addresses (kptr_restrict=2,
+ * a container without CAP_SYSLOG) for one that lacks this helper, and puts a
+ * macro in its place that the verifier refuses for most program types.
+ */
+#undef bpf_probe_read_kernel
+
+/*
  * A connection is named by the first data byte's sequence number in each
  * direction. Both ends can compute the name at any time from their own
  * tcp_sock, NAT leaves it alone, and it holds 64 bits that only the two ends
@@ -40,6 +47,7 @@ enum pair_state {
 	STATE_PAIRED = 1,	/* plain TCP, both ends known */
 	STATE_SPLICED,
 	STATE_DRAINING,		/* plain TCP again, redirected bytes still unread */
+	STATE_LEAVING,		/* spliced until both ends are seen at rest */
 };
 
 /* Why a pair is not spliced. Names and sentences: splicer/model.py. */
@@ -81,6 +89,7 @@ enum end_flag {
 	END_FIT		= 1 << 1,	/* passed every check */
 	END_PARTIAL	= 1 << 2,	/* was seen to leave bytes behind when reading */
 	END_RESTED	= 1 << 3,	/* was seen with nothing unread or on its way to it */
+	END_LEFT	= 1 << 4,	/* has been in the SOCKHASH before */
 };
 
 enum mode {
@@ -93,6 +102,7 @@ struct end {
 	struct end_key key;	/* a client's is written when it is first observed */
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
+	u64 cgroup;		/* id of the cgroup the socket was made in */
 	u64 stuck_ns;		/* watch: when unread TCP bytes were first seen, or 0 */
 	u32 reads;		/* while plain, stops at settings.hot_reads */
 	u32 tgid;		/* the process that read last, init namespace */
@@ -127,14 +137,16 @@ struct pair {
 	u64 born_ns;		/* CLOCK_MONOTONIC */
 	u64 changed_ns;		/* last change of state */
 	u64 retry_ns;		/* no adoption before */
-	u32 announced;
-	u32 allow_blocking;	/* policy at the time of pairing */
-	u32 was_spliced;	/* since it was last plain */
-	u32 attempts;		/* visits that found no quiet moment */
 	u32 half;		/* visits since the first end went in */
-	u32 drains;		/* lengthens the cool-down */
-	u32 watched;		/* the watch was told about it */
-	u32 refusals;		/* lengthens the time to the next attempt */
+	u32 policy;		/* settings.policy when the next two were decided */
+	u8 mode;
+	u8 allow_blocking;
+	u8 announced;
+	u8 was_spliced;		/* since it was last plain */
+	u8 attempts;		/* visits that found no quiet moment */
+	u8 drains;		/* lengthens the cool-down */
+	u8 refusals;		/* lengthens the time to the next attempt */
+	u8 watched;		/* the watch was told about it */
 	struct direction dir[2];
 };
 
@@ -158,8 +170,7 @@ struct seed {
 	u64 client_sk;
 	u64 client_cookie;
 	u64 born_ns;
-	u32 allow_blocking;
-	u32 grown;		/* there is a pair */
+	u64 grown;		/* there is a pair */
 };
 
 /*
@@ -185,17 +196,57 @@ struct hint_key {
 	u32 service;
 };
 
-struct policy {
-	u32 mode;
-	u32 allow_blocking;
+/* Whom a rule is about. See policy.h for how rules combine. */
+enum rule_kind {
+	RULE_PORT,		/* a server's port, whoever the server is */
+	RULE_CGROUP,		/* sockets made in this cgroup or below it */
+	RULE_NETWORK,		/* ends with an address in this network */
+	RULE_NETNS,		/* eager only: listeners in this network namespace */
+};
+
+struct rule_key {
+	u64 who;		/* cgroup id, number of a network, netns cookie */
+	u32 kind;
+	u32 port;		/* the server's own; 0: any */
+};
+
+/*
+ * What a rule says, for each value by itself: its place in the order of rules in
+ * the upper half, the value in the lower, so that the smaller number wins. Of
+ * two rules of one source the one that names the port comes first.
+ */
+struct rule {
+	u64 mode;
+	u64 allow_blocking;
+};
+
+#define NOTHING_SAID	(~0ULL >> 1)
+
+struct network_key {
+	u32 prefix;		/* bits; IPv4 addresses count as ::ffff:a.b.c.d */
+	u32 ip_be[4];
+};
+
+/* Closed connections, added up by who talked to whom. */
+struct traffic_key {
+	u64 client;		/* cgroup ids */
+	u64 server;
+};
+
+struct traffic {
+	u64 connections;
+	u64 redirected_bytes;
+	u64 redirected_messages;
 };
 
 struct settings {
-	struct policy policy;	/* where no rule names the service */
+	u32 mode;		/* where no rule says anything */
+	u32 allow_blocking;
 	u32 splicing;		/* 0: every verdict passes */
 	u32 stopping;		/* not 0: adopt takes everything out, for this reason */
 	u32 hot_reads;
-	u32 has_rules;		/* the policy map is not empty */
+	u32 policy;		/* another number after every change of policy, never 0 */
+	u32 has_rules;		/* a bit for each enum rule_kind that is in use */
 	u32 has_eager;		/* some policy is eager, so clients need the hint */
 	u32 queue_messages;	/* bound on redirected, unread messages */
 	u32 queue_bytes;	/* bound on redirected, unread bytes */

@@ -72,7 +72,7 @@ static __always_inline void note_settled(struct direction *d, void *tp)
 
 int verdict(struct sk_msg_md *msg)
 {
-	u32 state, size, reason, copied_seq = 0, queued = 0;
+	u32 progress, state, size, reason, copied_seq = 0, queued = 0;
 	struct direction *d, *back;
 	u64 peer_sk, cookie = 0;
 	struct settings *s;
@@ -102,8 +102,9 @@ int verdict(struct sk_msg_md *msg)
 		peer = &p->end[CLIENT];
 	}
 	s = get_settings();
-	if (!s || !s->splicing || READ_ONCE(p->state) != STATE_SPLICED) {
-		if (p->state == STATE_DRAINING)
+	progress = READ_ONCE(p->state);
+	if (!s || !s->splicing || !is_redirecting(progress)) {
+		if (progress == STATE_DRAINING)
 			note_settled(d, tp);
 		goto pass;
 	}
@@ -160,7 +161,7 @@ int verdict(struct sk_msg_md *msg)
 		start_draining(p, REASON_BACKPRESSURE);
 		goto pass;
 	}
-	if (is_small_stream(s, d, back, size)) {
+	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size)) {
 		start_draining(p, REASON_STREAM);
 		goto pass;
 	}

@@ -29,6 +29,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct end *e;
 	struct pair *p;
 	u32 copied_seq, reason, unread;
+	struct settings *s;
 	u64 now;
 	void *tp;
 
@@ -52,7 +53,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	else
 		return 0;
 	count_sweep(SWEEP_SEEN);
-	if (p->state == STATE_DRAINING) {
+	if (p->state == STATE_DRAINING || p->state == STATE_LEAVING) {
 		count_sweep(SWEEP_TO_DRAIN);
 		tell(p, EVENT_DRAIN, p->reason);
 		return 0;
@@ -60,6 +61,13 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	if (p->state != STATE_SPLICED)
 		return 0;
 	p->watched = 0;
+	s = get_settings();
+	if (s && p->policy != s->policy)
+		decide(p, s);
+	if (p->mode == MODE_OFF) {
+		start_draining(p, REASON_POLICY);
+		return 0;
+	}
 	/* O_NONBLOCK taken away, an option that guard did not see in time. */
 	reason = find_misfit((u64)tp, p, e);
 	if (reason && reason != REASON_UNACCEPTED) {

@@ -34,6 +34,7 @@ SOURCES = (
     "maps.h",
     "socket.h",
     "registry.h",
+    "policy.h",
     "fitness.h",
     "register.c",
     "observe.c",
@@ -83,6 +84,11 @@ FIELDS = {
     "sock_sk_max_pacing_rate": "sock.sk_max_pacing_rate",
     "tcp_sock_recvmsg_inq": "tcp_sock.recvmsg_inq",
     "task_struct_flags": "task_struct.flags",
+    "sock_sk_cgroup": "sock.sk_cgrp_data.cgroup",
+    "cgroup_self": "cgroup.self",
+    "cgroup_self_parent": "cgroup.self.parent",
+    "cgroup_kn": "cgroup.kn",
+    "kernfs_node_id": "kernfs_node.id",
 }
 SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
@@ -177,7 +183,9 @@ MAPS = (
     "rendezvous",
     "hints",
     "splicers",
-    "policies",
+    "rules",
+    "networks",
+    "traffic",
     "settings",
     "sweep",
     "counters",

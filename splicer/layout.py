@@ -9,7 +9,7 @@ import ipaddress
 import struct
 from dataclasses import dataclass
 
-STATE_PAIRED, STATE_SPLICED, STATE_DRAINING = 1, 2, 3
+STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
 REASON_COLD = 1
 CLIENT, SERVER = 0, 1
 END_IN_MAP = 1
@@ -37,17 +37,23 @@ class EventType(enum.IntEnum):
 
 
 _END_KEY = "4I 4I Q 2I I I"
-_END = _END_KEY + " Q Q Q I I I I"
+_END = _END_KEY + " Q Q Q Q I I I I"
 _DIRECTION = "4Q 8I"
-PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 8I " + _DIRECTION + " " + _DIRECTION)
-SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=12I")
-POLICY = struct.Struct("=2I")
+PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
+SEED = struct.Struct("=" + _END_KEY + " 6Q")
+SETTINGS = struct.Struct("=13I")
+RULE_KEY = struct.Struct("=Q 2I")
+RULE = struct.Struct("=2Q")
+NOTHING_SAID = (1 << 63) - 1
+NETWORK_KEY = struct.Struct("=I 16s")
+NETWORK = struct.Struct("=I")
+TRAFFIC_KEY = struct.Struct("=2Q")
+TRAFFIC = struct.Struct("=3Q")
 EVENT = struct.Struct("=2I 2I 2Q 2I")
 SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain", "stuck", "unread")
 
 _CLIENT_PORT = 11
-_END_FIELDS = 8 + 1 + 2 + 2 + 3 + 4
+_END_FIELDS = 8 + 1 + 2 + 2 + 4 + 4
 _DIRECTION_FIELDS = 12
 
 
@@ -61,11 +67,13 @@ def format_endpoint(words: tuple[int, ...], port: int) -> str:
 
 @dataclass(frozen=True)
 class End:
-    """One end of a pair: its address and its peer's as it sees them, netns cookie, reader's process id."""
+    """One end of a pair: its address and its peer's as it sees them, netns cookie, the id of the cgroup its
+    socket was made in, its reader's process id."""
 
     local: str
     remote: str
     netns: int
+    cgroup: int
     reads: int
     tgid: int
     flags: int
@@ -105,9 +113,10 @@ def _read_end(fields: tuple[int, ...]) -> End:
         local=format_endpoint(fields[0:4], fields[11]),
         remote=format_endpoint(fields[4:8], fields[12]),
         netns=fields[8],
-        reads=fields[16],
-        tgid=fields[17],
-        flags=fields[18],
+        cgroup=fields[15],
+        reads=fields[17],
+        tgid=fields[18],
+        flags=fields[19],
     )
 
 
@@ -123,7 +132,7 @@ def read_pair(value: bytes) -> Pair:
     client, server = _read_end(ends[:_END_FIELDS]), _read_end(ends[_END_FIELDS:])
     if not ends[_CLIENT_PORT]:
         client = _mirror(client, server)
-    directions = rest[11:]
+    directions = rest[13:]
     return Pair(
         id=(fields[0], fields[1]),
         state=fields[2],
@@ -132,7 +141,7 @@ def read_pair(value: bytes) -> Pair:
         server=server,
         born_ns=rest[0],
         changed_ns=rest[1],
-        announced=bool(rest[3]),
+        announced=bool(rest[7]),
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
     )
@@ -144,12 +153,12 @@ def read_seed(value: bytes) -> Pair | None:
     if fields[-1]:
         return None
     none = Direction(0, 0, 0)
-    server = _read_end((*fields[:13], 0, 0, 0, 0, 0, 0, 0))
+    server = _read_end((*fields[:13], 0, 0, 0, 0, 0, 0, 0, 0))
     return Pair(
         id=(fields[9], fields[10]),
         state=STATE_PAIRED,
         reason=REASON_COLD,
-        client=End(server.remote, server.local, 0, 0, 0, 0),
+        client=End(server.remote, server.local, 0, 0, 0, 0, 0),
         server=server,
         born_ns=fields[17],
         changed_ns=fields[17],
@@ -176,14 +185,16 @@ def read_event(record: bytes) -> Event:
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything."""
+    """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything;
+    `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule."""
 
     mode: int
     allow_blocking: bool
     splicing: bool
     stopping: int
     hot_reads: int
-    has_rules: bool
+    policy: int
+    has_rules: int
     has_eager: bool
     queue_messages: int
     queue_bytes: int
@@ -198,6 +209,7 @@ class KernelSettings:
             self.splicing,
             self.stopping,
             self.hot_reads,
+            self.policy,
             self.has_rules,
             self.has_eager,
             self.queue_messages,
@@ -216,11 +228,12 @@ class KernelSettings:
             bool(v[2]),
             v[3],
             v[4],
-            bool(v[5]),
-            bool(v[6]),
-            v[7],
+            v[5],
+            v[6],
+            bool(v[7]),
             v[8],
             v[9],
             v[10],
-            bool(v[11]),
+            v[11],
+            bool(v[12]),
         )

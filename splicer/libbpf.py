@@ -248,7 +248,7 @@ def load_program(
     kind: int, name: str, code: bytes, *, attach_type: int = 0, btf_id: int = 0, verbose: bool = False
 ) -> tuple[int, str]:
     """Load one program. Returns (file descriptor, verifier log); the descriptor is -errno on refusal."""
-    log = ct.create_string_buffer(4 << 20)
+    log = ct.create_string_buffer((32 if verbose else 4) << 20)
     options = _LoadOptions()
     options.size = ct.sizeof(_LoadOptions)
     options.expected_attach_type = attach_type
@@ -265,6 +265,8 @@ def load_program(
         return fd if fd >= 0 else -(ct.get_errno() or -fd)
 
     fd = attempt(2 if verbose else 0)
+    if fd == -errno.ENOSPC and verbose:
+        fd = attempt(4)  # a log of all paths that does not fit is no reason to refuse
     if fd < 0 and not verbose:
         fd = attempt(1)
     return fd, log.value.decode(errors="replace")

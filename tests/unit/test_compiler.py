@@ -26,7 +26,10 @@ def test_every_offset_the_programs_use_is_looked_up_and_none_else() -> None:
 
 def test_every_map_of_the_programs_is_pinned() -> None:
     maps = (compiler.find_sources() / "maps.h").read_text()
-    pattern = r"^BPF_(?:TABLE\(.*?, (\w+), \w+\);|(?:SOCKHASH|SK_STORAGE)\((\w+),|RINGBUF_OUTPUT\((\w+),)"
+    pattern = (
+        r"^BPF_(?:F_TABLE\(.*?, (\w+), \w+, \w+\);|TABLE\(.*?, (\w+), \w+\);"
+        r"|(?:SOCKHASH|SK_STORAGE|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
+    )
     declared = re.findall(pattern, maps, re.M)
     assert sorted(name for names in declared for name in names if name) == sorted(compiler.MAPS)
 

@@ -58,7 +58,11 @@ def test_sweep_counters_are_in_the_order_of_the_programs() -> None:
 
 
 def test_states_are_those_of_the_programs() -> None:
-    assert read_enum("pair_state") == [f"STATE_{name.upper()}" for name in model.STATES.values()]
+    names = read_enum("pair_state")
+    assert names == ["STATE_PAIRED", "STATE_SPLICED", "STATE_DRAINING", "STATE_LEAVING"]
+    for number, name in enumerate(names, start=1):
+        assert getattr(layout, name) == number
+        assert model.STATES[number] == ("draining" if number > 2 else name.removeprefix("STATE_").lower())
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,7 @@ def test_endpoints_read_as_people_write_them(words: tuple[int, ...], port: int, 
 
 
 def test_settings_survive_a_round_trip() -> None:
-    settings = layout.KernelSettings(1, True, True, 0, 16, False, True, 1, 2, 3, 4, True)
+    settings = layout.KernelSettings(1, True, True, 0, 16, 7, 0b1010, True, 1, 2, 3, 4, True)
     assert layout.KernelSettings.unpack(settings.pack()) == settings
 
 
@@ -82,7 +86,7 @@ def test_a_pair_is_read_field_by_field() -> None:
     def end(last_byte: int, port: int, peer_port: int, netns: int, flags: int) -> tuple[int, ...]:
         local = (0, 0, 0xFFFF, 0x0A000000 | last_byte)
         remote = (0, 0, 0xFFFF, 0x0A0000FF)
-        return (*local, *remote, netns, 11, 22, port, peer_port, 0xFFFF8000, 7, 0, 16, 4711, flags, 0)
+        return (*local, *remote, netns, 11, 22, port, peer_port, 0xFFFF8000, 7, 99, 0, 16, 4711, flags, 0)
 
     directions = (100, 10, 1, *[0] * 9), (200, 20, 2, *[0] * 9)
     value = layout.PAIR.pack(
@@ -95,8 +99,12 @@ def test_a_pair_is_read_field_by_field() -> None:
         5,
         6,
         0,
+        0,
+        0,
+        0,
+        0,
         1,
-        *[0] * 7,
+        *[0] * 5,
         *directions[0],
         *directions[1],
     )
@@ -104,6 +112,7 @@ def test_a_pair_is_read_field_by_field() -> None:
     assert pair.id == (11, 22)
     assert (pair.client.local, pair.client.remote) == ("10.0.0.1:40000", "10.0.0.255:80")
     assert (pair.client.netns, pair.server.netns) == (1001, 1002)
+    assert (pair.client.cgroup, pair.server.cgroup) == (99, 99)
     assert (pair.client.tgid, pair.client.reads) == (4711, 16)
     assert pair.is_in_map
     assert (pair.born_ns, pair.changed_ns, pair.announced) == (5, 6, True)
