@@ -7,35 +7,41 @@ Each value remembers where it came from, so that an error and `--print-config` c
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import math
+import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from splicer.errors import USAGE, SplicerError
+from splicer.kinds import (
+    PATH,
+    SWITCH,
+    Kind,
+    checked,
+    choice,
+    integer,
+    refuse,
+    refuse_key,
+    render_value,
+    seconds,
+)
+from splicer.rules import BLOCKING as BLOCKING
+from splicer.rules import CONTAINER_MODES as CONTAINER_MODES
+from splicer.rules import Rule as Rule
+from splicer.rules import read_rules, render_rule
 
-Mode = Literal["adaptive", "eager", "off"]
+Mode = Literal["adaptive", "eager"]
+Default = Literal["on", "off"]
 Blocking = Literal["refuse", "allow"]
 LogFormat = Literal["auto", "console", "json"]
 
 MODES: tuple[str, ...] = get_args(Mode)
-BLOCKING: tuple[str, ...] = get_args(Blocking)
+DEFAULTS: tuple[str, ...] = get_args(Default)
 LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
 CONFIG_VARIABLE = "SPLICER_CONFIG"
 DEFAULT_SOURCE = "default"
-
-
-@dataclass(frozen=True)
-class ServiceRule:
-    """What differs for connections to one server port. None means: as for all others."""
-
-    port: int
-    mode: Mode | None = None
-    blocking: Blocking | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,10 @@ class Settings:
 
     cgroup: str = "/sys/fs/cgroup"
     mode: Mode = "adaptive"
+    default: Default = "on"
     blocking: Blocking = "refuse"
-    services: tuple[ServiceRule, ...] = ()
+    policies: tuple[Rule, ...] = ()
+    docker: str = "auto"
     ready_file: str | None = None
     max_connections: int = 65536
     run_dir: str = "/run/splicer"
@@ -64,82 +72,38 @@ class Resolved:
     sources: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A type of value: what is accepted, in words; how TOML's value is checked; how text is read."""
-
-    accepted: str
-    check: Callable[[object], bool]
-    # Raises ValueError for text that cannot be read. The outcome still goes through `check`.
-    read: Callable[[str], object] = field(default=lambda text: text)
-
-
-def _choice(values: Sequence[str]) -> Kind:
-    return Kind(
-        ", ".join(values[:-1]) + " or " + values[-1], lambda value: isinstance(value, str) and value in values
+def _is_engine(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and value.isprintable()
+        and (
+            value in ("auto", "off")
+            or re.fullmatch(r"unix:///[^/].*|(?:tcp|https?)://[^/].*", value) is not None
+        )
     )
 
-
-def _integer(low: int, high: int) -> Kind:
-    # bool is an int to Python and not to anybody else.
-    return Kind(
-        f"a whole number from {low} to {high}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-        int,
-    )
-
-
-def _seconds(low: float, high: float) -> Kind:
-    return Kind(
-        f"seconds, from {low:g} to {high:g}",
-        lambda value: (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and low <= value <= high
-        ),
-        float,
-    )
-
-
-def _is_path(value: object) -> bool:
-    # What no file system call or TOML file can carry is better refused here, where its source can be named.
-    return isinstance(value, str) and bool(value) and value.isprintable()
-
-
-def _read_switch(text: str) -> bool:
-    try:
-        return {
-            "1": True,
-            "true": True,
-            "yes": True,
-            "on": True,
-            "0": False,
-            "false": False,
-            "no": False,
-            "off": False,
-        }[text.strip().lower()]
-    except KeyError:
-        raise ValueError(text) from None
-
-
-_PATH = Kind("a path", _is_path)
-_PORT = _integer(1, 65535)
 
 KINDS: Mapping[str, Kind] = {
-    "cgroup": _PATH,
-    "mode": _choice(MODES),
-    "blocking": _choice(BLOCKING),
-    "ready_file": _PATH,
-    "max_connections": _integer(16, 1_048_576),
-    "run_dir": _PATH,
-    "pin_dir": _PATH,
-    "hot_reads": _integer(1, 65535),
-    "stop_timeout": _seconds(0, 3600),
-    "debug": Kind("true or false", lambda value: isinstance(value, bool), _read_switch),
-    "log_format": _choice(LOG_FORMATS),
+    "cgroup": PATH,
+    "mode": Kind(
+        "adaptive or eager; for splicing nothing unasked there is --default off", lambda value: value in MODES
+    ),
+    "default": choice(DEFAULTS),
+    "blocking": choice(BLOCKING),
+    "docker": Kind(
+        "auto, off, or where the engine listens, such as unix:///run/podman/podman.sock", _is_engine
+    ),
+    "ready_file": PATH,
+    "max_connections": integer(16, 1_048_576),
+    "run_dir": PATH,
+    "pin_dir": PATH,
+    "hot_reads": integer(1, 65535),
+    "stop_timeout": seconds(0, 3600),
+    "debug": SWITCH,
+    "log_format": choice(LOG_FORMATS),
 }
-SERVICE_KINDS: Mapping[str, Kind] = {"port": _PORT, "mode": KINDS["mode"], "blocking": KINDS["blocking"]}
+# What a daemon takes over while it runs; the rest is for the next start.
+LIVE = ("mode", "default", "blocking", "policies")
 
 
 def option_of(name: str) -> str:
@@ -173,7 +137,7 @@ def resolve(
     file = config_file or environ.get(CONFIG_VARIABLE) or None
     if file is not None:
         from_file = load_file(file)
-        values = {name: value for name, value in from_file.items() if name in names or name == "services"}
+        values = {name: value for name, value in from_file.items() if name in names or name == "policies"}
         sources |= dict.fromkeys(values, file)
     for name in names:
         texts = (
@@ -194,28 +158,12 @@ def _read(kind: Kind, given: object, source: str) -> object:
     try:
         value = kind.read(given) if isinstance(given, str) else given
     except ValueError:
-        raise _refuse(source, given, kind.accepted) from None
-    return _checked(kind, value, source, given)
-
-
-def _checked(kind: Kind, value: object, source: str, given: object) -> object:
-    if not kind.check(value):
-        raise _refuse(source, given, kind.accepted)
-    return value
-
-
-def _refuse(source: str, given: object, accepted: str) -> SplicerError:
-    return SplicerError(
-        f"bad value for {source}: {_show(given)}", hint=f"accepted: {accepted}", exit_code=USAGE
-    )
-
-
-def _show(value: object) -> str:
-    return json.dumps(value, default=str)
+        raise refuse(source, given, kind.accepted) from None
+    return checked(kind, value, source, given)
 
 
 def load_file(file: str) -> dict[str, object]:
-    """Read and check a configuration file. Returns setting names with values, `services` as a tuple of rules.
+    """Read and check a configuration file. Returns setting names with values, `policies` as a tuple of rules.
 
     Raises SplicerError with exit code 2 when it cannot be read, is no TOML, or holds an unknown key or a bad
     value.
@@ -238,49 +186,37 @@ def load_file(file: str) -> dict[str, object]:
         ) from error
     values: dict[str, object] = {}
     for key, value in document.items():
-        if key == "service":
-            values["services"] = _read_services(value, file)
+        if key == "policy":
+            values["policies"] = read_rules(value, file)
         elif key in KINDS:
-            values[key] = _checked(KINDS[key], value, f"{key} in {file}", value)
+            values[key] = checked(KINDS[key], value, f"{key} in {file}", value)
         else:
-            raise _unknown(key, f"{file}", [*KINDS, "[[service]]"])
+            raise refuse_key(key, f"{file}", [*KINDS, "[[policy]]"])
     return values
 
 
-def _unknown(key: str, place: str, known: Collection[str]) -> SplicerError:
-    near = difflib.get_close_matches(key, known, n=1)
-    meant = f'did you mean "{near[0]}"? ' if near else ""
-    return SplicerError(
-        f'unknown key "{key}" in {place}', hint=f"{meant}accepted keys: {', '.join(known)}", exit_code=USAGE
+@dataclass(frozen=True)
+class Reload:
+    """What comes of reading the configuration again: settings to go on with, and names of what changed."""
+
+    settings: Settings
+    applied: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+def reload(current: Settings, read: Settings) -> Reload:
+    """Take over from `read` what can change while a daemon runs; name what cannot."""
+    changed = [
+        entry.name
+        for entry in dataclasses.fields(Settings)
+        if getattr(current, entry.name) != getattr(read, entry.name)
+    ]
+    applied = tuple(name for name in changed if name in LIVE)
+    # Also what compares equal: a rule that stands in another file now says so.
+    live: dict[str, Any] = {name: getattr(read, name) for name in LIVE}
+    return Reload(
+        dataclasses.replace(current, **live), applied, tuple(name for name in changed if name not in LIVE)
     )
-
-
-def _read_services(value: object, file: str) -> tuple[ServiceRule, ...]:
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise SplicerError(
-            f"bad value for service in {file}: {_show(value)}",
-            hint="accepted: one [[service]] table, in double brackets, for each port",
-            exit_code=USAGE,
-        )
-    rules: list[ServiceRule] = []
-    for number, entry in enumerate(value, start=1):
-        place = f"[[service]] number {number} in {file}"
-        for key, given in entry.items():
-            if key not in SERVICE_KINDS:
-                raise _unknown(key, place, SERVICE_KINDS)
-            _checked(SERVICE_KINDS[key], given, f"{key} of {place}", given)
-        if "port" not in entry:
-            raise SplicerError(
-                f"port is missing in {place}", hint=f"accepted: {_PORT.accepted}", exit_code=USAGE
-            )
-        if any(rule.port == entry["port"] for rule in rules):
-            raise SplicerError(
-                f"port {entry['port']} has a second rule: {place}",
-                hint="write one [[service]] table for each port",
-                exit_code=USAGE,
-            )
-        rules.append(ServiceRule(**entry))
-    return tuple(rules)
 
 
 def render(resolved: Resolved) -> str:
@@ -289,17 +225,10 @@ def render(resolved: Resolved) -> str:
     for name in KINDS:
         value = getattr(resolved.settings, name)
         source = resolved.sources[name]
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml(value)}  # {source}")
-    for rule in resolved.settings.services:
-        lines += ["", f"[[service]]  # {resolved.sources['services']}", f"port = {rule.port}"]
-        lines += [
-            f"{key} = {_toml(value)}"
-            for key, value in (("mode", rule.mode), ("blocking", rule.blocking))
-            if value is not None
-        ]
+        lines.append(
+            f"# {name} is not set" if value is None else f"{name} = {render_value(value)}  # {source}"
+        )
+    for rule in resolved.settings.policies:
+        lines += ["", f"[[policy]]  # {resolved.sources['policies']}"]
+        lines += render_rule(rule)
     return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    # JSON's strings, numbers and booleans are TOML's, as long as nothing but the printable is in the strings.
-    return json.dumps(value, ensure_ascii=False)

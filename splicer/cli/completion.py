@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from splicer.config import BLOCKING, LOG_FORMATS, MODES
+from splicer.config import BLOCKING, DEFAULTS, LOG_FORMATS, MODES
 from splicer.errors import OK
 
 from . import options
@@ -28,7 +28,13 @@ examples:
 SHELLS = ("bash", "zsh", "fish")
 
 # Values that argparse does not know of, because the settings check them wherever they come from.
-_WORDS: Mapping[str, Sequence[str]] = {"mode": MODES, "blocking": BLOCKING, "log_format": LOG_FORMATS}
+_WORDS: Mapping[str, Sequence[str]] = {
+    "mode": MODES,
+    "default": DEFAULTS,
+    "blocking": BLOCKING,
+    "docker": ("auto", "off"),
+    "log_format": LOG_FORMATS,
+}
 _PATHS = {
     "cgroup": "directory",
     "run_dir": "directory",
@@ -40,7 +46,10 @@ _PATHS = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option or positional of a command. `path` is "file", "directory" or empty."""
+    """One option or positional of a command. `path` is "file", "directory" or empty.
+
+    `position` counts a command's positionals from 1; 0 for an option.
+    """
 
     flags: tuple[str, ...]
     takes_value: bool
@@ -48,6 +57,7 @@ class Option:
     path: str
     help: str
     repeatable: bool
+    position: int
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,11 @@ def describe(parser: argparse.ArgumentParser) -> list[Command]:
 
 
 def _describe_options(parser: argparse.ArgumentParser) -> Iterator[Option]:
+    positionals = 0
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             continue
+        positionals += not action.option_strings
         words = tuple(str(word) for word in action.choices or _WORDS.get(action.dest, ()))
         yield Option(
             flags=tuple(action.option_strings),
@@ -110,6 +122,7 @@ def _describe_options(parser: argparse.ArgumentParser) -> Iterator[Option]:
             path=_PATHS.get(action.dest, ""),
             help=(action.help or "").partition(";")[0],
             repeatable=isinstance(action, argparse._AppendAction),
+            position=0 if action.option_strings else positionals,
         )
 
 
@@ -192,7 +205,7 @@ def _zsh_specs(option: Option) -> Iterator[str]:
     elif option.words:
         action = f"({' '.join(option.words)})"
     if not option.flags:
-        yield shlex.quote(f"1:{_zsh_escape(option.help)}:{action}")
+        yield shlex.quote(f"{option.position}:{_zsh_escape(option.help)}:{action}")
     for flag in option.flags:
         value = f":value:{action}" if option.takes_value else ""
         star = "*" if option.repeatable else ""
@@ -214,6 +227,8 @@ def render_fish(commands: Sequence[Command]) -> list[str]:
             outside = shlex.quote(f"not __fish_seen_subcommand_from {names}")
             lines.append(f"complete -c splicer -n {outside} -a {command.name} -d {_fish_quote(command.help)}")
         for option in command.options:
+            if not option.flags and not option.words:
+                continue  # names of containers, which only the daemon knows
             parts = ["complete -c splicer -n", condition]
             for flag in option.flags:
                 parts += ["-l", flag[2:]] if flag.startswith("--") else ["-s", flag[1:]]

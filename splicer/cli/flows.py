@@ -25,25 +25,34 @@ from splicer.text import (
 
 from . import options
 from .context import Context
-from .query import ask, number, seconds, text
+from .parties import FILTERS, describe_party, matches, name_party
+from .query import ask, number, seconds, section, sections, text
 
 SUMMARY = "list local connections, and why each is spliced or not"
 
 DESCRIPTION = """\
 List the connections with both ends on this host, one row for each: spliced
 ones first, then by bytes. Connections to other hosts are never followed and
-never shown."""
+never shown. On a narrow terminal names stand in the place of addresses."""
 
-STATE_NAMES = tuple(STATES.values())
+STATE_NAMES = tuple(dict.fromkeys(STATES.values()))
 
 _STATE_STYLES = {"spliced": "green", "draining": "yellow"}
 _STATE_ORDER = {"spliced": 0, "draining": 1, "paired": 2}
-_COLUMNS = (
-    Column("LOCAL", elastic=True, least=11),
-    Column("REMOTE", elastic=True, least=11),
+_ADDRESSES = (Column("LOCAL", elastic=True, least=11), Column("REMOTE", elastic=True, least=11))
+_NAMED_ENDS = (Column("CLIENT", elastic=True, least=11), Column("SERVER", elastic=True, least=11))
+# Beside names addresses are shown if most of both can be read.
+_NAMES_AND_ADDRESSES = (
+    Column("CLIENT", elastic=True, least=14),
+    Column("SERVER", elastic=True, least=14),
+    Column("LOCAL", elastic=True, least=15),
+    Column("REMOTE", elastic=True, least=15),
+)
+_MESSAGES = Column("MESSAGES", "right")
+_REST = (
     Column("STATE"),
     Column("REASON"),
-    Column("MESSAGES", "right"),
+    _MESSAGES,
     Column("BYTES", "right"),
     Column("AGE", "right"),
 )
@@ -51,11 +60,13 @@ _COLUMNS = (
 
 def _make_epilog() -> str:
     columns = {
+        "CLIENT, SERVER": "container, else service, pod, process; with --wide the process and its pid too; "
+        "with the port where there is no room for addresses",
         "LOCAL": "the client's own address and port",
         "REMOTE": "what the client connected to; under DNAT the server's own is another (JSON: peer)",
         "STATE": "see below",
         "REASON": "why it is not spliced; empty when it is",
-        "MESSAGES": "messages redirected since pairing, both directions",
+        "MESSAGES": "messages redirected since pairing, both directions; not on a narrow terminal",
         "BYTES": "bytes redirected since pairing, both directions",
         "AGE": "time since pairing",
     }
@@ -78,6 +89,7 @@ examples:
   splicer flows
   splicer flows --state paired            # what is not spliced, and why
   splicer flows --port 8080 --port 6379
+  splicer flows --container 'demo-*' --wide
   splicer flows --json | jq '.flows[] | select(.reason == "splice_reader")'
 
 exit codes:
@@ -101,6 +113,17 @@ def add(parser: options.Parser) -> None:
         metavar="PORT",
         help="only flows with this port at either end, DNATed or not; may be repeated",
     )
+    for name, what in zip(FILTERS, ("container", "compose service", "process"), strict=True):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="NAME",
+            help=f"only flows with this {what} at either end, a name or a pattern such as 'web-*'; "
+            "may be repeated",
+        )
+    parser.add_argument(
+        "--wide", action="store_true", help="names, processes and addresses in full, however wide that is"
+    )
     options.add_json(parser)
     options.add_run_dir(parser)
     options.add_config(parser)
@@ -111,14 +134,15 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
     states = frozenset(arguments.state or ())
     ports = frozenset(_read_port(given) for given in arguments.port or ())
+    names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
     answer = ask(settings.run_dir, "flows")
-    listed = answer.get("flows")
-    known = [flow for flow in listed if isinstance(flow, dict)] if isinstance(listed, list) else []
-    chosen = select(known, states, ports)
+    known = sections(answer, "flows")
+    chosen = select(known, states, ports, names)
     if arguments.json:
         context.write_json({**answer, "flows": chosen})
     elif chosen:
-        context.write(render(chosen, palette=context.palette, width=terminal_width(context.stdout)))
+        width = terminal_width(context.stdout)
+        context.write(render(chosen, palette=context.palette, width=width, wide=arguments.wide))
     elif known:
         context.write([f"No flow matches ({plural(len(known), 'flow')} without the filters)."])
     else:
@@ -139,14 +163,28 @@ def _read_port(given: str) -> int:
 
 
 def select(
-    flows: Sequence[Mapping[str, object]], states: Collection[str], ports: Set[int]
+    flows: Sequence[Mapping[str, object]],
+    states: Collection[str],
+    ports: Set[int],
+    names: Mapping[str, Collection[str]] | None = None,
 ) -> list[Mapping[str, object]]:
-    """The flows in one of `states` with one of `ports` at either end; empty filters let all through."""
-    return [
-        flow
-        for flow in flows
-        if (not states or flow.get("state") in states) and (not ports or not ports.isdisjoint(_ports(flow)))
-    ]
+    """The flows that pass every filter; empty filters let all through.
+
+    In one of `states`, with one of `ports` at either end, and for each key of `names` with one of its
+    patterns at either end.
+    """
+
+    def passes(flow: Mapping[str, object]) -> bool:
+        ends = (section(flow, "client"), section(flow, "server"))
+        return (
+            (not states or flow.get("state") in states)
+            and (not ports or not ports.isdisjoint(_ports(flow)))
+            and all(
+                any(matches(end, key, patterns) for end in ends) for key, patterns in (names or {}).items()
+            )
+        )
+
+    return [flow for flow in flows if passes(flow)]
 
 
 def _ports(flow: Mapping[str, object]) -> set[int]:
@@ -155,24 +193,59 @@ def _ports(flow: Mapping[str, object]) -> set[int]:
 
 
 def render(
-    flows: Sequence[Mapping[str, object]], *, palette: Palette = PLAIN, width: int | None = None
+    flows: Sequence[Mapping[str, object]],
+    *,
+    palette: Palette = PLAIN,
+    width: int | None = None,
+    wide: bool = False,
 ) -> list[str]:
-    """The flows for people. `width` in characters, None for as wide as it takes."""
+    """The flows for people. `width` in characters, None for as wide as it takes; `wide` overrides it."""
 
     def rank(flow: Mapping[str, object]) -> tuple[int, int, str]:
         order = _STATE_ORDER.get(text(flow, "state"), len(_STATE_ORDER))
         return order, -number(flow, "redirected_bytes"), text(flow, "local")
 
+    ordered = sorted(flows, key=rank)
+    addresses = [[text(flow, "local"), text(flow, "remote")] for flow in ordered]
+    parties = [(section(flow, "client"), section(flow, "server")) for flow in ordered]
+    names = [[name_party(party) for party in pair] for pair in parties]
+    rests = [_list_rest(flow) for flow in ordered]
+    if wide:
+        described = [[describe_party(party) for party in pair] for pair in parties]
+        rows = [[*who, *where, *rest] for who, where, rest in zip(described, addresses, rests, strict=True)]
+        return table((*_NAMES_AND_ADDRESSES, *_REST), rows, palette=palette)
+    if not any(map(any, names)):
+        rows = [[*where, *rest] for where, rest in zip(addresses, rests, strict=True)]
+        return table((*_ADDRESSES, *_REST), rows, width=width, palette=palette)
+    rows = [[*who, *where, *rest] for who, where, rest in zip(names, addresses, rests, strict=True)]
+    if width is None or _fits((*_NAMES_AND_ADDRESSES, *_REST), rows, width):
+        return table((*_NAMES_AND_ADDRESSES, *_REST), rows, width=width, palette=palette)
     rows = [
-        (
-            text(flow, "local"),
-            text(flow, "remote"),
-            Cell(text(flow, "state"), _STATE_STYLES.get(text(flow, "state"))),
-            text(flow, "reason"),
-            human_count(number(flow, "redirected_messages")),
-            human_bytes(number(flow, "redirected_bytes")),
-            human_age(seconds(flow, "age_seconds")),
-        )
-        for flow in sorted(flows, key=rank)
+        [*map(_name_end, who, where), *rest] for who, where, rest in zip(names, addresses, rests, strict=True)
     ]
-    return table(_COLUMNS, rows, width=width, palette=palette)
+    columns: Sequence[Column] = (*_NAMED_ENDS, *_REST)
+    if max(map(len, table(columns, rows))) > width:
+        # Bytes say nearly the same, and names want the room.
+        dropped = columns.index(_MESSAGES)
+        columns = (*columns[:dropped], *columns[dropped + 1 :])
+        rows = [[*row[:dropped], *row[dropped + 1 :]] for row in rows]
+    return table(columns, rows, width=width, palette=palette)
+
+
+def _list_rest(flow: Mapping[str, object]) -> list[str | Cell]:
+    return [
+        Cell(text(flow, "state"), _STATE_STYLES.get(text(flow, "state"))),
+        text(flow, "reason"),
+        human_count(number(flow, "redirected_messages")),
+        human_bytes(number(flow, "redirected_bytes")),
+        human_age(seconds(flow, "age_seconds")),
+    ]
+
+
+def _fits(columns: Sequence[Column], rows: Sequence[Sequence[str | Cell]], width: int) -> bool:
+    return max(map(len, table(columns, rows, width=width))) <= width
+
+
+def _name_end(name: str, address: str) -> str:
+    """The name in the place of the host, if there is one: web-1:8080."""
+    return f"{name}:{address.rpartition(':')[2]}" if name else address

@@ -15,13 +15,18 @@ from splicer.config import variable_of
 from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
-from . import completion, flows, options, run, status, unload, version
+from . import completion, drain, flows, options, policy, run, status, unload, unset, version
+from . import set as set_
 from .context import Context
 
 COMMANDS = {
     "run": run,
     "status": status,
     "flows": flows,
+    "policy": policy,
+    "set": set_,
+    "unset": unset,
+    "drain": drain,
     "unload": unload,
     "version": version,
     "completion": completion,
@@ -36,7 +41,9 @@ examples:
   splicer run --cgroup /sys/fs/cgroup   start splicing; Ctrl-C takes it all back
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
-  splicer run --help                    modes, configuration file, variables
+  splicer policy                        which containers are, and who says so
+  splicer set demo-web-1 off            leave a container alone for now
+  splicer run --help                    modes, labels, configuration file
 
 exit codes:
   0 ok, 1 failure, 2 usage, 3 daemon not running, 4 host not supported,

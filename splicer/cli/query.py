@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `status` and `flows` share: asking the daemon, and reading its answer with care.
+"""What the commands that ask the daemon share: the question, and reading the answer with care.
 
 The daemon may be of another version than the command: an unknown schema is refused, a missing key is nothing.
 """
@@ -15,10 +15,15 @@ from splicer.model import SCHEMA
 from .options import spell_run_dir
 
 
-def ask(run_dir: str, command: str) -> dict[str, object]:
-    """The daemon's answer. Raises SplicerError with exit code 3 when none is running in `run_dir`."""
+def ask(
+    run_dir: str, command: str, fields: Mapping[str, object] | None = None, *, timeout: float = 10.0
+) -> dict[str, object]:
+    """The daemon's answer, within `timeout` seconds.
+
+    Raises SplicerError, with exit code 3 when no daemon is running in `run_dir`.
+    """
     try:
-        answer = control.request(run_dir, command)
+        answer = control.request(run_dir, command, fields, timeout=timeout)
     except SplicerError as error:
         if error.exit_code == NOT_RUNNING and (holder := instance.find_holder(run_dir)) is not None:
             raise SplicerError(
@@ -57,3 +62,15 @@ def section(table: Mapping[str, object], key: str) -> dict[str, object]:
     """An object out of an answer; empty when it is missing."""
     value = table.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def sections(table: Mapping[str, object], key: str) -> list[dict[str, object]]:
+    """A list of objects out of an answer; what is none is left out."""
+    value = table.get(key)
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def texts(table: Mapping[str, object], key: str) -> list[str]:
+    """A list of strings out of an answer; what is none is left out."""
+    value = table.get(key)
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []

@@ -18,34 +18,76 @@ DESCRIPTION = """\
 Attach to a cgroup and splice the TCP connections of its processes whose both
 ends are on this host. Runs in the foreground. SIGTERM and SIGINT take every
 connection back to plain TCP, detach and exit; a second signal does not wait
-for the connections. After a crash connections stay spliced, and the next run
-takes over."""
+for the connections. SIGHUP reads the configuration file again. After a crash
+connections stay spliced, and the next run takes over."""
 
 
 def _make_epilog() -> str:
     modes = {
         "adaptive": "splice connections that are busy and whose reading style is safe (default)",
         "eager": "splice every local connection at once; for services you vouch for",
-        "off": "splice nothing; with a configuration file, only the services named there",
+    }
+    default = {
+        "on": "everything local is spliced, but for what is switched off (default)",
+        "off": "only what is switched on is spliced: by label, by [[policy]], by splicer set",
     }
     blocking = {
         "refuse": "connections with a blocking reader stay plain TCP (default)",
         "allow": "splice them too; read KNOWN_ISSUES.md first",
     }
+    docker = {
+        "auto": "the engine of this host, looked for until it is there (default)",
+        "off": "containers are not looked at; rules by cgroup, address and port still apply",
+        "URL": "where it listens, such as unix:///run/podman/podman.sock",
+    }
+    labels = {
+        "splicer.enable": "true or false",
+        "splicer.mode": "adaptive, eager or off; default: --mode; implies enable=true",
+        "splicer.ports": '"80,443,8000-8010": only connections to these server ports; the rest is off, '
+        "or, with mode off, as if there were no label; implies enable=true",
+    }
+    selectors = {
+        "container, image": "name of the container, of its image; with * ? [...]",
+        "service, project": "of docker compose; with * ? [...]",
+        "ports": "the server's own: a port, a range, or a list; beside the others, or alone",
+        "cgroup": "path below the cgroup v2 root, with all that is below it; beside ports only",
+        "cidr": "address of that end, IPv4 or IPv6; beside ports only",
+    }
     return f"""\
 modes:
 {legend(modes)}
 
+default:
+{legend(default)}
+
 blocking readers:
 {legend(blocking)}
 
+containers (--docker; Docker, or Podman's compatible socket):
+{legend(docker)}
+
+labels of containers, read strictly; a mistake leaves the container alone:
+{legend(labels)}
+
 configuration file (TOML; keys are the long options with _ for -):
   mode = "adaptive"
-  max_connections = 65536
-  [[service]]
-  port = 8080                  # the server's port
+  default = "off"
+  [[policy]]                   # as many as you like; the first that matches and
+  service = "web"              # says something about a value decides it
+  ports = [80, "8000-8010"]    # the server's own
   mode = "eager"
   blocking = "allow"
+
+selectors of a [[policy]] table:
+{legend(selectors)}
+
+Overrides (splicer set) come before labels, labels before [[policy]] tables. A
+connection is off if either end is off; else the server's end decides, else the
+client's, else --mode and --default. splicer policy shows all of it.
+
+SIGHUP reads the file again: mode, default, blocking and the tables apply at
+once, to living connections too; the rest needs a restart, and the log says so.
+A mistake in the file leaves everything as it was.
 
 Each option has a variable: SPLICER_MODE, SPLICER_MAX_CONNECTIONS, and so on.
 The command line beats the environment, which beats the file, which beats the
@@ -54,7 +96,8 @@ default.
 examples:
   splicer run --cgroup /sys/fs/cgroup
   splicer run --cgroup /sys/fs/cgroup/system.slice --config /etc/splicer.toml
-  SPLICER_MODE=off splicer run --config services.toml --print-config
+  splicer run --default off     # with label splicer.enable=true on containers
+  SPLICER_MODE=eager splicer run --config splicer.toml --print-config
 
 exit codes:
   0 stopped by a signal, 1 failure, 2 usage or configuration, 4 this host is
@@ -71,9 +114,17 @@ def add(parser: options.Parser) -> None:
         help="a cgroup v2 directory; /sys/fs/cgroup finds the v2 hierarchy on hosts that have v1 there "
         "(default: /sys/fs/cgroup)",
     )
-    parser.add_argument("--mode", metavar="MODE", help="adaptive, eager or off (default: adaptive)")
+    parser.add_argument("--mode", metavar="MODE", help="adaptive or eager (default: adaptive)")
+    parser.add_argument(
+        "--default",
+        metavar="WHICH",
+        help="on: all that is local; off: only what is switched on (default: on)",
+    )
     parser.add_argument(
         "--blocking", metavar="POLICY", help="blocking readers: refuse or allow (default: refuse)"
+    )
+    parser.add_argument(
+        "--docker", metavar="WHERE", help="where the container engine is: auto, off or a URL (default: auto)"
     )
     options.add_config(parser)
     parser.add_argument(
@@ -125,4 +176,5 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         )
         if cgroup.substituted:
             log.info("cgroup_substituted", requested=cgroup.requested, taken=cgroup.path)
-        return Daemon(settings, cgroup, log).run()
+        reread = lambda: options.resolve_settings(arguments, context).settings  # noqa: E731
+        return Daemon(settings, cgroup, log, reread=reread).run()

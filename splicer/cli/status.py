@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from splicer.config import Settings
-from splicer.errors import NOT_RUNNING, OK, SplicerError
+from splicer.errors import FAILURE, NOT_RUNNING, OK, SplicerError
 from splicer.model import REASONS, SCHEMA
 from splicer.text import (
     PLAIN,
+    Cell,
     Column,
     Palette,
     human_age,
@@ -19,22 +20,31 @@ from splicer.text import (
     human_count,
     pairs,
     plural,
+    printable,
     table,
     terminal_width,
 )
 
 from . import options
 from .context import Context
-from .query import ask, number, seconds, section, text
+from .parties import name_party
+from .query import ask, number, seconds, section, sections, text
 
 SUMMARY = "say whether splicer is running and what it has done"
 
 DESCRIPTION = """\
 Say whether splicer is running and what it has done. The first line is the
 answer in words. Totals count from when the programs were loaded and survive a
-restart of the daemon."""
+restart of the daemon. With --brief the first line is all, and the exit code
+says whether all is well: for health checks."""
 
 EPILOG = """\
+docker:
+  connected   containers are followed as they come and go
+  absent      no container engine was found; it is looked for again
+  lost        the engine does not answer; what was known of the containers holds
+  off         --docker off
+
 totals:
   paired      connections found to have both ends on this host
   spliced     times a connection was spliced
@@ -43,21 +53,32 @@ totals:
   passed      messages of such connections that went through TCP
   rescued     connections taken back because bytes waited unread
   refused     connections left plain, by reason; see splicer flows --help
+  traffic     what was redirected between whom, the largest first; all of it
+              with --json
 
 examples:
   splicer status
+  splicer status --brief                # HEALTHCHECK CMD in a Dockerfile
   splicer status --json | jq .connections.spliced
 
 exit codes:
   0 running, 1 failure, 2 usage, 3 not running; --json then prints
-  {"schema":1,"running":false}"""
+  {"schema":1,"running":false}. With --brief: 0 healthy, 1 running but not
+  healthy, 3 not running"""
+
+
+_TRAFFIC_ROWS = 10
 
 
 def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer status`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    options.add_json(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--brief", action="store_true", help="one line, and in the exit code whether all is well"
+    )
+    options.add_json(form)
     options.add_run_dir(parser)
     options.add_config(parser)
 
@@ -65,6 +86,8 @@ def add(parser: options.Parser) -> None:
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's status."""
     settings = options.resolve_settings(arguments, context, only=("run_dir", "pin_dir")).settings
+    if arguments.brief:
+        return _check_health(settings, context)
     try:
         status = ask(settings.run_dir, "status")
     except SplicerError as error:
@@ -79,6 +102,22 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     else:
         context.write(render(status, palette=context.palette, width=terminal_width(context.stdout)))
     return OK
+
+
+def _check_health(settings: Settings, context: Context) -> int:
+    try:
+        status = ask(settings.run_dir, "status")
+    except SplicerError as error:
+        # The answer to the question, and not a failure to answer it: one line, where data goes.
+        context.write([printable(error.message)])
+        return error.exit_code
+    line = verdict(status, context.palette)
+    context.write([line])
+    return OK if _is_healthy(status) else FAILURE
+
+
+def _is_healthy(status: Mapping[str, object]) -> bool:
+    return status.get("healthy") is not False
 
 
 def _with_leftovers(error: SplicerError, settings: Settings) -> SplicerError:
@@ -99,14 +138,17 @@ def _with_leftovers(error: SplicerError, settings: Settings) -> SplicerError:
 def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int | None = None) -> list[str]:
     """The status for people."""
     totals = section(status, "totals")
+    switched = {"on": ", for everything local", "off": ", for what is switched on (splicer policy)"}
     about = [
-        ("mode", text(status, "mode")),
+        ("mode", text(status, "mode") + switched.get(text(status, "default"), "")),
         ("cgroup", text(status, "cgroup")),
         ("pid", str(number(status, "pid"))),
         ("version", text(status, "version")),
     ]
     if kernel_class := text(status, "kernel_class"):
         about.append(("kernel", f"class {kernel_class}"))
+    if docker := section(status, "docker"):
+        about.append(("docker", describe_docker(docker)))
     if uptime := seconds(status, "uptime_seconds"):
         about.append(("uptime", human_age(uptime)))
     messages = plural(number(totals, "redirected_messages"), "message")
@@ -120,27 +162,98 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
     ]
     lines = [verdict(status, palette), "", *pairs(about, palette=palette)]
     lines += ["", palette.paint("Totals", "bold"), *pairs(done, palette=palette)]
-    refused = section(totals, "refused")
+    lines += _list_refused(section(totals, "refused"), width, palette)
+    lines += _list_traffic(sections(status, "traffic"), width, palette)
+    return lines + _list_problems(sections(status, "problems"), width, palette)
+
+
+def _list_refused(refused: Mapping[str, object], width: int | None, palette: Palette) -> list[str]:
     counts = {name: number(refused, name) for name in refused if number(refused, name)}
-    if counts:
-        columns = (Column("REFUSED"), Column("COUNT", "right"), Column("BECAUSE", elastic=True, least=30))
-        rows = [
-            (
-                name,
-                human_count(count),
-                REASONS.get(name, "(a reason this version of the command does not know)"),
-            )
-            for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        ]
-        lines += ["", *table(columns, rows, width=width, palette=palette)]
-    return lines
+    columns = (Column("REFUSED"), Column("COUNT", "right"), Column("BECAUSE", elastic=True, least=30))
+    rows = [
+        (
+            name,
+            human_count(count),
+            REASONS.get(name, "(a reason this version of the command does not know)"),
+        )
+        for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return ["", *table(columns, rows, width=width, palette=palette)] if rows else []
+
+
+def _list_traffic(traffic: Sequence[Mapping[str, object]], width: int | None, palette: Palette) -> list[str]:
+    columns = (
+        Column("CLIENT", elastic=True),
+        Column("SERVER", elastic=True),
+        Column("CONNECTIONS", "right"),
+        Column("MESSAGES", "right"),
+        Column("BYTES", "right"),
+    )
+    rows = [
+        (
+            name_party(section(row, "client")) or "?",
+            name_party(section(row, "server")) or "?",
+            human_count(number(row, "connections")),
+            human_count(number(row, "redirected_messages")),
+            human_bytes(number(row, "redirected_bytes")),
+        )
+        for row in traffic[:_TRAFFIC_ROWS]
+    ]
+    if not rows:
+        return []
+    more = len(traffic) - len(rows)
+    return [
+        "",
+        *table(columns, rows, width=width, palette=palette),
+        *([palette.paint(f"and {plural(more, 'more row')}: splicer status --json", "dim")] if more else []),
+    ]
+
+
+def _list_problems(
+    problems: Sequence[Mapping[str, object]], width: int | None, palette: Palette
+) -> list[str]:
+    columns = (
+        Column("CONTAINER", elastic=True),
+        Column("BAD LABEL", elastic=True),
+        Column("VALUE", elastic=True, least=8),
+        Column("ACCEPTED", elastic=True, least=20),
+    )
+    rows = [
+        (
+            text(problem, "container"),
+            Cell(text(problem, "label"), "yellow"),
+            f'"{text(problem, "value")}"',
+            text(problem, "accepted"),
+        )
+        for problem in problems
+    ]
+    return ["", *table(columns, rows, width=width, palette=palette)] if rows else []
+
+
+def describe_docker(docker: Mapping[str, object]) -> str:
+    """The connection to the container engine, in words."""
+    state, endpoint, error = text(docker, "state"), text(docker, "endpoint"), text(docker, "error")
+    where = f" ({endpoint})" if endpoint else ""
+    because = f": {error}" if error else ""
+    if state == "connected":
+        return f"connected{where}, {plural(number(docker, 'containers'), 'container')}"
+    if state == "absent":
+        return f"no container engine found{because or where}"
+    if state == "lost":
+        since = human_age(seconds(docker, "since_seconds"))
+        return f"lost {since} ago{where}{because}; what was known of containers holds"
+    if state == "off":
+        return "off (--docker off)"
+    return f"{state or 'unknown'}{where}{because}"
 
 
 def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
     """One line: does splicer do anything for this host?"""
     connections = section(status, "connections")
     paired, spliced, draining = (number(connections, state) for state in ("paired", "spliced", "draining"))
-    mode = text(status, "mode")
+    if not _is_healthy(status):
+        trouble = text(status, "trouble") or "see the daemon's log"
+        return palette.paint("Running, but not healthy", "red") + f": {printable(trouble)}."
     if spliced:
         others = [f"{human_count(paired)} local but not spliced"] if paired else []
         others += [f"{human_count(draining)} going back to TCP"] if draining else []
@@ -149,6 +262,7 @@ def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
     if paired or draining:
         local = plural(paired + draining, "local connection")
         return palette.paint("Running", "green") + f": {local}, none spliced now; splicer flows says why."
-    if mode == "off":
-        return palette.paint("Running", "yellow") + ": nothing is spliced, for the mode is off."
+    if text(status, "default") == "off":
+        switched = "no local connection of what is switched on (splicer policy) right now."
+        return palette.paint("Running", "green") + f": {switched}"
     return palette.paint("Running", "green") + ": no local connections right now."

@@ -117,7 +117,6 @@ class TestStatus:
         ("mode", "connections", "verdict"),
         [
             ("adaptive", (0, 0, 0), "Running: no local connections right now."),
-            ("off", (0, 0, 0), "Running: nothing is spliced, for the mode is off."),
             ("adaptive", (1, 0, 0), "Running: 1 local connection, none spliced now; splicer flows says why."),
             (
                 "adaptive",

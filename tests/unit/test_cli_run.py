@@ -33,10 +33,14 @@ class FakeDaemon:
     """Stands in for the daemon and remembers what it was given."""
 
     made: list[tuple[Settings, Cgroup]]
+    reread: Callable[[], Settings]
     code = 0
 
-    def __init__(self, settings: Settings, cgroup: Cgroup, log: Logger) -> None:
+    def __init__(
+        self, settings: Settings, cgroup: Cgroup, log: Logger, *, reread: Callable[[], Settings]
+    ) -> None:
         self.made.append((settings, cgroup))
+        type(self).reread = staticmethod(reread)
         self.settings = settings
         log.info("daemon_made")
 
@@ -80,6 +84,21 @@ def test_debug_before_the_command_reaches_the_daemon(
     assert daemon.made[0][0].debug is True
 
 
+def test_the_daemon_can_read_the_settings_again(
+    invoke: Invoke, daemon: type[FakeDaemon], run_dir: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("default = 'on'\nhot_reads = 3\n")
+    assert invoke("run", "--run-dir", run_dir, "--config", str(file), "--hot-reads", "5").code == 0
+    assert daemon.reread() == daemon.made[0][0]
+    file.write_text("default = 'off'\n[[policy]]\nports = 80\nmode = 'eager'\n")
+    fresh = daemon.reread()
+    assert (fresh.default, fresh.hot_reads, len(fresh.policies)) == ("off", 5, 1)
+    file.write_text("default = 'of'\n")
+    with pytest.raises(SplicerError, match="default in"):
+        daemon.reread()
+
+
 @pytest.mark.usefixtures("daemon")
 def test_a_substituted_cgroup_is_said(invoke: Invoke, run_dir: str) -> None:
     outcome = invoke("run", "--run-dir", run_dir)
@@ -100,11 +119,11 @@ def test_a_second_instance(invoke: Invoke, run_dir: str) -> None:
 
 def test_print_config_needs_nothing(invoke: Invoke, tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text("[[service]]\nport = 80\nmode = 'eager'\n")
-    outcome = invoke("run", "--print-config", "--config", str(file), environ={"SPLICER_MODE": "off"})
+    file.write_text("[[policy]]\nports = 80\nmode = 'eager'\n")
+    outcome = invoke("run", "--print-config", "--config", str(file), environ={"SPLICER_DEFAULT": "off"})
     assert outcome.code == 0
-    assert 'mode = "off"  # SPLICER_MODE' in outcome.stdout
-    assert f"[[service]]  # {file}" in outcome.stdout
+    assert 'default = "off"  # SPLICER_DEFAULT' in outcome.stdout
+    assert f"[[policy]]  # {file}\nports = 80\n" in outcome.stdout
 
 
 def test_the_order_of_the_checks(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splicer.config import KINDS, ServiceRule, Settings, load_file, render, resolve
+from splicer.config import KINDS, LIVE, Rule, Settings, load_file, reload, render, resolve
 from splicer.errors import USAGE, SplicerError
 
 
@@ -31,9 +31,9 @@ def test_defaults() -> None:
     assert set(resolved.sources.values()) == {"default"}
 
 
-def test_every_setting_but_the_services_has_a_kind() -> None:
+def test_every_setting_but_the_policies_has_a_kind() -> None:
     names = {field.name for field in dataclasses.fields(Settings)}
-    assert names - {"services"} == set(KINDS)
+    assert names - {"policies"} == set(KINDS)
 
 
 def test_every_default_is_accepted() -> None:
@@ -64,11 +64,11 @@ def test_precedence(tmp_path: Path) -> None:
 
 
 def test_the_file_can_come_from_the_environment(tmp_path: Path) -> None:
-    file = write(tmp_path, 'mode = "off"\n')
-    assert resolve({}, {"SPLICER_CONFIG": file}).settings.mode == "off"
+    file = write(tmp_path, 'default = "off"\n')
+    assert resolve({}, {"SPLICER_CONFIG": file}).settings.default == "off"
     other = tmp_path / "other.toml"
-    other.write_text('mode = "eager"\n')
-    assert resolve({}, {"SPLICER_CONFIG": file}, config_file=str(other)).settings.mode == "eager"
+    other.write_text('default = "on"\n')
+    assert resolve({}, {"SPLICER_CONFIG": file}, config_file=str(other)).settings.default == "on"
 
 
 def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
@@ -87,6 +87,14 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("mode", "fast"),
+        ("mode", "off"),
+        ("default", "adaptive"),
+        ("docker", "on"),
+        ("docker", "/run/docker.sock"),
+        ("docker", "unix://run/docker.sock"),
+        ("docker", "unix:///"),
+        ("docker", "ssh://host"),
+        ("docker", "unix:///run/a\nb"),
         ("blocking", "yes"),
         ("max_connections", "15"),
         ("max_connections", "1048577"),
@@ -131,22 +139,95 @@ def test_kubernetes_variables_do_not_matter() -> None:
     assert resolve({}, environ).settings == Settings()
 
 
-def test_services(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "value", ["auto", "off", "unix:///run/podman/podman.sock", "tcp://127.0.0.1:2375", "http://localhost:1"]
+)
+def test_where_the_engine_may_be(value: str) -> None:
+    assert resolve({"docker": value}, {}).settings.docker == value
+    assert resolve({}, {"SPLICER_DOCKER": value}).settings.docker == value
+
+
+def test_policies(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        '[[service]]\nport = 8080\nmode = "eager"\nblocking = "allow"\n'
-        "[[service]]\nport = 1\n[[service]]\nport = 65535\n",
+        """
+        [[policy]]
+        container = "web-*"
+        image = "nginx:*"
+        service = "web"
+        project = "demo"
+        ports = 8080
+        mode = "eager"
+        blocking = "allow"
+        [[policy]]
+        cgroup = "system.slice/redis.service"
+        ports = "8000-8002"
+        mode = "off"
+        [[policy]]
+        cidr = "10.0.0.0/8"
+        ports = [443, "80-81", 80, "90, 91"]
+        blocking = "refuse"
+        [[policy]]
+        cidr = "fd00::1"
+        mode = "adaptive"
+        [[policy]]
+        ports = [65535, 1]
+        mode = "off"
+        """,
     )
-    services = resolve({}, {}, config_file=file).settings.services
-    assert services == (ServiceRule(8080, "eager", "allow"), ServiceRule(1), ServiceRule(65535))
+    rules = resolve({}, {}, config_file=file).settings.policies
+    assert rules == (
+        Rule("web-*", "nginx:*", "web", "demo", ports=(8080,), mode="eager", blocking="allow", number=1),
+        Rule(cgroup="system.slice/redis.service", ports=(8000, 8001, 8002), mode="off", number=2),
+        Rule(cidr="10.0.0.0/8", ports=(80, 81, 90, 91, 443), blocking="refuse", number=3),
+        Rule(cidr="fd00::1", mode="adaptive", number=4),
+        Rule(ports=(1, 65535), mode="off", number=5),
+    )
+    assert {rule.file for rule in rules} == {file}
+    assert rules[0].selectors == {
+        "container": "web-*",
+        "image": "nginx:*",
+        "service": "web",
+        "project": "demo",
+    }
+    assert rules[4].source == f"{file} [[policy]] 5"
+
+
+def test_the_most_ports(tmp_path: Path) -> None:
+    text = '[[policy]]\nmode = "off"\nports = '
+    (rule,) = resolve({}, {}, config_file=write(tmp_path, text + '"1-256"')).settings.policies
+    assert len(rule.ports) == 256
+    assert "ports of [[policy]] number 1" in refusal(tmp_path, text + '["1-256", 257]').message
+
+
+def test_what_a_reload_takes_over() -> None:
+    current = Settings(run_dir="/r", hot_reads=4)
+    same = reload(current, Settings(run_dir="/r", hot_reads=4))
+    assert (same.settings, same.applied, same.needs_restart) == (current, (), ())
+    rule = Rule(ports=(80,), mode="off", file="new")
+    read = Settings(
+        run_dir="/other", hot_reads=5, mode="eager", default="off", blocking="allow", policies=(rule,)
+    )
+    outcome = reload(current, read)
+    assert outcome.settings == dataclasses.replace(read, run_dir="/r", hot_reads=4)
+    assert set(outcome.applied) == set(LIVE)
+    assert outcome.needs_restart == ("run_dir", "hot_reads")
+    moved = reload(
+        outcome.settings,
+        dataclasses.replace(outcome.settings, policies=(Rule(ports=(80,), mode="off", file="x"),)),
+    )
+    assert (moved.applied, moved.settings.policies[0].file) == ((), "x")
 
 
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ('mode = "fast"', 'mode in .*: "fast"', "adaptive, eager or off"),
-        ("mode = 1", "mode in .*: 1", "adaptive, eager or off"),
-        ("mode = ['off']", r'mode in .*: \["off"\]', "adaptive, eager or off"),
+        ('mode = "fast"', 'mode in .*: "fast"', "adaptive or eager"),
+        ('mode = "off"', 'mode in .*: "off"', "--default off"),
+        ("mode = 1", "mode in .*: 1", "adaptive or eager"),
+        ("mode = ['eager']", r'mode in .*: \["eager"\]', "adaptive or eager"),
+        ("default = false", "default in .*: false", "on or off"),
+        ("docker = true", "docker in .*: true", "auto, off"),
         ("max_connections = true", "max_connections in .*: true", "16 to 1048576"),
         ('max_connections = "20"', 'max_connections in .*: "20"', "16 to 1048576"),
         ("hot_reads = 0", "hot_reads in .*: 0", "1 to 65535"),
@@ -154,20 +235,48 @@ def test_services(tmp_path: Path) -> None:
         ("debug = 1", "debug in .*: 1", "true or false"),
         ('ready_file = ""', "ready_file in", "a path"),
         ('mdoe = "off"', 'unknown key "mdoe"', 'did you mean "mode"'),
-        ("zzz = 1", 'unknown key "zzz"', r"max_connections, .*\[\[service\]\]"),
-        ("[service]\nport = 1", "service in", "double brackets"),
-        ("service = [1]", "service in", "double brackets"),
-        ("[[service]]\nprot = 1", r'unknown key "prot" in \[\[service\]\] number 1', 'mean "port"'),
-        ('[[service]]\nmode = "off"', r"port is missing in \[\[service\]\] number 1", "1 to 65535"),
-        ("[[service]]\nport = 0", r"port of \[\[service\]\] number 1 in .*: 0", "1 to 65535"),
-        ("[[service]]\nport = 65536", "port of", "1 to 65535"),
-        ("[[service]]\nport = true", "port of", "1 to 65535"),
-        ('[[service]]\nport = 1\nmode = "x"', "mode of", "adaptive, eager or off"),
+        ("zzz = 1", 'unknown key "zzz"', r"max_connections, .*\[\[policy\]\]"),
+        ("[[service]]\nport = 1", 'unknown key "service"', r"\[\[policy\]\]"),
+        ("[policy]\nports = 1", "policy in", "double brackets"),
+        ("policy = [1]", "policy in", "double brackets"),
+        ("[[policy]]\nprots = 1", r'unknown key "prots" in \[\[policy\]\] number 1', 'mean "ports"'),
         (
-            "[[service]]\nport = 7\n[[service]]\nport = 7",
-            r"port 7 has a second rule: \[\[service\]\] number 2",
-            "one",
+            '[[policy]]\nmode = "off"',
+            r"\[\[policy\]\] number 1 in .* selects nothing",
+            "container, image.*ports",
         ),
+        ('[[policy]]\nservice = "a"', r"\[\[policy\]\] number 1 in .* says nothing", "mode, blocking"),
+        (
+            "[[policy]]\nports = 1\nmode = 'off'\n[[policy]]\nports = 0",
+            r"ports of \[\[policy\]\] number 2 in .*: 0",
+            "8000-8010.*256",
+        ),
+        ("[[policy]]\nports = 65536", "ports of", "a port"),
+        ("[[policy]]\nports = -1", "ports of", "a port"),
+        ("[[policy]]\nports = true", "ports of", "a port"),
+        ("[[policy]]\nports = []", "ports of", "a port"),
+        ("[[policy]]\nports = 1.5", "ports of", "a port"),
+        ('[[policy]]\nports = "90-80"', 'ports of .*: "90-80"', "a port"),
+        ('[[policy]]\nports = "1-257"', "ports of", "a port"),
+        ('[[policy]]\nports = ["http"]', r'ports of .*: \["http"\]', "a port"),
+        ("[[policy]]\nports = [[80]]", "ports of", "a port"),
+        ('[[policy]]\nports = 1\nmode = "x"', "mode of", "adaptive, eager or off"),
+        ("[[policy]]\nports = 1\nblocking = true", "blocking of", "refuse or allow"),
+        ('[[policy]]\ncontainer = ""', "container of", "text"),
+        ("[[policy]]\nimage = 5", "image of", "text"),
+        ('[[policy]]\ncgroup = "/"', "cgroup of", "a cgroup"),
+        ('[[policy]]\ncgroup = "a/../b"', "cgroup of", "a cgroup"),
+        ('[[policy]]\ncidr = "10.0.0.1/8"', "cidr of .*10.0.0.1/8", "without host bits"),
+        ('[[policy]]\ncidr = "localhost"', "cidr of", "a network"),
+        ('[[policy]]\ncidr = "fe80::1%eth0"', "cidr of", "a network"),
+        ("[[policy]]\ncidr = 10", "cidr of", "a network"),
+        (
+            '[[policy]]\ncgroup = "a"\nimage = "b"\nmode = "off"',
+            r"\[\[policy\]\] number 1 in .* has both cgroup and image",
+            "ports only",
+        ),
+        ('[[policy]]\ncgroup = "a"\ncidr = "::/0"\nmode = "off"', "has both cgroup and cidr", "ports only"),
+        ('[[policy]]\nservice = "a"\ncidr = "::/0"\nmode = "off"', "has both cidr and service", "ports only"),
         ("mode = ", "not valid TOML", "--print-config"),
     ],
 )
@@ -193,15 +302,18 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         'cgroup = "/sys/fs/cgroup/a \\"b\\" \\\\ ü"\nready_file = "/tmp/r"\nstop_timeout = 2\ndebug = true\n'
-        '[[service]]\nport = 80\nmode = "eager"\n'
-        '[[service]]\nport = 81\nblocking = "allow"\n[[service]]\nport = 82\n',
+        '[[policy]]\nports = [80, "90-99", 443]\nmode = "eager"\n'
+        '[[policy]]\ncontainer = "a \\"b\\" [c]*"\nproject = "ü"\nports = "8000-8010"\nblocking = "allow"\n'
+        '[[policy]]\ncgroup = "a.slice"\nmode = "off"\n[[policy]]\ncidr = "fd00::/8"\nmode = "off"\n',
     )
-    first = resolve({"mode": "off"}, {"SPLICER_HOT_READS": "9"}, config_file=file)
+    first = resolve({"default": "off"}, {"SPLICER_HOT_READS": "9"}, config_file=file)
     text = render(first)
-    assert 'mode = "off"  # --mode' in text
+    assert 'default = "off"  # --default' in text
+    assert 'ports = [80, "90-99", 443]' in text
+    assert 'ports = "8000-8010"' in text
     assert "hot_reads = 9  # SPLICER_HOT_READS" in text
     assert f"debug = true  # {file}" in text
-    assert f"[[service]]  # {file}" in text
+    assert f"[[policy]]  # {file}" in text
     again = tmp_path / "again.toml"
     again.write_text(text)
     assert resolve({}, {}, config_file=str(again)).settings == first.settings

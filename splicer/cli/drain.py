@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`splicer drain`: everything back to plain TCP, once."""
+
+from __future__ import annotations
+
+import argparse
+
+from splicer.errors import OK
+
+from . import options
+from .context import Context
+from .query import ask
+
+SUMMARY = "take every connection back to plain TCP, once"
+
+DESCRIPTION = """\
+Take every spliced connection back to plain TCP, once, without losing a byte.
+The daemon goes on, and splices what stays busy again after a while. For good,
+stop it, or switch containers off with splicer set."""
+
+EPILOG = """\
+examples:
+  splicer drain && splicer flows
+
+exit codes:
+  0 begun, 1 failure, 2 usage, 3 not running"""
+
+
+def add(parser: options.Parser) -> None:
+    """Describe the command line of `splicer drain`."""
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    options.add_json(parser)
+    options.add_run_dir(parser)
+    options.add_config(parser)
+
+
+def execute(arguments: argparse.Namespace, context: Context) -> int:
+    """Tell the daemon."""
+    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
+    answer = ask(settings.run_dir, "drain")
+    if arguments.json:
+        context.write_json(answer)
+    elif answer.get("draining") is True:
+        context.write(["Draining: spliced connections go back to plain TCP now."])
+    else:
+        context.write(["Nothing to drain."])
+    return OK

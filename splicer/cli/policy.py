@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`splicer policy`: what holds for whom, and who says so."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from splicer.errors import OK
+from splicer.rules import show_ports
+from splicer.text import (
+    PLAIN,
+    Cell,
+    Column,
+    Palette,
+    pairs,
+    plural,
+    printable,
+    table,
+    terminal_width,
+)
+
+from . import options
+from .context import Context
+from .query import ask, number, section, sections, text, texts
+from .status import describe_docker
+
+SUMMARY = "show which containers are spliced, how, and who says so"
+
+DESCRIPTION = """\
+Show the policy: of the host, of the configuration file's rules, and of each
+running container. With a container (name, compose service, or the first
+digits of its id): everything that is said about it, and what decides."""
+
+EPILOG = """\
+What is said about an end of a connection, the first that says something counts,
+for mode and blocking each by itself:
+  1 override   splicer set CONTAINER MODE, until splicer unset CONTAINER
+  2 labels     splicer.enable, splicer.mode, splicer.ports of its container
+  3 rules      [[policy]] tables of the configuration file, in their order
+A connection is off if either end is off; else what is said about the server's
+end holds, else about the client's, else the host's: --mode with --default on,
+off with --default off.
+
+columns:
+  MODE         of connections to and from the container whose other end says
+               nothing
+  BECAUSE      what decides it
+  NOTE         ports that differ, labels with a mistake, and what else to know
+  CONTAINERS   how many running ones the rule is about
+
+examples:
+  splicer policy
+  splicer policy demo-web-1
+  splicer policy --json | jq -r '.containers[] | "\\(.name) \\(.mode)"'
+
+exit codes:
+  0 done, 1 failure or no such container, 2 usage, 3 not running"""
+
+_MODE_STYLES = {"adaptive": "green", "eager": "green", "off": "yellow"}
+
+
+def add(parser: options.Parser) -> None:
+    """Describe the command line of `splicer policy`."""
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    parser.add_argument("container", nargs="?", metavar="CONTAINER", help="name, compose service, or id")
+    options.add_json(parser)
+    options.add_run_dir(parser)
+    options.add_config(parser)
+
+
+def execute(arguments: argparse.Namespace, context: Context) -> int:
+    """Print the daemon's policy."""
+    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
+    fields = {"container": arguments.container} if arguments.container is not None else {}
+    answer = ask(settings.run_dir, "policy", fields)
+    if arguments.json:
+        context.write_json(answer)
+        return OK
+    width = terminal_width(context.stdout)
+    if arguments.container is None:
+        context.write(render(answer, palette=context.palette, width=width))
+        return OK
+    for position, told in enumerate(sections(answer, "containers")):
+        if position:
+            context.write([""])
+        context.write(render_container(told, palette=context.palette, width=width))
+    return OK
+
+
+def render(answer: Mapping[str, object], *, palette: Palette = PLAIN, width: int | None = None) -> list[str]:
+    """The policy of the host and of everybody on it."""
+    mode = printable(text(answer, "mode"))
+    if text(answer, "default") == "off":
+        first = f"Only what is switched on is spliced (--default off), by itself in mode {mode}."
+    else:
+        first = f"Everything local is spliced in mode {mode}, where nothing else is said."
+    blocking = {"allow": "spliced too", "refuse": "left alone"}.get(text(answer, "blocking"), "?")
+    lines = [palette.paint(first, "bold"), f"Connections with blocking readers are {blocking}."]
+    lines += _list_rules(sections(answer, "rules"), width, palette)
+    containers = sections(answer, "containers")
+    if not containers:
+        docker = printable(describe_docker(section(answer, "docker")))
+        return [*lines, "", f"No containers are known. Docker: {docker}."]
+    columns = (
+        Column("CONTAINER", elastic=True),
+        Column("SERVICE", elastic=True, least=8),
+        Column("MODE"),
+        Column("BECAUSE", elastic=True, least=14),
+        Column("NOTE", elastic=True, least=16),
+    )
+    rows = [
+        (
+            text(told, "name"),
+            text(told, "service"),
+            _paint_mode(text(told, "mode")),
+            text(told, "mode_source"),
+            "; ".join(_note(told)),
+        )
+        for told in containers
+    ]
+    return [*lines, "", *table(columns, rows, width=width, palette=palette)]
+
+
+def _paint_mode(mode: str) -> Cell:
+    return Cell(mode, _MODE_STYLES.get(mode))
+
+
+def _list_rules(rules: Sequence[Mapping[str, object]], width: int | None, palette: Palette) -> list[str]:
+    columns = (
+        Column("RULE", "right"),
+        Column("ABOUT", elastic=True, least=20),
+        Column("SAYS", elastic=True, least=16),
+        Column("CONTAINERS", "right"),
+    )
+    lines: list[str] = []
+    for file, group in groupby(rules, key=lambda rule: text(rule, "file")):
+        rows = [(str(number(rule, "number")), _select(rule), _say(rule), _count(rule)) for rule in group]
+        heading = palette.paint(f"Rules of {printable(file)}", "bold")
+        lines += ["", heading, *table(columns, rows, width=width, palette=palette)]
+    if any(map(_needs_footnote, rules)):
+        lines.append(palette.paint("* as adaptive for whatever is in no container", "dim"))
+    return lines
+
+
+def _select(rule: Mapping[str, object]) -> str:
+    selectors = section(rule, "selectors")
+    parts = [f"{name} {text(selectors, name)}" for name in selectors]
+    if ports := _read_ports(rule):
+        parts.append(f"{'port' if len(ports) == 1 else 'ports'} {show_ports(ports)}")
+    return ", ".join(parts)
+
+
+def _say(rule: Mapping[str, object]) -> str:
+    said = ", ".join(f"{key} {text(rule, key)}" for key in ("mode", "blocking") if text(rule, key))
+    if _needs_footnote(rule):
+        said = said.replace("eager", "eager*", 1)
+    return said
+
+
+def _needs_footnote(rule: Mapping[str, object]) -> bool:
+    # When the SYN comes its namespace tells whose it is, and that is known of containers only.
+    places = {"cgroup", "cidr"} & section(rule, "selectors").keys()
+    return text(rule, "mode") == "eager" and bool(places)
+
+
+def _count(rule: Mapping[str, object]) -> str:
+    return str(number(rule, "matches")) if section(rule, "selectors") else "any"
+
+
+def _read_ports(rule: Mapping[str, object]) -> list[int]:
+    ports = rule.get("ports")
+    return [port for port in ports if isinstance(port, int)] if isinstance(ports, list) else []
+
+
+def _note(told: Mapping[str, object]) -> list[str]:
+    """Beginnings of what render_container says in full."""
+    notes = [f"bad {text(problem, 'label')}" for problem in sections(told, "problems")]
+    notes += [note.partition(":")[0].rstrip(".") for note in texts(told, "notes")]
+    return notes + [f"{ports}: {says}" for ports, says, _ in _group_ports(told)]
+
+
+def _group_ports(told: Mapping[str, object]) -> list[tuple[str, str, str]]:
+    """Ports that differ from the rest, what holds there, and why; those with the same answer together."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for entry in sections(told, "ports"):
+        mode, blocking = text(entry, "mode"), text(entry, "blocking")
+        says, why = mode, [text(entry, "source")]
+        if blocking and blocking != text(told, "blocking"):
+            says += f", blocking {blocking}"
+            why.append(text(entry, "blocking_source"))
+        groups.setdefault((says, ", ".join(dict.fromkeys(why))), []).append(number(entry, "port"))
+    return [(show_ports(ports), says, why) for (says, why), ports in groups.items()]
+
+
+def render_container(
+    told: Mapping[str, object], *, palette: Palette = PLAIN, width: int | None = None
+) -> list[str]:
+    """Everything about one container."""
+    name, mode = printable(text(told, "name")), text(told, "mode")
+    said = palette.paint(printable(mode), _MODE_STYLES.get(mode))
+    groups = _group_ports(told)
+    but = f", but for {plural(sum(1 for _ in sections(told, 'ports')), 'port')}" if groups else ""
+    lines = [f"{palette.paint(name, 'bold')}: {said}{but} ({printable(text(told, 'mode_source'))})."]
+    lines += ["", *pairs(_describe(told), palette=palette)]
+    if groups:
+        columns = (Column("PORTS", elastic=True), Column("MODE"), Column("BECAUSE", elastic=True))
+        lines += ["", *table(columns, groups, width=width, palette=palette)]
+    rows = [
+        (
+            text(part, "source"),
+            Cell(text(part, "says"), None if part.get("used") is True else "dim"),
+            Cell("yes", "green") if part.get("used") is True else "no",
+        )
+        for part in sections(told, "parts")
+    ]
+    columns = (Column("SOURCE", elastic=True), Column("SAYS", elastic=True, least=44), Column("DECIDES"))
+    lines += ["", palette.paint("What is said about it, what counts most first", "bold")]
+    lines += table(columns, rows, width=width, palette=palette)
+    remarks = [
+        (
+            "Bad label",
+            f'{text(problem, "label")} is "{text(problem, "value")}", accepted: {text(problem, "accepted")}',
+        )
+        for problem in sections(told, "problems")
+    ]
+    remarks += [("Note", note) for note in texts(told, "notes")]
+    for name, remark in remarks:
+        first, *rest = textwrap.wrap(f"{name}: {printable(remark)}", width or 10_000) or [""]
+        lines += ["", palette.paint(name, "yellow") + first.removeprefix(name), *rest]
+    return [*lines, "", *_advise(told, palette)]
+
+
+def _describe(told: Mapping[str, object]) -> list[tuple[str, str]]:
+    project, service = text(told, "project"), text(told, "service")
+    network = text(told, "network_mode")
+    if addresses := texts(told, "addresses"):
+        network += f" ({', '.join(addresses)})"
+    rows = [
+        ("service", f"{service} of project {project}" if service and project else service or project),
+        ("image", text(told, "image")),
+        ("id", text(told, "id")[:12]),
+        ("pid", str(number(told, "pid") or "")),
+        ("cgroup", text(told, "cgroup")),
+        ("network", network),
+        ("published", ", ".join(texts(told, "published"))),
+        ("mode", f"{text(told, 'mode')} ({text(told, 'mode_source')})"),
+        ("blocking", f"{text(told, 'blocking')} ({text(told, 'blocking_source')})"),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _advise(told: Mapping[str, object], palette: Palette) -> list[str]:
+    name = printable(text(told, "name"))
+    quoted = shlex.quote(name)
+    overridden = any(text(part, "source") == "override" for part in sections(told, "parts"))
+    other = "off" if text(told, "mode") != "off" else "adaptive"
+    steps = [("until unset", f"splicer set {quoted} {other}")]
+    if overridden:
+        steps.insert(0, ("as before", f"splicer unset {quoted}"))
+    steps += [
+        ("for good", f"label splicer.mode={other} where the container is made, or"),
+        ("", f'[[policy]] with container = "{name}" and mode = "{other}"; then SIGHUP'),
+    ]
+    return [palette.paint("To change it", "bold"), *pairs(steps, palette=palette)]

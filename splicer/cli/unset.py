@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`splicer unset`: labels and configuration count again."""
+
+from __future__ import annotations
+
+import argparse
+
+from splicer.errors import OK
+from splicer.text import printable
+
+from . import options
+from .context import Context
+from .query import ask, texts
+
+SUMMARY = "take back what splicer set did to a container"
+
+DESCRIPTION = """\
+Take back what splicer set did: the container's labels and the configuration
+count again, at once and for living connections too."""
+
+EPILOG = """\
+examples:
+  splicer unset demo-web-1
+  splicer unset web                # all containers of the compose service
+
+exit codes:
+  0 unset, or nothing was set; 1 failure or no such container, 2 usage,
+  3 not running"""
+
+
+def add(parser: options.Parser) -> None:
+    """Describe the command line of `splicer unset`."""
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    parser.add_argument("container", metavar="CONTAINER", help="name, compose service, or id")
+    options.add_json(parser)
+    options.add_run_dir(parser)
+    options.add_config(parser)
+
+
+def execute(arguments: argparse.Namespace, context: Context) -> int:
+    """Tell the daemon, and say what that changed."""
+    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
+    answer = ask(settings.run_dir, "unset", {"container": arguments.container})
+    if arguments.json:
+        context.write_json(answer)
+        return OK
+    lines = [f"{printable(name)}: labels and configuration count again" for name in texts(answer, "changed")]
+    lines += [f"{printable(name)}: nothing was set" for name in texts(answer, "unchanged")]
+    context.write(lines or ["Nothing to unset."])
+    return OK
