@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import errno
+import ipaddress
 import os
 import socket
 import struct
@@ -61,6 +62,35 @@ def entered(path: str) -> Iterator[int]:
             _enter(own)
     finally:
         os.close(own)
+
+
+def read_cookie(path: str) -> int:
+    """Cookie of the namespace at `path`. Raises OSError if it is gone or may not be entered."""
+    with entered(path) as cookie:
+        return cookie
+
+
+def read_addresses(path: str) -> tuple[str, ...]:
+    """Addresses in the namespace at `path`, IPv4 first, without loopback and link-local ones.
+
+    Raises OSError if it is gone or may not be entered.
+    """
+    from pyroute2 import IPRoute, NetlinkError
+
+    found: set[ipaddress.IPv4Address | ipaddress.IPv6Address] = set()
+    try:
+        # A netlink socket belongs to the namespace it was made in. The answer is read while it is walked.
+        with entered(path), IPRoute() as netlink:
+            for message in netlink.get_addr():
+                # IFA_ADDRESS is the other end's on a point-to-point link (Linux,
+                # include/uapi/linux/if_addr.h).
+                text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+                if text:
+                    found.add(ipaddress.ip_address(text))
+    except NetlinkError as error:
+        raise OSError(error.code, f"cannot list the addresses: {error}", path) from error
+    usable = [address for address in found if not (address.is_loopback or address.is_link_local)]
+    return tuple(str(address) for address in sorted(usable, key=lambda each: (each.version, int(each))))
 
 
 class Directory:

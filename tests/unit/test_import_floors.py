@@ -22,10 +22,34 @@ import splicer
 PACKAGE = Path(splicer.__file__).resolve().parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "model", "text", "layout"),
-    ("config",),
-    ("libbpf", "btf", "compiler", "namespaces", "cgroups", "bpffs", "logs"),
-    ("probes", "generation", "sweep", "control", "instance"),
+    ("errors", "kinds", "labels", "model", "text", "layout"),
+    ("config", "rules", "policy", "statements", "explanation"),
+    (
+        "libbpf",
+        "btf",
+        "compiler",
+        "namespaces",
+        "cgroups",
+        "bpffs",
+        "logs",
+        "engine",
+        "scopes",
+        "process",
+        "inventory",
+        "overrides",
+        "notify",
+    ),
+    (
+        "probes",
+        "generation",
+        "sweep",
+        "control",
+        "instance",
+        "watcher",
+        "governor",
+        "attribution",
+        "answers",
+    ),
     ("daemon",),
     ("cli", "__main__"),
 )
@@ -38,7 +62,7 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "pyroute2": frozenset({"namespaces"}),
     "psutil": frozenset({"process"}),
     "structlog": frozenset({"logs"}),
-    "docker": frozenset(),
+    "docker": frozenset({"engine"}),
 }
 # Shared objects are found by name and not by an import statement. libbcc carries a libbpf of its own.
 SHARED_OBJECTS: dict[str, str] = {"bpf": "libbpf", "bcc": "compiler"}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and command lines of processes, and what this process itself uses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_MOST = 4096
+# A process keeps its pid and its age when it calls execve(2) or renames itself, as servers do early in life.
+_KEPT_S = 10.0
+_COMMAND_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Process:
+    """`name` is the short one that ps(1) shows, `command` the arguments, at most 256 characters of them.
+    Both are empty for a process that is gone or may not be looked at."""
+
+    name: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What this process uses now: memory in bytes, CPU time in seconds since its start, descriptors."""
+
+    rss_bytes: int
+    cpu_seconds: float
+    fds: int
+
+
+@dataclass(frozen=True)
+class _Known:
+    born: float
+    read_at: float
+    process: Process
+
+
+UNKNOWN = Process()
+
+
+class Processes:
+    """Finds processes by pid. Remembers some, and tells by the time of birth that a pid has been reused."""
+
+    def __init__(self, most: int = _MOST, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._guard = threading.Lock()
+        self._known: dict[int, _Known] = {}
+
+    def find(self, pid: int) -> Process:
+        """The process that has this pid (in this process's pid namespace) now."""
+        import psutil
+
+        now = self._clock()
+        known = self._known.get(pid)
+        try:
+            handle = psutil.Process(pid)
+            born = handle.create_time()
+            if known is not None and known.born == born and now - known.read_at < _KEPT_S:
+                return known.process
+            with handle.oneshot():
+                process = Process(handle.name(), _join(handle.cmdline()))
+            if not handle.is_running():  # the pid may have passed on between the two reads
+                process = UNKNOWN
+        except (psutil.Error, OSError, ValueError, OverflowError):
+            process = UNKNOWN
+        with self._guard:
+            self._known.pop(pid, None)
+            if process is not UNKNOWN:
+                self._known[pid] = _Known(born, now, process)
+                while len(self._known) > self._most:
+                    del self._known[next(iter(self._known))]
+        return process
+
+
+def _join(arguments: list[str]) -> str:
+    # A process may write anything there; what breaks a line or drives a terminal does not get through.
+    text = " ".join(arguments)[: 4 * _COMMAND_LENGTH].strip()
+    return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_LENGTH]
+
+
+def read_own_usage() -> Usage:
+    """Memory, CPU time and descriptors of this process."""
+    import psutil
+
+    own = psutil.Process()
+    with own.oneshot():
+        times = own.cpu_times()
+        return Usage(own.memory_info().rss, round(times.user + times.system, 3), own.num_fds())
