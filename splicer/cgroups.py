@@ -17,6 +17,8 @@ from pathlib import Path
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 
 CONVENTIONAL_ROOT = "/sys/fs/cgroup"
+# The first inode of a kernfs (Linux, kernfs_create_root in fs/kernfs/dir.c).
+_ROOT_ID = 1
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -36,6 +38,11 @@ class Cgroup:
     def substituted(self) -> bool:
         """True when `path` is not the directory that was asked for, but the v2 mount found in its place."""
         return os.path.abspath(self.requested) != self.path
+
+    @property
+    def is_root(self) -> bool:
+        """True for the root of the host's hierarchy, and not for that of a cgroup namespace."""
+        return self.id == _ROOT_ID
 
 
 @dataclass(frozen=True)

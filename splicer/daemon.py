@@ -7,34 +7,25 @@ import contextlib
 import os
 import select
 import signal
-import struct
 import time
+from collections.abc import Callable
 from typing import Any
 
-from splicer import __version__, generation, libbpf, probes
+from splicer import cgroups, config, generation, libbpf, notify, probes
+from splicer.answers import Answers
+from splicer.attribution import Attribution
 from splicer.cgroups import Cgroup
-from splicer.config import ServiceRule, Settings
+from splicer.config import Settings
 from splicer.control import Server
-from splicer.layout import (
-    COUNT_REFUSED,
-    COUNTERS,
-    MODES,
-    POLICY,
-    STATE_PAIRED,
-    EventType,
-    KernelSettings,
-    Pair,
-    read_event,
-)
+from splicer.errors import SplicerError
+from splicer.governor import Governor
+from splicer.layout import STATE_PAIRED, EventType, Pair, read_event
 from splicer.logs import Logger
-from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Status, Totals
+from splicer.model import REASON_NAMES, SCHEMA, STATES
+from splicer.process import Processes
+from splicer.scopes import Scopes
 from splicer.sweep import Sweeper
-
-# Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
-QUEUE_MESSAGES = 1024
-QUEUE_BYTES = 2 << 20
-STREAM_MESSAGES = 64
-STREAM_SIZE = 16 << 10
+from splicer.watcher import Watcher
 
 # Sweeps for adoption may use about this share of one CPU, a little more while many pairs find no quiet
 # moment; draining is more urgent.
@@ -46,20 +37,29 @@ _DRAIN_PAUSE_S = 0.001
 _DRAIN_PAUSE_MAX_S = 0.25
 _WATCH_SOON_S = 0.02
 _WATCH_PERIOD_S = 1.0
+# How long the start waits for the list of containers, so that no policy comes too late for its container.
+_INVENTORY_TIMEOUT_S = 5.0
 _PENDING = REASON_NAMES.index("pending")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Daemon:
     """Owns one generation for the lifetime of `splicer run`."""
 
-    def __init__(self, settings: Settings, cgroup: Cgroup, log: Logger) -> None:
+    def __init__(
+        self, settings: Settings, cgroup: Cgroup, log: Logger, *, reread: Callable[[], Settings] | None = None
+    ) -> None:
+        """`reread` gives the settings anew when SIGHUP asks for that; raises SplicerError."""
         self._settings = settings
         self._cgroup = cgroup
         self._log = log
-        self._started = time.monotonic()
-        self._kernel_class = ""
+        self._reread = reread or (lambda: settings)
         self._generation: generation.Generation
         self._sweeper: Sweeper
+        self._governor: Governor
+        self._answers: Answers
+        self._heartbeat = time.monotonic()
+        self._watchdog = notify.wants_watchdog(os.environ)
         # Namespace cookie to processes likely to be in it, with something to do there.
         self._to_adopt: dict[int, set[int]] = {}
         self._to_drain: dict[int, set[int]] = {}
@@ -68,7 +68,12 @@ class Daemon:
         self._drain_pause = _DRAIN_PAUSE_S
         self._watch_at = 0.0
         self._signals = 0
+        self._held = 0
+        # Set by other threads and by signals, each with a byte in the pipe that wakes the loop.
         self._drain_requested = False
+        self._watch_requested = False
+        self._reload_requested = False
+        self._inventory_changed = False
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -76,28 +81,15 @@ class Daemon:
     def run(self) -> int:
         """Attach, serve until a signal, drain, detach. Returns the exit code."""
         kernel = probes.require_class()
-        self._kernel_class = kernel.name
-        previous = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        previous = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         previous_fd = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         try:
             self._generation = generation.establish(self._settings, self._cgroup, self._log)
             self._sweeper = self._generation.sweeper()
             try:
-                self._write_policy()
-                handlers = {
-                    "status": self._answer_status,
-                    "flows": self._answer_flows,
-                    "drain": self._answer_drain,
-                }
-                with Server(self._settings.run_dir, handlers, self._log), self._ready():
-                    self._log.info(
-                        "ready", cgroup=self._cgroup.path, mode=self._settings.mode, kernel_class=kernel.name
-                    )
-                    self._serve()
-                    self._stop()
+                self._work_until_stopped(kernel.name)
             finally:
+                self._sweeper.close()
                 self._generation.remove()
         finally:
             signal.set_wakeup_fd(previous_fd)
@@ -108,9 +100,58 @@ class Daemon:
         self._log.info("stopped")
         return 0
 
+    def _work_until_stopped(self, kernel_class: str) -> None:
+        if self._cgroup.requested == cgroups.CONVENTIONAL_ROOT and not self._cgroup.is_root:
+            # Most likely in a container, which sees nothing but itself there.
+            self._log.warning(
+                "cgroup_is_not_the_hosts_root",
+                cgroup=self._cgroup.path,
+                hint="mount the host's /sys/fs/cgroup into this container",
+            )
+        v2_root = cgroups.find_unified(cgroups.read_mounts()) or self._cgroup.path
+        scopes = Scopes(v2_root)
+        watcher = Watcher(self._settings.docker, scopes, self._on_inventory, self._log)
+        maps = self._generation.maps
+        self._governor = Governor(
+            self._settings, self._sweeper, maps, v2_root, watcher.read_inventory, self._log
+        )
+        attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
+        self._answers = Answers(
+            self._cgroup,
+            kernel_class,
+            maps,
+            self._sweeper,
+            self._governor,
+            watcher,
+            attribution,
+            lambda: self._heartbeat,
+        )
+        handlers = {
+            "status": self._answers.status,
+            "flows": self._answers.flows,
+            "policy": self._answers.policy,
+            "set": self._set,
+            "unset": self._unset,
+            "drain": self._answer_drain,
+        }
+        with watcher:
+            watcher.wait_first(_INVENTORY_TIMEOUT_S)
+            self._governor.start_splicing()
+            with Server(self._settings.run_dir, handlers, self._log), self._ready():
+                self._log.info(
+                    "ready", cgroup=self._cgroup.path, mode=self._settings.mode, kernel_class=kernel_class
+                )
+                notify.tell(os.environ, "READY=1")
+                self._serve()
+                notify.tell(os.environ, "STOPPING=1")
+                self._stop()
+
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._signals += 1
         self._log.info("signal", name=signal.Signals(number).name)
+        if number == signal.SIGHUP:
+            self._reload_requested = True
+        else:
+            self._signals += 1
 
     @contextlib.contextmanager
     def _ready(self) -> Any:
@@ -129,46 +170,54 @@ class Daemon:
 
     def _stop(self) -> None:
         """Drain for up to stop_timeout seconds; a second signal ends the waiting."""
-        deadline = time.monotonic() + self._settings.stop_timeout
         self._sweeper.change_settings(registering=False)
-        left = self._sweeper.drain("stop", 0)
-        while left and self._signals < 2 and time.monotonic() < deadline:
-            left = self._sweeper.drain("stop", 0.1)
+        left = self._sweeper.drain("stop", self._settings.stop_timeout, lambda: self._signals > 1)
         self._log.info("drained", unread_connections=left)
 
     # -- policy --------------------------------------------------------------------------------------------
 
-    def _resolve_rule(self, rule: ServiceRule) -> tuple[int, bool]:
-        mode = rule.mode or self._settings.mode
-        blocking = rule.blocking or self._settings.blocking
-        return MODES[mode], blocking == "allow"
+    def _wake(self) -> None:
+        # Full: it wakes anyway. Closed: it has ended.
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"\0")
 
-    def _write_policy(self) -> None:
-        maps = self._generation.maps
-        rules = {struct.pack("=I", rule.port): self._resolve_rule(rule) for rule in self._settings.services}
-        for key in list(maps["policies"].keys()):
-            if key not in rules:
-                maps["policies"].delete(key)
-        for key, (mode, blocking) in rules.items():
-            maps["policies"].set(key, POLICY.pack(mode, blocking))
-        modes = {MODES[self._settings.mode], *(mode for mode, _ in rules.values())}
-        maps["settings"].set(
-            struct.pack("=I", 0),
-            KernelSettings(
-                mode=MODES[self._settings.mode],
-                allow_blocking=self._settings.blocking == "allow",
-                splicing=True,
-                stopping=0,
-                hot_reads=self._settings.hot_reads,
-                has_rules=bool(rules),
-                has_eager=MODES["eager"] in modes,
-                queue_messages=QUEUE_MESSAGES,
-                queue_bytes=QUEUE_BYTES,
-                stream_messages=STREAM_MESSAGES,
-                stream_size=STREAM_SIZE,
-                registering=True,
-            ).pack(),
-        )
+    def _on_inventory(self) -> None:
+        """Called by the watcher's thread."""
+        self._inventory_changed = True
+        self._wake()
+
+    def _apply_policy(self) -> None:
+        if self._governor.apply():
+            self._watch_at = 0.0
+
+    def _set(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._after_change(self._answers.set(request))
+
+    def _unset(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._after_change(self._answers.unset(request))
+
+    def _after_change(self, answer: dict[str, Any]) -> dict[str, Any]:
+        # The policy is in the kernel; have the watch look at living connections now.
+        self._watch_requested = True
+        self._wake()
+        return answer
+
+    def _reload(self) -> None:
+        """Read the configuration again. A mistake in it leaves everything as it was."""
+        notify.tell_reloading(os.environ)
+        try:
+            fresh = self._reread()
+        except SplicerError as error:
+            self._log.error("reload_failed", error=error.message, hint=error.hint)
+        else:
+            outcome = config.reload(self._settings, fresh)
+            if outcome.needs_restart:
+                self._log.warning("restart_needed", settings=list(outcome.needs_restart))
+            self._settings = outcome.settings
+            self._governor.change_settings(self._settings)
+            self._apply_policy()
+            self._log.info("reloaded", changed=list(outcome.applied), policies=len(self._settings.policies))
+        notify.tell(os.environ, "READY=1")
 
     # -- events --------------------------------------------------------------------------------------------
 
@@ -224,7 +273,16 @@ class Daemon:
         return max(0.0, min(deadlines) - time.monotonic())
 
     def _work(self) -> None:
-        now = time.monotonic()
+        now = self._heartbeat = time.monotonic()
+        if self._reload_requested:
+            self._reload_requested = False
+            self._reload()
+        if self._inventory_changed:
+            self._inventory_changed = False
+            self._apply_policy()
+        if self._watch_requested:
+            self._watch_requested = False
+            self._watch_at = 0.0
         if self._drain_requested:
             self._drain_requested = False
             self._drain_all()
@@ -237,7 +295,7 @@ class Daemon:
 
     def _sweep_to_drain(self) -> None:
         counts = self._sweeper.adopt(self._to_drain)
-        if not counts.to_drain:
+        if not counts.to_drain and not counts.held:
             self._to_drain.clear()
             return
         # Somebody has yet to read, or is in the middle of a send.
@@ -249,7 +307,7 @@ class Daemon:
         # The ends of a pair go in one after the other; do not leave one alone for long.
         for turn in range(_ADOPT_TURNS):
             counts = self._sweeper.adopt(self._to_adopt)
-            if not counts.to_adopt:
+            if not counts.to_adopt and not counts.held:
                 self._to_adopt.clear()
             if turn and not counts.half:
                 break
@@ -258,6 +316,13 @@ class Daemon:
         self._adopt_at = ended + max(_ADOPT_PAUSE_S, pause)
 
     def _watch(self) -> None:
+        if self._watchdog:
+            notify.tell(os.environ, "WATCHDOG=1")
+        if self._governor.failure or self._governor.has_moved():
+            self._governor.apply()
+        if self._sweeper.held != self._held:
+            self._held = self._sweeper.held
+            self._log.warning("sweeps_held_up", namespaces=self._held)
         counts = self._sweeper.watch()
         soon = counts.unread or counts.stuck
         self._watch_at = time.monotonic() + (_WATCH_SOON_S if soon else _WATCH_PERIOD_S)
@@ -270,69 +335,7 @@ class Daemon:
         self._sweeper.change_settings(splicing=True, stopping=0)
         self._log.info("drained", unread_connections=left)
 
-    # -- answers -------------------------------------------------------------------------------------------
-
-    def _count(self, index: int) -> int:
-        raw = self._generation.maps["counters"].get(struct.pack("=I", index)) or b""
-        return sum(struct.unpack(f"={len(raw) // 8}Q", raw))
-
-    def _answer_status(self, _request: dict[str, Any]) -> dict[str, Any]:
-        counted = {name: self._count(index) for index, name in enumerate(COUNTERS)}
-        refused = {
-            name: n
-            for index, name in enumerate(REASON_NAMES)
-            if name and (n := self._count(COUNT_REFUSED + index))
-        }
-        states = dict.fromkeys(STATES.values(), 0)
-        for pair in self._sweeper.connections():
-            if pair.state in STATES:
-                states[STATES[pair.state]] += 1
-        status = Status(
-            pid=os.getpid(),
-            version=__version__,
-            mode=self._settings.mode,
-            cgroup=self._cgroup.path,
-            connections=Connections(**states),
-            totals=Totals(
-                paired=counted["paired"],
-                spliced=counted["spliced"],
-                drained=counted["drained"],
-                redirected_bytes=counted["redirected_bytes"],
-                redirected_messages=counted["redirected_messages"],
-                passed_messages=counted["passed_messages"],
-                rescued=counted["rescued"],
-                refused=refused,
-            ),
-            kernel_class=self._kernel_class,
-            uptime_seconds=round(time.monotonic() - self._started, 3),
-        )
-        return status.to_json()
-
-    def _answer_flows(self, _request: dict[str, Any]) -> dict[str, Any]:
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        flows = []
-        for pair in self._sweeper.connections():
-            if pair.state not in STATES:
-                continue  # in the making
-            sent = (pair.client_sends, pair.server_sends)
-            flow = Flow(
-                local=pair.client.local,
-                remote=pair.client.remote,
-                peer=pair.server.local,
-                netns=pair.client.netns,
-                peer_netns=pair.server.netns,
-                state=STATES[pair.state],
-                reason=REASON_NAMES[pair.reason] if pair.reason < len(REASON_NAMES) else "",
-                redirected_bytes=sum(d.redirected_bytes for d in sent),
-                redirected_messages=sum(d.redirected_messages for d in sent),
-                passed_messages=sum(d.passed_messages for d in sent),
-                age_seconds=round((now - pair.born_ns) / 1e9, 3),
-            )
-            flows.append(flow.to_json())
-        return {"schema": SCHEMA, "flows": flows}
-
     def _answer_drain(self, _request: dict[str, Any]) -> dict[str, Any]:
         self._drain_requested = True
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
+        self._wake()
         return {"schema": SCHEMA, "draining": True}

@@ -249,6 +249,7 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
         sweeper = generation.sweeper()
         sweeper.change_settings(registering=False)
         left = sweeper.drain("stop", timeout)
+        sweeper.close()
     finally:
         generation.close()
     return left, bpffs.remove_tree(pin_dir, keep_root=True)

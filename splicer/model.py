@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from splicer.labels import PROJECT, SERVICE
+
 SCHEMA = 1
 
-STATES = {1: "paired", 2: "spliced", 3: "draining"}
+# A pair that is leaving (4) differs from one that drains in what its verdict does meanwhile.
+STATES = {1: "paired", 2: "spliced", 3: "draining", 4: "draining"}
 
 # Position is the number in `enum reason` of bpf/types.h; a kernel test compares the two.
 _REASONS: tuple[tuple[str, str], ...] = (
@@ -51,6 +55,59 @@ REASONS: dict[str, str] = {name: text for name, text in _REASONS if name}
 
 
 @dataclass(frozen=True)
+class Container:
+    """A running container.
+
+    `id` is 64 hexadecimal digits, `name` has no leading slash, `image` is as the engine names it. `pid` is
+    its first process in the host's pid namespace. `cgroup` is the absolute path of its cgroup v2 directory,
+    `cgroup_id` that directory's inode number, and `netns` the cookie of its network namespace; they are empty
+    or 0 when not found. `network_mode` is "bridge", "host", "container:<id>" or a network's name. `addresses`
+    are all in its namespace but loopback and link-local ones, without prefix length. `published` looks like
+    "0.0.0.0:8080->80/tcp".
+    """
+
+    id: str
+    name: str
+    image: str
+    labels: Mapping[str, str]
+    pid: int = 0
+    cgroup: str = ""
+    cgroup_id: int = 0
+    netns: int = 0
+    network_mode: str = ""
+    addresses: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
+
+    @property
+    def project(self) -> str:
+        """Compose project or swarm stack; empty if it is of none."""
+        return next((self.labels[label] for label in PROJECT if label in self.labels), "")
+
+    @property
+    def service(self) -> str:
+        """Compose or swarm service; empty if it is of none."""
+        return next((self.labels[label] for label in SERVICE if label in self.labels), "")
+
+
+@dataclass(frozen=True)
+class Party:
+    """Whose end of a connection it is; what is not known is empty or 0.
+
+    `process`, `command` and `pid` (in this process's pid namespace) are those of the last reader. `pod` is
+    the uid of a Kubernetes pod. `cgroup` is the path below the root of the hierarchy.
+    """
+
+    container: str = ""
+    service: str = ""
+    project: str = ""
+    pod: str = ""
+    process: str = ""
+    pid: int = 0
+    command: str = ""
+    cgroup: str = ""
+
+
+@dataclass(frozen=True)
 class Flow:
     """One connection with both ends on this host.
 
@@ -70,6 +127,8 @@ class Flow:
     redirected_messages: int
     passed_messages: int
     age_seconds: float
+    client: Party = Party()
+    server: Party = Party()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,8 +158,27 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What was redirected between two parties, closed connections and open ones; processes are not told
+    apart."""
+
+    client: Party
+    server: Party
+    connections: int
+    redirected_bytes: int
+    redirected_messages: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Status:
-    """Answer to `splicer status`."""
+    """Answer to `splicer status`.
+
+    `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
+    the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
+    """
 
     pid: int
     version: str
@@ -111,6 +189,13 @@ class Status:
     running: bool = True
     kernel_class: str = ""
     uptime_seconds: float = 0.0
+    default: str = "on"
+    healthy: bool = True
+    trouble: str = ""
+    docker: dict[str, Any] = field(default_factory=dict)
+    problems: list[dict[str, str]] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import struct
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,15 @@ from splicer.model import REASON_NAMES
 from splicer.namespaces import Directory, entered
 
 _ZERO = struct.pack("=I", 0)
+# A sweep takes milliseconds. One that takes longer waits for the lock of a socket whose owner sits in a page
+# fault inside recv (see KNOWN_ISSUES.md); it is left to itself, and its namespace is left out meanwhile.
+_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one sweep saw; see enum sweep_counter in bpf/types.h."""
+    """What one sweep saw; see enum sweep_counter in bpf/types.h. `held`: namespaces that could not be
+    visited, because an earlier sweep is held up there."""
 
     seen: int = 0
     adopted: int = 0
@@ -30,6 +36,41 @@ class Counts:
     to_drain: int = 0
     stuck: int = 0
     unread: int = 0
+    held: int = 0
+
+
+class Worker:
+    """A thread that runs one job after the other; whoever gave it one need not wait for the end."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._work, name="sweep", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:
+                self._error = error
+            self._done.set()
+
+    def run(self, job: Callable[[], None], timeout: float) -> bool:
+        """True if the job has ended within `timeout` seconds; raises what it raised. After False the worker
+        is still at it: give it no other job, but `leave` it."""
+        self._done.clear()
+        self._jobs.put(job)
+        if not self._done.wait(timeout):
+            return False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return True
+
+    def leave(self) -> None:
+        """End the thread once it has nothing to do."""
+        self._jobs.put(None)
 
 
 class Sweeper:
@@ -46,6 +87,11 @@ class Sweeper:
         self._watch = watch_link
         self._maps = maps
         self._directory = directory or Directory()
+        self._worker: Worker | None = None
+        # Cookies of the namespaces where a sweep is held up.
+        self._held: set[int] = set()
+        # The settings are rewritten by the daemon's thread and by those that answer requests.
+        self._settings_guard = threading.Lock()
 
     def _clear(self) -> None:
         for index in range(len(SWEEP)):
@@ -53,15 +99,29 @@ class Sweeper:
 
     def _read(self) -> Counts:
         values = {}
-        for index, field in enumerate(dataclasses.fields(Counts)):
+        for index, name in enumerate(SWEEP):
             raw = self._maps["sweep"].get(struct.pack("=I", index))
-            values[field.name] = struct.unpack("=Q", raw)[0] if raw else 0
+            values[name] = struct.unpack("=Q", raw)[0] if raw else 0
         return Counts(**values)
+
+    @property
+    def held(self) -> int:
+        """How many namespaces have a sweep held up in them."""
+        return len(self._held)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.leave()
+            self._worker = None
 
     def adopt(self, namespaces: Mapping[int, Iterable[int]]) -> Counts:
         """Visit every socket of the namespaces (cookie to processes likely in it) once."""
         self._clear()
+        held = 0
         for cookie, pids in namespaces.items():
+            if cookie in self._held:
+                held += 1
+                continue
             path = self._directory.find(cookie, pids)
             if path is None:
                 continue  # gone, and its sockets with it
@@ -74,8 +134,26 @@ class Sweeper:
                 raise
             except OSError:
                 continue
-            libbpf.finish_iterator(iterator)
-        return self._read()
+            held += not self._visit(cookie, iterator)
+        return dataclasses.replace(self._read(), held=held)
+
+    def _visit(self, cookie: int, iterator: int) -> bool:
+        """Run an iterator to its end, with patience. False if it is held up."""
+        if self._worker is None:
+            self._worker = Worker()
+        self._held.add(cookie)
+
+        def visit() -> None:
+            try:
+                libbpf.finish_iterator(iterator)
+            finally:
+                self._held.discard(cookie)
+
+        if self._worker.run(visit, _PATIENCE_S):
+            return True
+        self._worker.leave()
+        self._worker = None
+        return False
 
     def watch(self) -> Counts:
         """Look at every end in the SOCKHASH."""
@@ -93,20 +171,32 @@ class Sweeper:
 
     def change_settings(self, **changes: Any) -> None:
         """Rewrite single fields of the settings map."""
+        with self._settings_guard:
+            now = self.read_settings()
+            self._maps["settings"].set(_ZERO, dataclasses.replace(now, **changes).pack())
+
+    def read_settings(self) -> KernelSettings:
+        """All zero in programs that were loaded just now: they do nothing."""
         raw = self._maps["settings"].get(_ZERO)
-        if raw is not None:
-            self._maps["settings"].set(
-                _ZERO, dataclasses.replace(KernelSettings.unpack(raw), **changes).pack()
-            )
+        assert raw is not None, "every index of an array has a value"
+        return KernelSettings.unpack(raw)
 
-    def drain(self, reason: str, timeout: float) -> int:
-        """Take every end out of the SOCKHASH; no verdict redirects from here on.
+    def drain(self, reason: str, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> int:
+        """Take every end out of the SOCKHASH.
 
-        Returns the number of pairs still in it after `timeout` seconds: their readers do not read. That is
-        safe, see ARCHITECTURE.md. The caller decides whether splicing goes on afterwards.
+        Returns the number of pairs still in it after `timeout` seconds, or when `is_enough` says so: their
+        readers do not read. That is safe, see ARCHITECTURE.md; no verdict redirects any more then. The caller
+        decides whether splicing goes on afterwards.
         """
-        self.change_settings(splicing=0, stopping=REASON_NAMES.index(reason))
-        deadline = time.monotonic() + timeout
+        self.change_settings(stopping=REASON_NAMES.index(reason))
+        try:
+            return self._drain(time.monotonic() + timeout, is_enough)
+        finally:
+            self.change_settings(splicing=False)
+
+    def _drain(self, deadline: float, is_enough: Callable[[], bool]) -> int:
+        # A pair that finds no rest is taken out the hard way: see try_leave() in bpf/adopt.c.
+        hurry_until = time.monotonic() + 0.2
         pause = 0.001
         while True:
             left = [pair for pair in self.pairs() if pair.is_in_map]
@@ -117,7 +207,7 @@ class Sweeper:
                 for end in (pair.client, pair.server):
                     namespaces.setdefault(end.netns, set()).add(end.tgid)
             self.adopt(namespaces)
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or is_enough():
                 return sum(pair.is_in_map for pair in self.pairs())
             time.sleep(pause)
-            pause = min(pause * 2, 0.05)
+            pause = min(pause * 2, 0.01 if time.monotonic() < hurry_until else 0.05)

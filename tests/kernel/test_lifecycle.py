@@ -17,40 +17,15 @@ import pytest
 from support.daemon import Daemon, Outcome, call, command_line, environment, wait_until
 from support.host import Host
 from support.lab import Lab
+from support.load import Load
 from support.players import End, Pair
 
-CONNECTIONS = 3
 FAILURE, USAGE, NOT_RUNNING, UNSUPPORTED = 1, 2, 3, 4
 UNPRIVILEGED = {
     "nobody": ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     "root-without-capabilities": ("setpriv", "--bounding-set=-all", "--inh-caps=-all"),
     "root-of-a-user-namespace": ("unshare", "--user", "--map-root-user"),
 }
-
-
-class Load:
-    """Connections that are hot and on which both sides keep bursting."""
-
-    def __init__(self, host: Host, lab: Lab, seconds: float) -> None:
-        client, server = host.peer(lab, "a"), host.peer(lab, "b")
-        self.pairs = [host.connect(client, server, lab.address("b")) for _ in range(CONNECTIONS)]
-        self._peers = (client, server)
-        for pair in self.pairs:
-            host.make_hot(pair)
-        for ends in ([pair.client for pair in self.pairs], [pair.server for pair in self.pairs]):
-            conns = [end.conn for end in ends]
-            ends[0].peer.begin("exchange", conns=conns, seconds=seconds, seed=1, largest=8000)
-
-    @property
-    def is_running(self) -> bool:
-        return all(peer.is_waiting() for peer in self._peers)
-
-    def finish(self) -> None:
-        """Wait for its end; every byte must have arrived."""
-        for peer in self._peers:
-            assert peer.finish()["messages"] > 100
-        for pair in self.pairs:
-            pair.verify()
 
 
 def _hot_pair(host: Host, lab: Lab) -> Pair:

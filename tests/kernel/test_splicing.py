@@ -35,7 +35,10 @@ FLOW_KEYS = {
     "redirected_messages",
     "passed_messages",
     "age_seconds",
+    "client",
+    "server",
 }
+PARTY_KEYS = {"container", "service", "project", "pod", "process", "pid", "command", "cgroup"}
 
 # Source ports that tests fix: below the ephemeral ones, which other connections may just have used.
 SAME_SOURCE, USED_AGAIN = 22_001, 22_002
@@ -228,6 +231,12 @@ def test_status_and_flows_have_the_documented_keys(host: Host, lab: Lab) -> None
     [flow] = [flow for flow in answer["flows"] if flow["local"] == _as_text(pair.client.local)]
     assert flow["state"] == "spliced"
     assert 0 <= flow["age_seconds"] < 60
+    for end, party in ((pair.client, flow["client"]), (pair.server, flow["server"])):
+        assert set(party) == PARTY_KEYS
+        assert party["pid"] == end.peer.pid
+        assert party["process"].startswith("python")
+        assert "peer.py" in party["command"]
+        assert party["cgroup"].endswith(host.cgroup.path.name)
     for noun in ("status", "flows"):
         table = call(noun, "--run-dir", str(host.run_dir))
         assert table.code == 0

@@ -66,8 +66,8 @@ def test_service_that_is_off(empty_host: Host, lab: Lab) -> None:
 
 
 def test_daemon_whose_mode_is_off(lab: Lab) -> None:
-    """`--mode off` splices nothing but what a service rule asks for."""
-    with Host("--mode", "off") as host:
+    """`--default off` splices nothing but what a service rule asks for."""
+    with Host("--default", "off") as host:
         client, server = host.peer(lab, "a"), host.peer(lab, "b")
         pair = host.connect(client, server, lab.address("b"))
         for _ in range(10):

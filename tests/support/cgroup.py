@@ -38,18 +38,30 @@ class Cgroup:
         made.path = path
         return made
 
+    def child(self, name: str) -> Cgroup:
+        """A directory below this one, removed with it."""
+        (self.path / name).mkdir(exist_ok=True)
+        return Cgroup.adopt(self.path / name)
+
     def add(self, pid: int) -> None:
         """Move a process in; sockets it makes from now on belong to this cgroup."""
         (self.path / "cgroup.procs").write_text(str(pid))
 
     def pids(self) -> list[int]:
-        return [int(line) for line in (self.path / "cgroup.procs").read_text().split()]
+        """Processes in it and in what is below."""
+        return [int(line) for directory in self._tree() for line in _read(directory / "cgroup.procs").split()]
+
+    def _tree(self) -> list[Path]:
+        """The directory and those below, the deepest first."""
+        return [Path(directory) for directory, _, _ in os.walk(self.path, topdown=False)]
 
     def remove(self, timeout: float = 5.0) -> None:
-        """Kill what is still inside and remove the directory.
+        """Kill what is still inside and remove the directory, and those below it.
 
         Raises OSError if it is still busy after `timeout` seconds.
         """
+        for path in [each for each in self.path.iterdir() if each.is_dir()]:
+            Cgroup.adopt(path).remove(timeout)
         deadline = time.monotonic() + timeout
         while True:
             for pid in self.pids():
@@ -58,9 +70,20 @@ class Cgroup:
                 except ProcessLookupError:
                     continue
             try:
-                self.path.rmdir()
+                for directory in self._tree():
+                    directory.rmdir()
                 return
+            except FileNotFoundError:
+                if not self.path.exists():
+                    return
             except OSError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # removed meanwhile

@@ -59,6 +59,18 @@ class ControlError(Exception):
     """The daemon answered that a command failed."""
 
 
+def ask(run_dir: Path, name: str, timeout: float = 10.0, **fields: Any) -> Any:
+    """One command over the control socket of `run_dir`. Raises ControlError, OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout)
+        sock.connect(str(run_dir / "control.sock"))
+        sock.sendall(json.dumps({"command": name, **fields}).encode() + b"\n")
+        answer = json.loads(sock.makefile("rb").readline())
+    if not answer["ok"]:
+        raise ControlError(answer)
+    return answer["result"]
+
+
 class Daemon:
     """A `splicer run` process."""
 
@@ -103,14 +115,7 @@ class Daemon:
 
     def command(self, name: str, timeout: float = 10.0, **fields: Any) -> Any:
         """Ask over the control socket. Raises ControlError, OSError."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(timeout)
-            sock.connect(str(self.run_dir / "control.sock"))
-            sock.sendall(json.dumps({"command": name, **fields}).encode() + b"\n")
-            answer = json.loads(sock.makefile("rb").readline())
-        if not answer["ok"]:
-            raise ControlError(answer)
-        return answer["result"]
+        return ask(self.run_dir, name, timeout, **fields)
 
     def status(self) -> dict[str, Any]:
         return dict(self.command("status"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
 from support.cgroup import Cgroup
-from support.daemon import Daemon
+from support.daemon import Daemon, wait_until
 from support.lab import Lab
 from support.players import End, Pair, Peer
 
@@ -24,20 +25,20 @@ HOT_TIMEOUT = 5.0  # seconds
 # Ports whose service has a policy of its own in the configuration below.
 EAGER, OFF, ALLOW, EAGER_ALLOW = 7101, 7102, 7103, 7104
 SERVICES = f"""
-[[service]]
-port = {EAGER}
+[[policy]]
+ports = {EAGER}
 mode = "eager"
 
-[[service]]
-port = {OFF}
+[[policy]]
+ports = {OFF}
 mode = "off"
 
-[[service]]
-port = {ALLOW}
+[[policy]]
+ports = {ALLOW}
 blocking = "allow"
 
-[[service]]
-port = {EAGER_ALLOW}
+[[policy]]
+ports = {EAGER_ALLOW}
 mode = "eager"
 blocking = "allow"
 """
@@ -54,6 +55,8 @@ class Host:
         self.run_dir = self.directory / "run"
         self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
         self.expected_rescues = 0
+        # A command that the daemon is started through.
+        self.prefix: tuple[str, ...] = ()
         self._peers: list[Peer] = []
         self._daemons: list[Daemon] = []
         self._names = itertools.count()
@@ -92,9 +95,21 @@ class Host:
             f"--config={self.config}",
             *self.arguments,
             *arguments,
+            prefix=self.prefix,
         )
         self._daemons.append(daemon)
         return daemon
+
+    def reload(self, services: str) -> None:
+        """Give the daemon another configuration; returns when it has read it, or refused it."""
+        self.config.write_text(services)
+        before = self.count_reloads()
+        self.daemon.send_signal(signal.SIGHUP)
+        wait_until("the configuration was read", lambda: self.count_reloads() > before)
+
+    def count_reloads(self) -> int:
+        log = self.daemon.log.read_text()
+        return log.count('"reloaded"') + log.count('"reload_failed"')
 
     def count_spliced(self) -> int:
         """How many sockets are in the SOCKHASH."""
@@ -102,9 +117,10 @@ class Host:
 
     # peers
 
-    def peer(self, lab: Lab, host: str, *, inside: bool = True) -> Peer:
-        """A process in a host's namespace, in the attached cgroup unless it is to play another machine."""
-        peer = Peer(lab.namespace(host), self.cgroup if inside else None)
+    def peer(self, lab: Lab, host: str, *, inside: bool = True, cgroup: Cgroup | None = None) -> Peer:
+        """A process in a host's namespace, in the attached cgroup unless it is to play another machine, or in
+        the `cgroup` given, which lies below it."""
+        peer = Peer(lab.namespace(host), cgroup or (self.cgroup if inside else None))
         self._peers.append(peer)
         return peer
 

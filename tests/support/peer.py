@@ -28,6 +28,7 @@ import socket
 import struct
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,32 @@ class Stream:
             self.advance(len(part))
             position += len(part)
         return None
+
+
+class FaultingMemory:
+    """A page whose first use waits until `provide` is called: ioctl_userfaultfd(2)."""
+
+    SIZE = 4096
+
+    def __init__(self, libc: ctypes.CDLL) -> None:
+        number = {"x86_64": 323, "aarch64": 282}[os.uname().machine]
+        self.fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "userfaultfd")
+        fcntl.ioctl(self.fd, 0xC018AA3F, bytearray(struct.pack("=3Q", 0xAA, 0, 0)))  # UFFDIO_API
+        libc.mmap.restype = ctypes.c_void_p
+        # PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS
+        self.address: int = libc.mmap(None, ctypes.c_size_t(self.SIZE), 3, 0x22, -1, ctypes.c_long(0))
+        region = struct.pack("=4Q", self.address, self.SIZE, 1, 0)
+        fcntl.ioctl(self.fd, 0xC020AA00, bytearray(region))  # UFFDIO_REGISTER, missing pages
+
+    def provide(self) -> None:
+        """Let whoever waits go on."""
+        zeroes = struct.pack("=3Qq", self.address, self.SIZE, 0, 0)
+        fcntl.ioctl(self.fd, 0xC020AA04, bytearray(zeroes))  # UFFDIO_ZEROPAGE
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class Connection:
@@ -418,6 +445,32 @@ class Peer:
             data.decode("latin-1"),
             [[level, kind, struct.unpack("i", value[:4])[0]] for level, kind, value in control],
         ]
+
+    def recv_held(self, conn: str, count: int, seconds: float) -> int:
+        """One recv(2) into memory that is not there for `seconds`; the kernel waits with the socket locked.
+
+        Fails with ENOSYS on kernels without userfaultfd(2).
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        memory = FaultingMemory(libc)
+        got: list[int] = []
+
+        def receive() -> None:
+            got.append(
+                libc.recv(self._connections[conn].sock.fileno(), ctypes.c_void_p(memory.address), count, 0)
+            )
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        time.sleep(seconds)
+        memory.provide()
+        thread.join()
+        data = ctypes.string_at(memory.address, max(got[0], 0))
+        memory.close()
+        if got[0] < 0:
+            raise OSError(errno.EIO, "recv failed")
+        self._connections[conn].note_received(data)
+        return got[0]
 
     def splice_in(self, conn: str, count: int, timeout: float = 10.0) -> int:
         """Read `count` stream bytes by splice(2) through a pipe, as io.Copy and HAProxy do."""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose connection is it: container, service and process of an end, from what the programs noted of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from splicer.layout import End, Pair
+from splicer.model import Container, Party, Traffic
+from splicer.process import Processes
+from splicer.scopes import Scopes, read_path
+
+# Names of containers that are gone, kept for the totals.
+_REMEMBERED = 4096
+# Rows of traffic in one answer, the largest ones.
+_TRAFFIC_ROWS = 100
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Redirected in both directions; `connections` that carried it."""
+
+    connections: int = 0
+    redirected_bytes: int = 0
+    redirected_messages: int = 0
+
+    def add(self, other: Amount) -> Amount:
+        return Amount(
+            self.connections + other.connections,
+            self.redirected_bytes + other.redirected_bytes,
+            self.redirected_messages + other.redirected_messages,
+        )
+
+
+def measure(pair: Pair) -> Amount:
+    """What an open connection has had redirected so far."""
+    sent = (pair.client_sends, pair.server_sends)
+    messages = sum(direction.redirected_messages for direction in sent)
+    return Amount(bool(messages), sum(direction.redirected_bytes for direction in sent), messages)
+
+
+class Attribution:
+    """Finds the party of an end. Used by the threads that answer requests, and told of containers by the
+    watcher's."""
+
+    def __init__(
+        self, read_inventory: Callable[[], Mapping[str, Container]], scopes: Scopes, processes: Processes
+    ) -> None:
+        self._read_inventory = read_inventory
+        self._scopes = scopes
+        self._processes = processes
+        self._guard = threading.Lock()
+        self._inventory: Mapping[str, Container] = {}
+        self._by_cgroup: dict[int, Party] = {}
+        self._by_netns: dict[int, Party | None] = {}
+        self._former: dict[int, Party] = {}
+
+    def refresh(self) -> None:
+        """Take over what the watcher knows. Cheap when nothing has changed."""
+        inventory = self._read_inventory()
+        with self._guard:
+            if inventory is self._inventory:
+                return
+            self._former.update(self._by_cgroup)
+            while len(self._former) > _REMEMBERED:
+                del self._former[next(iter(self._former))]
+            self._inventory = inventory
+            self._by_cgroup = {}
+            self._by_netns = {}
+            for container in inventory.values():
+                party = self._describe(container)
+                if container.cgroup_id:
+                    self._by_cgroup[container.cgroup_id] = party
+                if container.netns:
+                    # A namespace that several share tells nothing.
+                    shared = container.netns in self._by_netns
+                    self._by_netns[container.netns] = None if shared else party
+
+    def _describe(self, container: Container) -> Party:
+        return Party(
+            container=container.name,
+            service=container.service,
+            project=container.project,
+            cgroup=self._scopes.find_path(container.cgroup_id) or "",
+        )
+
+    def find_owner(self, cgroup: int, netns: int = 0) -> Party:
+        """Container or cgroup by cgroup id, else by netns cookie (both 0 if not known); no process."""
+        self.refresh()
+        if party := self._by_cgroup.get(cgroup):
+            return party
+        path = self._scopes.find_path(cgroup) if cgroup else None
+        if path:
+            scope = read_path(path)
+            if scope.container and (container := self._inventory.get(scope.container)):
+                # It has cgroups of its own below the one it was given.
+                return replace(self._describe(container), cgroup=path, pod=scope.pod)
+            return Party(container=scope.container[:12], pod=scope.pod, cgroup=path)
+        if party := self._former.get(cgroup):
+            return party
+        # Without a cgroup the connection is too young to have been looked at; and host processes share the
+        # namespace of containers with host networking.
+        return (None if cgroup else self._by_netns.get(netns)) or Party()
+
+    def find_party(self, end: End, found: dict[tuple[int, int, int], Party]) -> Party:
+        """Owner and process of an end. `found` remembers those of one answer: ends have few owners."""
+        key = end.cgroup, end.netns, end.tgid
+        party = found.get(key)
+        if party is None:
+            party = self.find_owner(end.cgroup, end.netns)
+            if end.tgid:
+                process = self._processes.find(end.tgid)
+                party = replace(party, process=process.name, pid=end.tgid, command=process.command)
+            found[key] = party
+        return party
+
+    def sum_traffic(
+        self, closed: Iterable[tuple[tuple[int, int], Amount]], pairs: Iterable[Pair]
+    ) -> list[Traffic]:
+        """Traffic between owners, the largest first: `closed` has (client, server) cgroup ids."""
+        by_cgroup: dict[tuple[int, int], Amount] = {}
+        living = (((pair.client.cgroup, pair.server.cgroup), measure(pair)) for pair in pairs)
+        for source in (closed, living):
+            for ends, amount in source:
+                if amount.redirected_messages:
+                    by_cgroup[ends] = by_cgroup.get(ends, Amount()).add(amount)
+        by_owner: dict[tuple[Party, Party], Amount] = {}
+        for (client, server), amount in by_cgroup.items():
+            owners = self.find_owner(client), self.find_owner(server)
+            by_owner[owners] = by_owner.get(owners, Amount()).add(amount)
+        rows = sorted(by_owner.items(), key=lambda item: -item[1].redirected_bytes)
+        return [
+            Traffic(client, server, amount.connections, amount.redirected_bytes, amount.redirected_messages)
+            for (client, server), amount in rows[:_TRAFFIC_ROWS]
+        ]

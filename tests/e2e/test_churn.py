@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hundred containers come and go: the daemon keeps nothing of them, and is right about each in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.daemon import wait_until
+from support.docker import Engine
+from support.images import DEMO
+from support.stack import Network, Stack
+
+CONTAINERS = 200
+PARALLEL = 4
+# From the moment the container runs until `splicer policy` is right about it.
+SECONDS = 1.0
+MEMORY_LIMIT = 6 << 20  # bytes; the interpreter's own arenas breathe
+
+
+@pytest.fixture
+def network(engine: Engine, stack: Stack) -> Iterator[Network]:
+    made = Network(engine, "web")
+    yield made
+    made.remove()
+
+
+def _resident(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no VmRSS")
+
+
+def _count_namespaces() -> int:
+    """Network namespaces that any process is in or holds a descriptor of."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            found.add(os.readlink(process / "ns/net"))
+            for fd in os.scandir(process / "fd"):
+                target = os.readlink(fd.path)
+                if target.startswith("net:["):
+                    found.add(target)
+        except OSError:
+            continue  # ended meanwhile
+    return len(found)
+
+
+def _count_rules(stack: Stack) -> int:
+    pin = next(path for path in stack.pin_dir.rglob("rules") if path.is_file())
+    done = subprocess.run(
+        ["bpftool", "-j", "map", "dump", "pinned", str(pin)], capture_output=True, text=True, check=True
+    )
+    return len(json.loads(done.stdout))
+
+
+def _take_stock(stack: Stack, pid: int) -> dict[str, int]:
+    return {
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+        "namespaces": _count_namespaces(),
+        "rules": _count_rules(stack),
+        "containers": stack.status()["docker"]["containers"],
+    }
+
+
+def _live(stack: Stack, number: int) -> float:
+    """One container's life; seconds until the policy was right about it."""
+    engine = stack.engine
+    name = f"short-{number}"
+    wanted = "off" if number % 2 else "adaptive"
+    labels = ["--label=splicer.mode=off"] if number % 2 else []
+    engine.run_container(DEMO, "sleep", "60", options=["--name", name, "--network=none", *labels])
+    began = time.monotonic()
+    wait_until(
+        f"the policy of {name}", lambda: stack.policy(name).get("mode") == wanted, timeout=10, pause=0.05
+    )
+    took = time.monotonic() - began
+    engine.remove_containers(name)
+    return took
+
+
+def test_two_hundred_containers(engine: Engine, stack: Stack, network: Network) -> None:
+    pid = engine.inspect(stack.sidecar)["State"]["Pid"]
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        # The first ones fill caches and arenas.
+        list(pool.map(lambda number: _live(stack, number), range(12)))
+        before = _take_stock(stack, pid)
+        memory = _resident(pid)
+        network.start_client("client", 1000, "web")
+        wait_until("spliced", lambda: stack.count_spliced("web") == 4, pause=0.1)
+        took = list(pool.map(lambda number: _live(stack, number), range(12, 12 + CONTAINERS)))
+        # Nobody else's connection was touched.
+        assert stack.count_spliced("web") == 4
+        engine.remove_containers("client")
+
+    assert max(took) <= SECONDS, sorted(took)[-5:]
+    deadline = time.monotonic() + 15
+    while (after := _take_stock(stack, pid)) != before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert after == before
+    grown = _resident(pid) - memory
+    assert grown < MEMORY_LIMIT, f"{grown >> 10} KiB"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Docker's kinds of networks: published ports with docker-proxy and without, shared namespaces, the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.daemon import wait_until
+from support.docker import Engine
+from support.images import DEMO
+from support.stack import Network, Stack
+
+SECONDS = 3
+CONNECTIONS = 8
+
+
+@pytest.fixture
+def network(engine: Engine, stack: Stack) -> Iterator[Network]:
+    made = Network(engine, "web", "--publish=18080:8080")
+    yield made
+    made.remove()
+
+
+def _load(network: Network, url: str, *options: str) -> None:
+    """wrk from the network of the host."""
+    network.engine.run_container(
+        DEMO,
+        *("wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}", "-s", "/usr/lib/splicer-demo/report.lua", url),
+        options=["--name", "load", *(options or ("--network=host",))],
+    )
+
+
+def _count(stack: Stack, name: str) -> int:
+    return stack.count_spliced(name)
+
+
+def test_through_docker_proxy_it_stays_plain(stack: Stack, network: Network) -> None:
+    """docker-proxy relays with splice(2), which does not see redirected bytes."""
+    _load(network, "http://127.0.0.1:18080/")
+    wait_until("connections", lambda: len(stack.flows("load")) >= CONNECTIONS, pause=0.1)
+    assert network.finish_load("load")["errors"] == 0
+    assert stack.count_spliced() == 0
+
+
+def test_without_docker_proxy_it_is_dnat_and_spliced(engine: Engine, stack: Stack) -> None:
+    engine.stop_dockerd()
+    engine.start_dockerd("--userland-proxy=false")
+    made = None
+    try:
+        made = Network(engine, "web", "--publish=18080:8080")
+        _load(made, "http://127.0.0.1:18080/")
+        wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
+        assert {flow["client"]["container"] for flow in stack.flows("web")} == {"load"}
+        assert made.finish_load("load")["errors"] == 0
+    finally:
+        if made is not None:
+            made.remove()
+        engine.stop_dockerd()
+        engine.start_dockerd()
+
+
+def test_a_published_port_from_another_container(stack: Stack, network: Network) -> None:
+    """Through the bridge's own address: DNAT whatever docker-proxy does, and both ends are containers."""
+    gateway = network.engine.inspect("web")["NetworkSettings"]["Networks"]["web"]["Gateway"]
+    network.engine.docker("network", "create", "elsewhere")
+    try:
+        _load(network, f"http://{gateway}:18080/", "--network=elsewhere")
+        wait_until("connections", lambda: len(stack.flows("load")) >= CONNECTIONS, pause=0.1)
+        assert network.finish_load("load")["errors"] == 0
+    finally:
+        network.engine.docker("network", "rm", "elsewhere")
+
+
+def test_a_shared_namespace(stack: Stack, network: Network) -> None:
+    """network_mode: container. Each has a policy of its own all the same: it goes by cgroup."""
+    _load(network, "http://127.0.0.1:8080/", "--network=container:web")
+    wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
+    assert {flow["client"]["container"] for flow in stack.flows("web")} == {"load"}
+    assert {flow["server"]["container"] for flow in stack.flows("web")} == {"web"}
+    assert stack.policy("load")["netns"] == stack.policy("web")["netns"]
+    stack.splicer("set", "load", "off")
+    try:
+        wait_until("drained", lambda: _count(stack, "web") == 0, timeout=2)
+        assert stack.policy("web")["mode"] == "adaptive"
+    finally:
+        stack.splicer("unset", "load")
+    assert network.finish_load("load")["errors"] == 0
+
+
+def test_the_network_of_the_host(stack: Stack, network: Network) -> None:
+    address = network.engine.inspect("web")["NetworkSettings"]["Networks"]["web"]["IPAddress"]
+    _load(network, f"http://{address}:8080/", "--network=host", "--label=splicer.mode=off")
+    wait_until("connections", lambda: len(stack.flows("load")) >= CONNECTIONS, pause=0.1)
+    assert stack.policy("load")["network_mode"] == "host"
+    assert stack.policy("load")["mode"] == "off"
+    assert network.finish_load("load")["errors"] == 0
+    assert stack.count_spliced() == 0
+    _load(network, f"http://{address}:8080/", "--network=host")
+    wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
+    assert network.finish_load("load")["errors"] == 0

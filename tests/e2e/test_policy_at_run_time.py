@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container is switched off and on under load: within two seconds, for nobody else, and nothing fails."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+
+import pytest
+from support.daemon import wait_until
+from support.docker import Engine
+from support.stack import Network, Stack
+
+CONNECTIONS = 4
+# The promise, from the command to the last connection.
+SECONDS = 2.0
+PAYLOAD = "tcp port 8080 and (ip[2:2] - ((ip[0] & 0xf) << 2) - ((tcp[12] & 0xf0) >> 2)) != 0"
+
+
+@pytest.fixture
+def network(engine: Engine, stack: Stack) -> Iterator[Network]:
+    """Two servers, `web` and `other`, each with a client of its own."""
+    made = Network(engine, "web")
+    made.serve("other")
+    yield made
+    made.remove()
+    stack.config.write_text("")
+    engine.docker("kill", "--signal", "HUP", stack.sidecar)
+
+
+def _count_payload(engine: Engine, container: str, seconds: float = 1.0) -> int:
+    """How many packets with data tcpdump sees in a container's namespace."""
+    pid = engine.inspect(container)["State"]["Pid"]
+    enter = ["nsenter", f"--net=/proc/{pid}/ns/net"]
+    command = [*enter, "tcpdump", "-nn", "-i", "eth0", "-w", "-", "-U", PAYLOAD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as capture:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            capture.wait(seconds)
+        capture.terminate()
+        assert capture.stdout is not None
+        # A file header, then at least 16 + 14 + 20 + 20 bytes for each packet.
+        return max(0, len(capture.stdout.read()) - 24) // 70
+
+
+def _start(stack: Stack, network: Network, seconds: float) -> None:
+    for name in ("web", "other"):
+        network.start_client(f"to-{name}", seconds, name, connections=CONNECTIONS)
+    for name in ("web", "other"):
+        wait_until(
+            f"{name} is spliced", lambda name=name: stack.count_spliced(name) == CONNECTIONS, pause=0.1
+        )
+
+
+def _finish(network: Network) -> None:
+    for name in ("web", "other"):
+        tally = network.finish_load(f"to-{name}")[name]
+        assert tally["requests"] > 500
+        assert (tally["failed"], tally["retries"]) == (0, 0), (name, tally)
+        assert tally["longest_s"] < 1
+
+
+def _in_sockhash(stack: Stack, name: str) -> list[str]:
+    return [flow["state"] for flow in stack.flows(name) if flow["state"] != "paired"]
+
+
+def _check_flip(stack: Stack, network: Network, off: Callable[[], object], on: Callable[[], object]) -> None:
+    engine = stack.engine
+    _start(stack, network, 14)
+    assert _count_payload(engine, "web") <= 5
+    others = {flow["local"]: flow for flow in stack.flows("other")}
+
+    off()
+    wait_until("drained", lambda: not _in_sockhash(stack, "web"), timeout=SECONDS)
+    assert _count_payload(engine, "web") > 100
+    assert {flow["reason"] for flow in stack.flows("web")} == {"policy"}
+    assert stack.count_spliced("other") == CONNECTIONS
+    assert stack.policy("web")["mode"] == "off"
+
+    on()
+    wait_until("adopted", lambda: stack.count_spliced("web") == CONNECTIONS, timeout=SECONDS)
+    assert _count_payload(engine, "web") <= 5
+    # The other's connections are the same as ever, and were never out.
+    after = {flow["local"]: flow for flow in stack.flows("other")}
+    assert after.keys() == others.keys()
+    for key, flow in after.items():
+        assert flow["state"] == "spliced"
+        assert flow["passed_messages"] == others[key]["passed_messages"]
+    _finish(network)
+
+
+def test_set_and_unset(stack: Stack, network: Network) -> None:
+    _check_flip(
+        stack, network, lambda: stack.splicer("set", "web", "off"), lambda: stack.splicer("unset", "web")
+    )
+
+
+def test_a_rule_in_the_configuration_file(stack: Stack, network: Network) -> None:
+    def configure(text: str) -> None:
+        stack.config.write_text(text)
+        stack.engine.docker("kill", "--signal", "HUP", stack.sidecar)
+
+    rule = '[[policy]]\ncontainer = "web"\nmode = "off"\n'
+    _check_flip(stack, network, lambda: configure(rule), lambda: configure(""))
+
+
+def test_an_override_survives_the_sidecar(engine: Engine, stack: Stack, network: Network) -> None:
+    stack.splicer("set", "web", "off")
+    engine.docker("restart", stack.sidecar)
+    stack.wait_answering()
+    wait_until("the override is back", lambda: stack.policy("web").get("mode") == "off", pause=0.1)
+    assert stack.policy("web")["mode_source"] == "override"
+    stack.splicer("unset", "web")
+    assert stack.policy("web")["mode"] == "adaptive"
+    stack.wait_healthy()
+
+
+def test_a_container_is_restarted_under_load(engine: Engine, stack: Stack, network: Network) -> None:
+    """Whoever spoke to it tries again and is spliced again; nobody else notices."""
+    _start(stack, network, 10)
+    engine.docker("restart", "--time", "2", "web")
+    wait_until("spliced again", lambda: stack.count_spliced("web") == CONNECTIONS, timeout=6, pause=0.1)
+    to_web = network.finish_load("to-web")["web"]
+    to_other = network.finish_load("to-other")["other"]
+    assert to_web["failed"] == 0
+    assert to_web["retries"] > 0
+    assert (to_other["failed"], to_other["retries"]) == (0, 0)

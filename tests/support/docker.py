@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dockerd of the tests' own, that shares nothing with the machine's.
+
+It lives in a network and a mount namespace of its own: bridges, firewall rules, overlay mounts, /run and the
+socket are private, and gone when its processes are. Its processes and containers are in one cgroup, by which
+they are found whatever happens. slirp4netns connects it to the outside for building images, without a change
+to the machine's routes or firewall.
+
+Process ids are the machine's: `pid: host` means here what it means everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from support.bpf import Bpffs
+from support.cgroup import Cgroup, find_v2_root
+from support.daemon import wait_until
+
+START_TIMEOUT = 60.0  # seconds
+TEMPORARY = Path("/var/tmp")  # an overlay file system wants a real one below it
+
+
+class DockerError(Exception):
+    """A docker command failed; what it said."""
+
+
+class Engine:
+    """A context manager: leaving it removes containers, images, processes, mounts and cgroups."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"splicer-test-{os.getpid()}-", dir=TEMPORARY))
+        self.run = self.directory / "run"  # /run of the engine and, bind-mounted, of the sidecar
+        self.log = self.directory / "dockerd.log"
+        self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._holder = 0
+        self._dockerd: subprocess.Popen[bytes] | None = None
+        self.bpffs: Bpffs
+        self.cgroup: Cgroup
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Engine:
+        try:
+            self._start()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _start(self) -> None:
+        self.run.mkdir(mode=0o755)
+        self.bpffs = Bpffs(self.directory / "bpffs")
+        self._undo.append(self.bpffs.unmount)
+        self.cgroup = Cgroup()
+        self._undo.append(self._remove_cgroups)
+        (self.cgroup.path / "engine").mkdir()
+        holder = self._spawn("unshare", "--net", "--mount", "--propagation", "slave", "sleep", "infinity")
+        self._holder = holder.pid
+        wait_until("the engine's namespaces", self._has_namespaces, timeout=10)
+        self._prepare_run()
+        self.enter("mount", "--bind", str(self.run), "/run")
+        self.enter("mount", "--bind", str(self.bpffs.path), "/sys/fs/bpf")
+        self._spawn(
+            *("slirp4netns", "--configure", "--mtu=1500", "--disable-host-loopback", str(holder.pid), "tap0")
+        )
+        wait_until("the way out", lambda: "default" in self.enter("ip", "route"), timeout=10)
+        self.start_dockerd()
+
+    def _prepare_run(self) -> None:
+        # The engine's /run is empty but for what the machine's resolv.conf may point to.
+        resolver = Path("/etc/resolv.conf").resolve()
+        if resolver.is_relative_to("/run"):
+            copy = self.run / resolver.relative_to("/run")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(resolver, copy)
+
+    def _has_namespaces(self) -> bool:
+        own = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "mnt")]
+        its = [os.stat(f"/proc/{self._holder}/ns/{kind}").st_ino for kind in ("net", "mnt")]
+        return all(one != other for one, other in zip(own, its, strict=True))
+
+    def _spawn(self, *command: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a process in the engine's cgroup."""
+        procs = self.cgroup.path / "engine" / "cgroup.procs"
+        with (log or self.directory / "processes.log").open("ab") as sink:
+            process = subprocess.Popen(
+                ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(procs), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                cwd="/",
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def remove(self) -> None:
+        """Take everything away. Raises what the last failing step raised, after all steps were tried."""
+        with contextlib.suppress(Exception):
+            self.remove_containers()
+        problem: BaseException | None = None
+        self.stop_dockerd()
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as error:
+                problem = error
+        for process in self._processes:
+            process.wait(5)
+        if problem is not None:
+            raise problem
+
+    def _remove_cgroups(self) -> None:
+        self.cgroup.remove()
+        remove_v1_directories(self.cgroup.path.name)
+
+    # -- dockerd -------------------------------------------------------------------------------------------
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "docker.sock"
+
+    @property
+    def namespace(self) -> str:
+        """Path of the network namespace that is the engine's "host"."""
+        return f"/proc/{self._holder}/ns/net"
+
+    def start_dockerd(self, *arguments: str) -> None:
+        """Start dockerd and wait until it answers."""
+        self._dockerd = self._spawn(
+            *self._entering(),
+            *("dockerd", "--live-restore", "--exec-opt=native.cgroupdriver=cgroupfs"),
+            f"--data-root={self.directory / 'data'}",
+            f"--cgroup-parent=/{self.cgroup.path.name}/containers",
+            *arguments,
+            log=self.log,
+        )
+        wait_until("dockerd answers", self._answers, timeout=START_TIMEOUT, pause=0.1)
+
+    def _answers(self) -> bool:
+        assert self._dockerd is not None
+        if self._dockerd.poll() is not None:
+            raise DockerError(f"dockerd ended with {self._dockerd.returncode}:\n{self.tail()}")
+        with contextlib.suppress(DockerError):
+            self.docker("version")
+            return True
+        return False
+
+    def stop_dockerd(self) -> None:
+        """Containers stay (live-restore)."""
+        if self._dockerd is None:
+            return
+        self._dockerd.send_signal(signal.SIGTERM)
+        try:
+            self._dockerd.wait(30)
+        except subprocess.TimeoutExpired:
+            self._dockerd.kill()
+            self._dockerd.wait(5)
+        self._dockerd = None
+
+    def tail(self, lines: int = 30) -> str:
+        """The last lines of what dockerd wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    def _entering(self) -> list[str]:
+        return ["nsenter", "--net", "--mount", f"--target={self._holder}", "--"]
+
+    def enter(self, *command: str, timeout: float = 30.0) -> str:
+        """Run a command in the engine's namespaces; its output. Raises DockerError."""
+        return _run([*self._entering(), *command], timeout=timeout)
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """For docker and docker-compose."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SPLICER_", "DOCKER_", "COMPOSE_", "DEMO_"))
+        }
+        # The builder that every engine has, and a client's configuration of nobody's.
+        own = {
+            "DOCKER_HOST": f"unix://{self.socket}",
+            "DOCKER_BUILDKIT": "0",
+            "COMPOSE_DOCKER_CLI_BUILD": "0",
+            "DOCKER_CONFIG": str(self.directory / "client"),
+        }
+        return {**kept, **own, **changes}
+
+    def docker(self, *arguments: str, timeout: float = 60.0, stdin: IO[bytes] | None = None) -> str:
+        """A docker command's output. Raises DockerError."""
+        return _run(["docker", *arguments], timeout=timeout, env=self.environment(), stdin=stdin)
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        """What dockerd knows about a container or image."""
+        return dict(json.loads(self.docker("inspect", name))[0])
+
+    def run_container(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
+        """Start a container in the background; its id."""
+        return self.docker("run", "--detach", *options, image, *command).strip()
+
+    def remove_containers(self, *names: str) -> None:
+        """Remove these containers, or all."""
+        wanted = list(names) or self.docker("ps", "--all", "--quiet").split()
+        if wanted:
+            self.docker("rm", "--force", "--volumes", *wanted, timeout=120)
+
+
+def _run(
+    command: Sequence[str],
+    *,
+    timeout: float,
+    env: dict[str, str] | None = None,
+    stdin: IO[bytes] | None = None,
+) -> str:
+    done = subprocess.run(
+        command,
+        stdin=stdin or subprocess.DEVNULL,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+        env=env,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        raise DockerError(f"{' '.join(command)}: exit code {done.returncode}\n{said}")
+    return done.stdout
+
+
+def remove_v1_directories(name: str, timeout: float = 5.0) -> None:
+    """Remove what dockerd made under `name` in version 1 hierarchies, which hybrid hosts have beside v2."""
+    root = find_v2_root()
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        path = Path(before.split()[4]) / name
+        if after.split()[0] != "cgroup" or path.parent == root or not path.is_dir():
+            continue
+        deadline = time.monotonic() + timeout
+        while path.exists():
+            for directory, _, _ in os.walk(path, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+            if time.monotonic() > deadline:
+                raise OSError(f"still busy: {path}")
+            time.sleep(0.02)
