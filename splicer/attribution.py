@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from splicer.layout import End, Pair
 from splicer.model import Container, Party, Traffic
-from splicer.process import Processes
+from splicer.process import Processes, sees_host_pids
 from splicer.scopes import Scopes, read_path
 
 # Names of containers that are gone, kept for the totals.
@@ -51,6 +51,7 @@ class Attribution:
         self._read_inventory = read_inventory
         self._scopes = scopes
         self._processes = processes
+        self._sees_host_pids = sees_host_pids()
         self._guard = threading.Lock()
         self._inventory: Mapping[str, Container] = {}
         self._by_cgroup: dict[int, Party] = {}
@@ -110,7 +111,7 @@ class Attribution:
         party = found.get(key)
         if party is None:
             party = self.find_owner(end.cgroup, end.netns)
-            if end.tgid:
+            if end.tgid and self._sees_host_pids:
                 process = self._processes.find(end.tgid)
                 party = replace(party, process=process.name, pid=end.tgid, command=process.command)
             found[key] = party

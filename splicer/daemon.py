@@ -22,7 +22,7 @@ from splicer.governor import Governor
 from splicer.layout import STATE_PAIRED, EventType, Pair, read_event
 from splicer.logs import Logger
 from splicer.model import REASON_NAMES, SCHEMA, STATES
-from splicer.process import Processes
+from splicer.process import Processes, sees_host_pids
 from splicer.scopes import Scopes
 from splicer.sweep import Sweeper
 from splicer.watcher import Watcher
@@ -101,13 +101,7 @@ class Daemon:
         return 0
 
     def _work_until_stopped(self, kernel_class: str) -> None:
-        if self._cgroup.requested == cgroups.CONVENTIONAL_ROOT and not self._cgroup.is_root:
-            # Most likely in a container, which sees nothing but itself there.
-            self._log.warning(
-                "cgroup_is_not_the_hosts_root",
-                cgroup=self._cgroup.path,
-                hint="mount the host's /sys/fs/cgroup into this container",
-            )
+        self._look_around()
         v2_root = cgroups.find_unified(cgroups.read_mounts()) or self._cgroup.path
         scopes = Scopes(v2_root)
         watcher = Watcher(self._settings.docker, scopes, self._on_inventory, self._log)
@@ -145,6 +139,20 @@ class Daemon:
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+
+    def _look_around(self) -> None:
+        """Say what a container that this runs in lacks: it would splice next to nothing, and look healthy."""
+        if self._cgroup.requested == cgroups.CONVENTIONAL_ROOT and not self._cgroup.is_root:
+            self._log.warning(
+                "cgroup_is_not_the_hosts_root",
+                cgroup=self._cgroup.path,
+                hint="mount the host's /sys/fs/cgroup into this container",
+            )
+        if not sees_host_pids():
+            self._log.warning(
+                "pids_are_not_the_hosts",
+                hint="network namespaces and processes outside are not found; docker run --pid=host",
+            )
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._log.info("signal", name=signal.Signals(number).name)

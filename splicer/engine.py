@@ -129,7 +129,8 @@ class Engine:
             if not endpoint.startswith(_SCHEMES):
                 # ssh:// leads to another host, whose containers are none of ours.
                 raise EngineError("refused", f"cannot connect to this kind of address ({endpoint})")
-            options: dict[str, Any] = {"base_url": endpoint, "timeout": timeout}
+            # The SDK keeps a connection for each path it has asked for; that many, and no more.
+            options: dict[str, Any] = {"base_url": endpoint, "timeout": timeout, "num_pools": 2}
             if path_of(endpoint) is None:
                 options = {
                     **docker.utils.kwargs_from_env(environment={**environ, "DOCKER_HOST": endpoint}),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ _MOST = 4096
 # A process keeps its pid and its age when it calls execve(2) or renames itself, as servers do early in life.
 _KEPT_S = 10.0
 _COMMAND_LENGTH = 256
+# PROC_PID_INIT_INO (Linux, include/linux/proc_ns.h).
+_HOST_PID_NAMESPACE = 0xEFFFFFFC
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ def _join(arguments: list[str]) -> str:
     # A process may write anything there; what breaks a line or drives a terminal does not get through.
     text = " ".join(arguments)[: 4 * _COMMAND_LENGTH].strip()
     return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_LENGTH]
+
+
+def sees_host_pids(namespace: str = "/proc/self/ns/pid") -> bool:
+    """True in the host's own pid namespace, where pids are those that BPF programs see."""
+    try:
+        return os.stat(namespace).st_ino == _HOST_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def read_own_usage() -> Usage:

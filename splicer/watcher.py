@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from splicer import namespaces
 from splicer.engine import Engine, EngineError, Events, Inspected, find_endpoint, list_candidates, path_of
 from splicer.inventory import (
     NOTHING,
@@ -199,6 +200,9 @@ class Watcher:
     # -- the connection ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Loads what will be needed while there is time.
+        with contextlib.suppress(OSError):
+            namespaces.read_addresses("/proc/thread-self/ns/net")
         backoff = self._timing.shortest_backoff
         while True:
             started, sockets = time.monotonic(), self._look_at_sockets()

@@ -386,6 +386,14 @@ def test_attempts_that_fail_leave_nothing_open(run_dir: str, fake: FakeEngine) -
         wait_until(lambda: len(list_fds()) <= fds)
 
 
+def test_connections_are_few(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
+    client = connect()
+    for number in range(50):
+        client.inspect(fake.run(number))
+        client.inspect(name_id(1000 + number))
+    wait_until(lambda: len(fake._connections) <= 2)
+
+
 def test_nothing_stays_open(fake: FakeEngine) -> None:
     fake.run(1)
 

@@ -153,3 +153,10 @@ def test_psutil_is_loaded_only_when_it_is_needed() -> None:
     source = "import sys, splicer.process; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
     assert process.UNKNOWN.command == ""
+
+
+def test_the_hosts_pid_namespace_is_told_from_others(tmp_path: Path) -> None:
+    other = tmp_path / "pid"
+    other.touch()
+    assert not process.sees_host_pids(str(other))
+    assert not process.sees_host_pids(str(tmp_path / "missing"))
