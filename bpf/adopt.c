@@ -215,14 +215,16 @@ later:
 
 /*
  * The poke: TCP bytes may have arrived unseen while the end was in. Setting
- * SO_RCVLOWAT to what it is raises EPOLLIN again if there are any.
+ * SO_RCVLOWAT to what it is raises EPOLLIN again if there are any. For a FIN alone
+ * TCP has raised it already.
  */
 static __always_inline void take_out(void *sk, void *tp, struct end_key *key)
 {
 	u32 lowat = FIELD(tp, u32, sock_sk_rcvlowat);
 
 	spliced.delete(key);
-	set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	if (unread_data(tp))
+		set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }
 
 static __always_inline u64 get_cool_down(struct pair *p)

@@ -95,6 +95,17 @@ static __always_inline u32 unread_bytes(void *tp)
 	return FIELD(tp, u32, tcp_sock_rcv_nxt) - FIELD(tp, u32, tcp_sock_copied_seq);
 }
 
+/* States in which rcv_nxt counts the peer's FIN. */
+#define FIN_RECEIVED	(TCPF(BPF_TCP_CLOSE_WAIT) | TCPF(BPF_TCP_LAST_ACK) | \
+			 TCPF(BPF_TCP_CLOSING) | TCPF(BPF_TCP_CLOSE))
+
+static __always_inline u32 unread_data(void *tp)
+{
+	u32 unread = unread_bytes(tp);
+
+	return unread && TCPF(FIELD(tp, u8, sock_skc_state)) & FIN_RECEIVED ? unread - 1 : unread;
+}
+
 static __always_inline void read_ip4(u32 to[4], u32 ip_be)
 {
 	to[0] = 0;

@@ -8,10 +8,6 @@
  * out, the poke of adopt wakes that reader.
  */
 
-/* States in which rcv_nxt counts the peer's FIN. */
-#define FIN_RECEIVED	(TCPF(BPF_TCP_CLOSE_WAIT) | TCPF(BPF_TCP_LAST_ACK) | \
-			 TCPF(BPF_TCP_CLOSING) | TCPF(BPF_TCP_CLOSE))
-
 /* A reader that gets no CPU for less than this is not stuck. */
 #define RESCUE_NS	40000000ULL
 
@@ -28,7 +24,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
-	u32 copied_seq, reason, unread;
+	u32 copied_seq, reason;
 	struct settings *s;
 	u64 now;
 	void *tp;
@@ -75,10 +71,8 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		return 0;
 	}
 	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
-	unread = unread_bytes(tp);
-	if (unread && TCPF(FIELD(tp, u8, sock_skc_state)) & FIN_RECEIVED)
-		unread--;	/* the FIN waits behind redirected bytes, as it should */
-	if (!unread) {
+	/* A FIN waits behind redirected bytes, as it should. */
+	if (!unread_data(tp)) {
 		e->stuck_ns = 0;
 		return 0;
 	}
