@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from splicer.governor import Governor
 from splicer.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.libbpf import Map
 from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Party, Status, Totals
-from splicer.process import read_own_usage
+from splicer.process import read_own_pid, read_own_usage
 from splicer.sweep import Sweeper
 from splicer.watcher import Watcher
 
@@ -78,7 +77,7 @@ class Answers:
         host = self._governor.describe()
         beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
         status = Status(
-            pid=os.getpid(),
+            pid=read_own_pid(),
             version=__version__,
             mode=host["mode"],
             default=host["default"],

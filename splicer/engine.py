@@ -129,22 +129,19 @@ class Engine:
             if not endpoint.startswith(_SCHEMES):
                 # ssh:// leads to another host, whose containers are none of ours.
                 raise EngineError("refused", f"cannot connect to this kind of address ({endpoint})")
-            # The SDK keeps a connection for each path it has asked for; that many, and no more.
-            options: dict[str, Any] = {"base_url": endpoint, "timeout": timeout, "num_pools": 2}
+            options: dict[str, Any] = {"base_url": endpoint, "timeout": timeout}
             if path_of(endpoint) is None:
                 options = {
                     **docker.utils.kwargs_from_env(environment={**environ, "DOCKER_HOST": endpoint}),
                     **options,
                 }
             # Left to itself the client asks for the version while it is made, and leaks when that fails.
-            self._client = docker.APIClient(version=docker.constants.DEFAULT_DOCKER_API_VERSION, **options)
+            self._client = _make_client(docker.constants.DEFAULT_DOCKER_API_VERSION, options)
         try:
             with _translated(endpoint):
-                self._client.trust_env = False  # no proxies, no netrc
-                version = self._client.version(api_version=False)
+                version = self._client.version(api_version=False)["ApiVersion"]
                 self._client.close()
-                self._client = docker.APIClient(version=version["ApiVersion"], **options)
-                self._client.trust_env = False
+                self._client = _make_client(version, options)
         except BaseException:
             self._client.close()
             raise
@@ -245,6 +242,14 @@ def _import_docker() -> Any:
     import docker
 
     return docker
+
+
+def _make_client(version: str, options: Mapping[str, Any]) -> Any:
+    client = _import_docker().APIClient(version=version, **options)
+    client.trust_env = False  # no proxies, no netrc
+    # It would keep one open for each path it has asked for.
+    client.headers["Connection"] = "close"
+    return client
 
 
 @contextlib.contextmanager

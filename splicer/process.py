@@ -86,12 +86,17 @@ def _join(arguments: list[str]) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_LENGTH]
 
 
-def sees_host_pids(namespace: str = "/proc/self/ns/pid") -> bool:
-    """True in the host's own pid namespace, where pids are those that BPF programs see."""
+def sees_host_pids(namespace: str = "/proc/1/ns/pid") -> bool:
+    """True if /proc is that of the host's own pid namespace: its pids are those that BPF programs see."""
     try:
         return os.stat(namespace).st_ino == _HOST_PID_NAMESPACE
     except OSError:
         return False
+
+
+def read_own_pid() -> int:
+    """This process's id in /proc, which need not be of this process's own pid namespace."""
+    return int(os.readlink("/proc/self"))
 
 
 def read_own_usage() -> Usage:

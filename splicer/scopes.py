@@ -76,7 +76,7 @@ def _read_container(name: str) -> str:
 
 
 def cut_path(path: str, container_id: str) -> str | None:
-    """The part of `path` down to the container's own directory, without what it made inside. None: not in it."""
+    """`path` down to the container's own directory, without what it made inside. None if it is not in it."""
     parts = path.split("/")
     for end, name in enumerate(parts, start=1):
         if _read_container(name) == container_id:

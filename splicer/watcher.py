@@ -251,8 +251,10 @@ class Watcher:
         complaint = "refused" if kind == "refused" else "gone"
         if complaint != self._complaint:
             self._complaint = complaint
-            event = "docker_lost" if self._was_connected else "docker_absent"
-            self._log.warning(event, endpoint=self._endpoint, error=error)
+            if self._was_connected:
+                self._log.warning("docker_lost", endpoint=self._endpoint, error=error)
+            else:
+                self._log.warning("docker_absent", endpoint=self._endpoint, error=error)
         with self._changed:
             self._tried = True
             self._changed.notify_all()

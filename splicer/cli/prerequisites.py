@@ -17,7 +17,9 @@ from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 # Numbers from include/uapi/linux/capability.h. CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON for bpf(2)
 # (bpf_capable() and perfmon_capable() in include/linux/capability.h) and is what setns(2) asks for; creating
 # a SOCKHASH and attaching to a cgroup ask for CAP_NET_ADMIN by itself.
-CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
+# /proc/<pid>/ns of another user's process opens with CAP_SYS_PTRACE only (ptrace_may_access() in
+# kernel/ptrace.c); without it that process's network namespace would not be found, in silence.
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21}
 
 _INSTALL_HINT = (
     "apt-get install python3-bpfcc, or make setup; a virtual environment needs --system-site-packages"
@@ -46,7 +48,7 @@ def require_privileges(command: str, *, proc: Path = Path("/proc/self")) -> None
         raise SplicerError(
             f"not enough privileges (missing: {', '.join(missing)})",
             hint=f"run it as root: sudo splicer {command}; in a container: --privileged, "
-            "or --cap-add SYS_ADMIN --cap-add NET_ADMIN",
+            "or --cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE",
             exit_code=FAILURE,
         )
     if in_user_namespace(proc / "uid_map"):

@@ -24,7 +24,7 @@ from splicer.logs import Logger
 from .conftest import Invoke
 
 ALL = (1 << 41) - 1
-ENOUGH = 1 << 12 | 1 << 21
+ENOUGH = 1 << 12 | 1 << 19 | 1 << 21
 
 Proc = Callable[..., Path]
 
@@ -154,10 +154,10 @@ class TestPrivileges:
     @pytest.mark.parametrize(
         ("effective", "missing"),
         [
-            (0, "CAP_NET_ADMIN, CAP_SYS_ADMIN"),
-            (1 << 21, "CAP_NET_ADMIN"),
-            (1 << 12 | 1 << 39, "CAP_SYS_ADMIN"),
-            (0xA80425FB, "CAP_NET_ADMIN, CAP_SYS_ADMIN"),  # root in a Docker container
+            (0, "CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN"),
+            (1 << 21, "CAP_NET_ADMIN, CAP_SYS_PTRACE"),
+            (1 << 12 | 1 << 39, "CAP_SYS_PTRACE, CAP_SYS_ADMIN"),
+            (0xA80425FB, "CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN"),  # root in a Docker container
         ],
     )
     def test_missing(self, proc: Proc, effective: int, missing: str) -> None:
