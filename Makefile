@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test run test lint unit kernel bench clean
+.PHONY: help setup setup-test setup-e2e run image test lint unit kernel e2e bench clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -9,7 +9,7 @@ ARGS ?=
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 setup: ## make .venv and install what `splicer run` needs (apt, pip); quick when it is there
 	@scripts/setup.sh run
@@ -17,11 +17,19 @@ setup: ## make .venv and install what `splicer run` needs (apt, pip); quick when
 setup-test: ## the same, and what the tests and the benchmark need
 	@scripts/setup.sh test
 
+setup-e2e: ## the same, and what the tests with containers need (Docker)
+	@scripts/setup.sh e2e
+
 run: setup ## setup, then `splicer run $(ARGS)` in the foreground; Ctrl-C drains and stops it
 	@exec $(BIN)/splicer run $(ARGS)
 
-test: setup-test lint ## setup, ruff, mypy and all tests; a missing prerequisite is a failure
-	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest $(ARGS)
+image: ## the container image `splicer`, with version and commit in its labels; ARGS goes to docker build
+	docker build --tag splicer \
+		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(ARGS) .
+
+test: setup-e2e lint ## setup, ruff, mypy and all tests; a missing prerequisite is a failure
+	SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check .
@@ -32,6 +40,9 @@ unit: setup-test ## the tests that need no root
 
 kernel: setup-test ## the tests on real sockets (root)
 	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest tests/kernel $(ARGS)
+
+e2e: setup-e2e ## the tests with containers: a Docker of their own, images from this tree (root)
+	SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest tests/e2e $(ARGS)
 
 bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
 	@exec examples/netns-benchmark/run $(ARGS)

@@ -3,6 +3,7 @@
 #
 # scripts/setup.sh run    .venv and what `splicer run` needs
 # scripts/setup.sh test   also what the tests and the benchmark need
+# scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves
 #
 # Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
 # other Linux the same pieces are looked for and, where one is missing, named. Running it again is
@@ -48,6 +49,7 @@ PY
 has_libbpf() { [[ $(ldconfig -p 2>/dev/null) == *libbpf.so.1* ]]; }
 has_command() { command -v "$1" >/dev/null; }
 # Ubuntu's bpftool is a wrapper that is there and does not work without the kernel's own package.
+has_compose() { has_command docker-compose || docker compose version >/dev/null 2>&1; }
 has_bpftool() { bpftool version >/dev/null 2>&1; }
 
 has() {
@@ -57,6 +59,7 @@ has() {
         bcc) has_python && has_bcc ;;
         libbpf) has_libbpf ;;
         bpftool) has_bpftool ;;
+        compose) has_compose ;;
         *) has_command "$1" ;;
     esac
 }
@@ -80,6 +83,13 @@ package_of() {
         libbpf) echo libbpf1 ;;
         ip) echo iproute2 ;;
         nft) echo nftables ;;
+        # Debian 13 has the client in a package of its own; before it came with the daemon.
+        docker) if has_candidate docker-cli; then echo docker-cli; else echo docker.io; fi ;;
+        dockerd) echo docker.io ;;
+        # Version 2 where there is one: Ubuntu's docker-compose is version 1 and does not run on its Python.
+        compose) if has_candidate docker-compose-v2; then echo docker-compose-v2; else echo docker-compose; fi ;;
+        unshare) echo util-linux ;;
+        systemd-analyze) echo systemd ;;
         bpftool)
             if has_candidate bpftool; then
                 echo bpftool
@@ -127,10 +137,14 @@ apt_install() {
 }
 
 install_packages() { # pieces
-    local piece package known=yes nginx_is_new=
+    local piece package service known=yes
+    local -a new_services=()
     local -a packages
     for piece in "$@"; do
-        [[ $piece == nginx ]] && nginx_is_new=yes
+        case $piece in
+            nginx) new_services+=(nginx) ;;
+            dockerd) new_services+=(docker.socket docker containerd) ;;
+        esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
             has_candidate "$package" || known=
@@ -158,15 +172,15 @@ install_packages() { # pieces
     fi
     rm -f "$log"
     allow_service_start
-    # The benchmark starts an nginx of its own; installing one must not leave a web server behind
-    # that appears at the next boot.
-    if [[ -n $nginx_is_new ]]; then
+    # The benchmark starts an nginx of its own and the tests a dockerd; installing one must not leave a
+    # server behind that appears at the next boot.
+    for service in "${new_services[@]}"; do
         if has_command systemctl; then
-            systemctl disable --quiet nginx >/dev/null 2>&1 || true
-        else
-            update-rc.d nginx disable >/dev/null 2>&1 || true
+            systemctl disable --quiet "$service" >/dev/null 2>&1 || true
+        elif [[ $service != *.* ]]; then
+            update-rc.d "$service" disable >/dev/null 2>&1 || true
         fi
-    fi
+    done
 }
 
 ensure_pieces() {
@@ -205,7 +219,7 @@ fingerprint() {
 }
 
 ensure_environment() {
-    local wanted stamp="$VENV/.setup-$level" target=.
+    local wanted stamp="$VENV/.setup-$level" target=. other
     wanted=$(fingerprint)
     if [[ -x $VENV/bin/splicer && -e $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
@@ -222,24 +236,31 @@ sys.exit(not ok)" 2>/dev/null; then
         say "making $VENV"
         "$PYTHON" -m venv --system-site-packages "$VENV"
     fi
-    if [[ $level == test ]]; then target='.[dev]'; fi
+    if [[ $level != run ]]; then target='.[dev]'; fi
     say "installing splicer into $VENV"
     if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$target" >&2; then
         die $FAILURE "pip could not install splicer and what it needs" \
             "pip needs to reach PyPI or an index of yours (PIP_INDEX_URL)"
     fi
     printf '%s\n' "$wanted" >"$stamp"
-    # What serves the tests serves `splicer run` as well.
-    if [[ $level == test ]]; then cp "$stamp" "$VENV/.setup-run"; fi
+    # What serves the tests serves `splicer run` as well; the environment of both kinds of tests is the same.
+    if [[ $level != run ]]; then
+        for other in run test e2e; do
+            [[ $stamp == "$VENV/.setup-$other" ]] || cp "$stamp" "$VENV/.setup-$other"
+        done
+    fi
     say "ready: $VENV/bin/splicer"
 }
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
+test_pieces=(ip nft bpftool nginx wrk)
+e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
 case $level in
     run) ;;
-    test) pieces+=(ip nft bpftool nginx wrk) ;;
-    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test" ;;
+    test) pieces+=("${test_pieces[@]}") ;;
+    e2e) pieces+=("${test_pieces[@]}" "${e2e_pieces[@]}") ;;
+    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e" ;;
 esac
 # Two at the same time (make -j, two terminals) take turns.
 exec 9<scripts/setup.sh

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -86,12 +87,13 @@ def _join(arguments: list[str]) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_LENGTH]
 
 
-def sees_host_pids(namespace: str = "/proc/1/ns/pid") -> bool:
+def sees_host_pids(proc: str = "/proc") -> bool:
     """True if /proc is that of the host's own pid namespace: its pids are those that BPF programs see."""
-    try:
-        return os.stat(namespace).st_ino == _HOST_PID_NAMESPACE
-    except OSError:
-        return False
+    # A /proc from elsewhere shows its own first process; where that may not be looked at, ours has to do.
+    for process in ("1", "self"):
+        with contextlib.suppress(OSError):
+            return os.stat(f"{proc}/{process}/ns/pid").st_ino == _HOST_PID_NAMESPACE
+    return False
 
 
 def read_own_pid() -> int:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +40,15 @@ def _resident(pid: int) -> int:
     raise AssertionError("no VmRSS")
 
 
+def _count_descriptors(pid: int) -> Counter[str]:
+    """Descriptors by what they are: socket, pipe, anon_inode and so on."""
+    kinds: Counter[str] = Counter()
+    for fd in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            kinds[os.readlink(fd.path).partition(":[")[0]] += 1
+    return kinds
+
+
 def _count_namespaces() -> int:
     """Network namespaces that any process is in or holds a descriptor of."""
     found = set()
@@ -65,7 +76,7 @@ def _count_rules(stack: Stack) -> int:
 
 def _take_stock(stack: Stack, pid: int) -> dict[str, int]:
     return {
-        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        **_count_descriptors(pid),
         "threads": len(os.listdir(f"/proc/{pid}/task")),
         "namespaces": _count_namespaces(),
         "rules": _count_rules(stack),

@@ -24,6 +24,8 @@ def network(engine: Engine, stack: Stack) -> Iterator[Network]:
     made = Network(engine, "web")
     made.serve("other")
     yield made
+    if any(part["source"] == "override" for part in stack.policy("web")["parts"]):
+        stack.splicer("unset", "web")
     made.remove()
     stack.config.write_text("")
     engine.docker("kill", "--signal", "HUP", stack.sidecar)
@@ -73,7 +75,7 @@ def _check_flip(stack: Stack, network: Network, off: Callable[[], object], on: C
     off()
     wait_until("drained", lambda: not _in_sockhash(stack, "web"), timeout=SECONDS)
     assert _count_payload(engine, "web") > 100
-    assert {flow["reason"] for flow in stack.flows("web")} == {"policy"}
+    assert {flow["reason"] for flow in stack.flows("web")} == {"policy_off"}
     assert stack.count_spliced("other") == CONNECTIONS
     assert stack.policy("web")["mode"] == "off"
 

@@ -140,11 +140,13 @@ class Engine:
         """Path of the network namespace that is the engine's "host"."""
         return f"/proc/{self._holder}/ns/net"
 
-    def start_dockerd(self, *arguments: str) -> None:
+    def start_dockerd(self, *arguments: str, live_restore: bool = True) -> None:
         """Start dockerd and wait until it answers."""
+        if live_restore:
+            arguments = ("--live-restore", *arguments)
         self._dockerd = self._spawn(
             *self._entering(),
-            *("dockerd", "--live-restore", "--exec-opt=native.cgroupdriver=cgroupfs"),
+            *("dockerd", "--exec-opt=native.cgroupdriver=cgroupfs"),
             f"--data-root={self.directory / 'data'}",
             f"--cgroup-parent=/{self.cgroup.path.name}/containers",
             *arguments,

@@ -213,6 +213,8 @@ class FakeEngine:
         handler.send_response(code)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(body)))
+        if handler.headers.get("Connection") == "close":
+            handler.send_header("Connection", "close")
         handler.end_headers()
         handler.wfile.write(body)
 

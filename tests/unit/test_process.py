@@ -156,7 +156,8 @@ def test_psutil_is_loaded_only_when_it_is_needed() -> None:
 
 
 def test_the_hosts_pid_namespace_is_told_from_others(tmp_path: Path) -> None:
-    other = tmp_path / "pid"
-    other.touch()
-    assert not process.sees_host_pids(str(other))
-    assert not process.sees_host_pids(str(tmp_path / "missing"))
+    assert not process.sees_host_pids(str(tmp_path))
+    for name in ("self", "1"):
+        (tmp_path / name / "ns").mkdir(parents=True)
+        (tmp_path / name / "ns" / "pid").touch()
+        assert not process.sees_host_pids(str(tmp_path))
