@@ -92,6 +92,8 @@ class Attribution:
         self.refresh()
         if party := self._by_cgroup.get(cgroup):
             return party
+        if party := self._former.get(cgroup):
+            return party
         path = self._scopes.find_path(cgroup) if cgroup else None
         if path:
             scope = read_path(path)
@@ -99,8 +101,6 @@ class Attribution:
                 # It has cgroups of its own below the one it was given.
                 return replace(self._describe(container), cgroup=path, pod=scope.pod)
             return Party(container=scope.container[:12], pod=scope.pod, cgroup=path)
-        if party := self._former.get(cgroup):
-            return party
         # Without a cgroup the connection is too young to have been looked at; and host processes share the
         # namespace of containers with host networking.
         return (None if cgroup else self._by_netns.get(netns)) or Party()

@@ -33,7 +33,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("kernel_socket", "An end is used inside the kernel and not by a process."),
     ("peek_offset", "An end has SO_PEEK_OFF."),
     ("foreign_psock", "Another program already has an end in a sockmap or uses its sk_user_data."),
-    ("policy_off", "The policy of the service is `off`."),
+    ("policy_off", "The policy of an end is off; splicer policy says why."),
     ("map_full", "The limit of --max-connections was reached."),
     ("backpressure", "The reader fell behind; TCP now holds the sender back."),
     ("stream", "One direction only, in messages that TCP merges: plain TCP is faster."),

@@ -33,6 +33,7 @@ _PATTERNS = (
     ("/docker/", ""),
     ("/system.slice/docker-", ".scope"),
     ("/machine.slice/libpod-", ".scope"),
+    ("/libpod_parent/libpod-", ""),
 )
 
 
@@ -125,12 +126,14 @@ class Scopes:
         below = cut_path(self._read_own_path(pid), container_id) if pid else None
         # Seen from another cgroup namespace the path starts with "..".
         if below and ".." not in below.split("/") and (place := self._look(below)):
-            self._learn(below)
+            self._learn(place, below)
             return place
         with self._guard:
             patterns = tuple(self._patterns)
         for before, after in patterns:
-            if place := self._look(f"{before}{container_id}{after}"):
+            below = f"{before}{container_id}{after}"
+            if place := self._look(below):
+                self._learn(place, below)
                 return place
         with self._guard:
             known = self._by_container.get(container_id)
@@ -138,7 +141,7 @@ class Scopes:
                 self._walk()
                 known = self._by_container.get(container_id)
         if known and (place := self._look(known)):
-            self._learn(known)
+            self._learn(place, known)
             return place
         return None
 
@@ -178,13 +181,17 @@ class Scopes:
         except OSError:
             return None
 
-    def _learn(self, below: str) -> None:
+    def _learn(self, place: Place, below: str) -> None:
         match = _CONTAINER.fullmatch(below)
-        if match:
-            with self._guard:
+        with self._guard:
+            if match:
                 self._patterns[match["before"], match["after"]] = None
-                while len(self._patterns) > _MOST_PATTERNS:
-                    del self._patterns[next(iter(self._patterns))]
+            while len(self._patterns) > _MOST_PATTERNS:
+                del self._patterns[next(iter(self._patterns))]
+            # Containers come and go without a walk between.
+            if len(self._by_id) >= self._most:
+                self._by_id.clear()
+            self._by_id[place.id] = below
 
     def _walk(self) -> bool:
         """Index the tree anew, unless that was done a moment ago. True if it was done."""

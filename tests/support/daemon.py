@@ -87,6 +87,8 @@ class Daemon:
             f"--run-dir={run_dir}",
             f"--pin-dir={pin_dir}",
             f"--ready-file={self.ready_file}",
+            # Whatever containers this machine runs are not these tests' business.
+            "--docker=off",
             *arguments,
         ]
         with self.log.open("ab") as log:

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from support.cgroup import Cgroup, find_v2_root
+from support.docker import remove_v1_directories
 
 _NAMED = re.compile(r"(?:spltest|splicer-test)-(\d+)-")
 NETNS = Path("/run/netns")
@@ -30,6 +31,7 @@ def remove_orphans(temporary: Path) -> list[str]:
     for path in _children(find_v2_root()):
         if path.is_dir() and _is_orphan(path.name):
             Cgroup.adopt(path).remove()
+            remove_v1_directories(path.name)
             removed.append(str(path))
     for path in _children(NETNS):
         if _is_orphan(path.name):

@@ -252,6 +252,16 @@ def test_an_engine_that_ends_in_the_middle(fake: FakeEngine, connect: Callable[.
     fails(client.list_running, "absent")
 
 
+def test_the_sdk_is_too_old_for_what_it_stands_on(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    import requests
+
+    def refuse(*_: object, **__: object) -> None:
+        raise requests.exceptions.InvalidSchema("Not supported URL scheme http+docker")
+
+    monkeypatch.setattr(requests.Session, "send", refuse)
+    assert "pip install --upgrade docker" in str(fails(lambda: Engine(fake.url, {}), "refused").hint)
+
+
 def test_the_sdk_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docker", None)
     assert "apt install" in str(fails(lambda: Engine("unix:///x", {}), "refused").hint)

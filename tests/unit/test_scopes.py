@@ -140,6 +140,15 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert len(host.scopes._by_id) == 10
 
 
+def test_memory_is_bounded_between_walks(tmp_path: Path) -> None:
+    host = Host(tmp_path, most=10)
+    for number in range(50):
+        place = host.add(f"/docker/{number:064x}")
+        assert host.scopes.find_container(f"{number:064x}") == place
+        assert host.scopes.find_path(place.id) == f"/docker/{number:064x}"
+    assert len(host.scopes._by_id) <= 10
+
+
 def test_what_is_gone_is_forgotten(host: Host) -> None:
     place = host.add("/gone")
     assert host.scopes.find_path(place.id) == "/gone"
@@ -172,6 +181,7 @@ def test_a_container_by_its_process(host: Host, no_walk: None, below: str) -> No
     # The next one is alike, and needs no process.
     other = host.add(below.replace(ONE, TWO))
     assert host.scopes.find_container(TWO) == other
+    assert host.scopes.find_path(other.id) == below.replace(ONE, TWO)
 
 
 @pytest.mark.parametrize(
