@@ -9,7 +9,8 @@
 
 /*
  * Before that many segments a connection is not looked at: most never get
- * there, and a look costs more than the rest of this program.
+ * there, and a look costs more than the rest of this program. Eager ones may
+ * never get there either, since redirected messages are no segments.
  */
 #define WARM_SEGMENTS	3
 
@@ -99,7 +100,7 @@ int observe(u64 *ctx)
 	int side;
 
 	if (!tp || !(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)) ||
-	    FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS)
+	    (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp)))
 		return 0;
 	p = find_pair_of(tp, &id, &side);
 	if (!p)

@@ -141,9 +141,10 @@ int verdict(struct sk_msg_md *msg)
 	/*
 	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
 	 * and would not see redirected bytes. TCP bytes get it out of there;
-	 * observe sees it return.
+	 * observe sees it return. And of an eager reader nothing is known before
+	 * observe has seen how it reads.
 	 */
-	if (p->allow_blocking && !d->primed)
+	if (!d->primed && (p->allow_blocking || !d->fit))
 		goto pass_watched;
 	if (!d->fit) {
 		/* Eager: inserted before anything was known about it. */

@@ -25,6 +25,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct end *e;
 	struct pair *p;
 	u32 copied_seq, reason;
+	struct direction *inbound;
 	struct settings *s;
 	u64 now;
 	void *tp;
@@ -42,12 +43,15 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 			tell_orphan(key);
 		return 0;
 	}
-	if (p->end[CLIENT].sk == (u64)ctx->sk)
+	if (p->end[CLIENT].sk == (u64)ctx->sk) {
 		e = &p->end[CLIENT];
-	else if (p->end[SERVER].sk == (u64)ctx->sk)
+		inbound = &p->dir[SERVER];
+	} else if (p->end[SERVER].sk == (u64)ctx->sk) {
 		e = &p->end[SERVER];
-	else
+		inbound = &p->dir[CLIENT];
+	} else {
 		return 0;
+	}
 	count_sweep(SWEEP_SEEN);
 	if (p->state == STATE_DRAINING || p->state == STATE_LEAVING) {
 		count_sweep(SWEEP_TO_DRAIN);
@@ -82,6 +86,11 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		e->stuck_seq = copied_seq;
 	} else if (now - e->stuck_ns >= RESCUE_NS) {
 		e->stuck_ns = 0;
+		if (!inbound->fit) {
+			/* Eager, and it has never read: slow, or unable to. */
+			start_draining(p, REASON_UNACCEPTED);
+			return 0;
+		}
 		count(COUNT_RESCUED, 1);
 		count_sweep(SWEEP_STUCK);
 		start_draining(p, REASON_RESCUE);

@@ -46,7 +46,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("control_messages", "An end asked for TCP_INQ or timestamps, which redirected bytes do not carry."),
     ("socket_filter", "An end has a socket filter (SO_ATTACH_FILTER), which would not see redirected bytes."),
     ("pacing", "An end has SO_MAX_PACING_RATE, which redirected bytes would not obey."),
-    ("unaccepted", "Eager: the server has not accepted the connection yet."),
+    ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)

@@ -112,7 +112,9 @@ class Daemon:
         return self.process.poll() is None
 
     def tail(self, lines: int = 60) -> str:
-        """The last lines of what it wrote."""
+        """The last lines of what it wrote; nothing if its directory is gone already."""
+        if not self.log.exists():
+            return ""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def command(self, name: str, timeout: float = 10.0, **fields: Any) -> Any:

@@ -23,7 +23,7 @@ from .conftest import Log
 QUICK = Timing(pause=0.02, everything=60.0, shortest_backoff=0.05, longest_backoff=0.2, glance=0.02)
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 5.0) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 15.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -37,6 +37,7 @@ class Bench:
         self.fake = fake
         self.log = log
         self.changes = 0
+        self.patience = 5.0
         self.unlocated: set[str] = set()
         self.watchers: list[Watcher] = []
 
@@ -56,7 +57,7 @@ class Bench:
         return watcher
 
     def connect(self, endpoint: str, environ: Mapping[str, str]) -> Engine:
-        return Engine(endpoint, environ, timeout=0.5, idle=2.0)
+        return Engine(endpoint, environ, timeout=self.patience, idle=self.patience)
 
     def on_change(self) -> None:
         self.changes += 1
@@ -91,7 +92,7 @@ class Bench:
             return False
         return {each.id: (each.name, each.pid, each.cgroup_id) for each in inventory.values()} == self.truth()
 
-    def settle(self, watcher: Watcher, seconds: float = 5.0) -> None:
+    def settle(self, watcher: Watcher, seconds: float = 15.0) -> None:
         """Wait until the inventory is right, and see that it stays so."""
         wait_until(lambda: self.agrees(watcher), seconds)
         time.sleep(0.1)
@@ -119,7 +120,7 @@ def test_what_was_there_before(bench: Bench) -> None:
         bench.fake.run(number)
     bench.fake.die(name_id(7))
     watcher = bench.start()
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     inventory = watcher.read_inventory()
     assert inventory is not None
     assert len(inventory) == 39, "the first inventory is all of it"
@@ -139,7 +140,7 @@ def test_what_was_there_before(bench: Bench) -> None:
 def test_no_containers_is_an_answer_too(bench: Bench) -> None:
     watcher = bench.start()
     assert watcher.read_inventory() is None or watcher.read_inventory() == {}
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     assert watcher.read_inventory() == {}
     assert bench.changes == 1
 
@@ -167,7 +168,7 @@ def test_off(bench: Bench) -> None:
 def watcher(bench: Bench) -> Watcher:
     bench.fake.run(1)
     made = bench.start()
-    assert made.wait_first(5)
+    assert made.wait_first(15)
     bench.fake.wait_for_stream()
     return made
 
@@ -177,7 +178,7 @@ def test_a_start_is_known_at_once(bench: Bench, watcher: Watcher) -> None:
         began = time.monotonic()
         bench.fake.run(number)
         wait_until(lambda: bench.agrees(watcher))
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 1.0
 
 
 def test_a_death_is_known_at_once(bench: Bench, watcher: Watcher) -> None:
@@ -313,7 +314,7 @@ def test_what_no_event_told(bench: Bench) -> None:
     bench.fake.run(2)
     bench.fake.run(3)
     watcher = bench.start(timing=Timing(pause=0.01, everything=0.1))
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     bench.fake.run(1, pid=7777, emit=False)
     bench.fake.remove(name_id(2), emit=False)
     bench.fake.run(3, name="renamed", emit=False)
@@ -325,7 +326,7 @@ def test_a_list_that_is_as_before_costs_one_request(bench: Bench) -> None:
     for number in range(30):
         bench.fake.run(number)
     watcher = bench.start(timing=Timing(pause=0.01, everything=0.05))
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     changes, inspects, lists = bench.changes, bench.inspects(), bench.fake.count("/containers/json")
     inventory = watcher.read_inventory()
     wait_until(lambda: bench.fake.count("/containers/json") > lists + 3)
@@ -351,7 +352,7 @@ def test_a_container_that_is_not_all_there_yet(bench: Bench, watcher: Watcher) -
     bench.fake.run(2)
     wait_until(lambda: len(watcher.read_inventory() or ()) == 2)
     bench.unlocated.clear()
-    bench.settle(watcher, 2)
+    bench.settle(watcher, 10)
 
 
 def test_one_that_never_will_be_is_asked_about_a_few_times(bench: Bench, watcher: Watcher) -> None:
@@ -368,7 +369,7 @@ def test_one_that_never_will_be_is_asked_about_a_few_times(bench: Bench, watcher
 def test_absent_and_appearing_later(bench: Bench) -> None:
     bench.fake.stop()
     watcher = bench.start()
-    assert watcher.wait_first(5), "nobody waits for an engine that is not there"
+    assert watcher.wait_first(15), "nobody waits for an engine that is not there"
     assert watcher.read_inventory() is None
     time.sleep(0.5)
     state = watcher.describe()
@@ -436,7 +437,7 @@ def test_a_new_socket_is_tried_at_once(bench: Bench) -> None:
     wait_until(lambda: watcher.describe()["state"] == "lost")
     bench.fake.run(2)
     bench.fake.start()
-    bench.settle(watcher, 2)
+    bench.settle(watcher, 10)
 
 
 def test_the_stream_is_cut(bench: Bench, watcher: Watcher) -> None:
@@ -470,8 +471,8 @@ def test_garbage_in_the_stream(bench: Bench, watcher: Watcher) -> None:
 
 def test_an_idle_stream_is_taken_up_where_it_was(bench: Bench) -> None:
     bench.fake.run(1)
-    watcher = bench.start(connect=lambda url, environ: Engine(url, environ, timeout=0.5, idle=0.1))
-    assert watcher.wait_first(5)
+    watcher = bench.start(connect=lambda url, environ: Engine(url, environ, timeout=5.0, idle=0.1))
+    assert watcher.wait_first(15)
     lists = bench.fake.count("/containers/json")
     for number in range(2, 12):
         bench.fake.run(number)
@@ -501,12 +502,17 @@ def test_gone_half_way_through_the_list(bench: Bench, watcher: Watcher) -> None:
     bench.settle(watcher)
 
 
-def test_an_engine_that_hangs(bench: Bench, watcher: Watcher) -> None:
+def test_an_engine_that_hangs(bench: Bench) -> None:
+    bench.patience = 0.5
+    bench.fake.run(1)
+    watcher = bench.start()
+    bench.settle(watcher)
     bench.fake.hang |= {"/json", "/events", "/version"}
     bench.fake.emit("start", name_id(1))
     wait_until(lambda: watcher.describe()["state"] == "lost")
     assert "does not answer" in watcher.describe()["error"]
     assert bench.agrees(watcher)
+    bench.patience = 5.0
     bench.fake.hang.clear()
     bench.fake.run(2)
     bench.settle(watcher)
@@ -515,7 +521,7 @@ def test_an_engine_that_hangs(bench: Bench, watcher: Watcher) -> None:
 def test_an_engine_that_refuses(bench: Bench) -> None:
     bench.fake.statuses["/version"] = 403
     watcher = bench.start()
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     assert watcher.describe()["state"] == "absent"
     assert "403" in watcher.describe()["error"]
     bench.fake.statuses.clear()
@@ -544,7 +550,7 @@ def test_what_nobody_thought_of_does_not_end_the_thread(bench: Bench, watcher: W
 def test_stop(bench: Bench, watcher: Watcher) -> None:
     began = time.monotonic()
     watcher.stop()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
     assert not any(each.name.startswith("watcher") for each in threading.enumerate())
     changes = bench.changes
     bench.fake.run(2)
@@ -557,10 +563,10 @@ def test_stop(bench: Bench, watcher: Watcher) -> None:
 def test_stop_without_an_engine(bench: Bench) -> None:
     bench.fake.stop()
     watcher = bench.start(timing=Timing(shortest_backoff=30))
-    assert watcher.wait_first(5)
+    assert watcher.wait_first(15)
     began = time.monotonic()
     watcher.stop()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
 
 
 def test_stop_does_not_wait_for_an_engine_that_hangs(bench: Bench) -> None:
