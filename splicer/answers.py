@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -69,11 +70,11 @@ class Answers:
             for index, name in enumerate(REASON_NAMES)
             if name and (n := self._count(COUNT_REFUSED + index))
         }
-        pairs = self._sweeper.connections()
+        living = self._sweeper.summarize()
+        numbers = Counter(each.state for each in living)
         states = dict.fromkeys(STATES.values(), 0)
-        for pair in pairs:
-            if pair.state in STATES:
-                states[STATES[pair.state]] += 1
+        for number, name in STATES.items():
+            states[name] += numbers[number]
         host = self._governor.describe()
         beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
         status = Status(
@@ -99,7 +100,7 @@ class Answers:
             trouble=self._governor.failure or ("" if beating else "the daemon's loop does not turn"),
             docker=self._watcher.describe(),
             problems=self._governor.list_problems(),
-            traffic=self._attribution.sum_traffic(self._read_closed(), pairs),
+            traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),
         )
         return status.to_json()

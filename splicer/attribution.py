@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from splicer.layout import End, Pair
+from splicer.layout import End, Summary
 from splicer.model import Container, Party, Traffic
 from splicer.process import Processes, sees_host_pids
 from splicer.scopes import Scopes, read_path
@@ -32,13 +32,6 @@ class Amount:
             self.redirected_bytes + other.redirected_bytes,
             self.redirected_messages + other.redirected_messages,
         )
-
-
-def measure(pair: Pair) -> Amount:
-    """What an open connection has had redirected so far."""
-    sent = (pair.client_sends, pair.server_sends)
-    messages = sum(direction.redirected_messages for direction in sent)
-    return Amount(bool(messages), sum(direction.redirected_bytes for direction in sent), messages)
 
 
 class Attribution:
@@ -97,9 +90,10 @@ class Attribution:
         path = self._scopes.find_path(cgroup) if cgroup else None
         if path:
             scope = read_path(path)
-            if scope.container and (container := self._inventory.get(scope.container)):
-                # It has cgroups of its own below the one it was given.
-                return replace(self._describe(container), cgroup=path, pod=scope.pod)
+            # It may have cgroups of its own below the one it was given, or run an engine that nobody told of.
+            for identifier in (scope.container, *scope.outer):
+                if container := self._inventory.get(identifier):
+                    return replace(self._describe(container), cgroup=path, pod=scope.pod)
             return Party(container=scope.container[:12], pod=scope.pod, cgroup=path)
         # Without a cgroup the connection is too young to have been looked at; and host processes share the
         # namespace of containers with host networking.
@@ -118,12 +112,14 @@ class Attribution:
         return party
 
     def sum_traffic(
-        self, closed: Iterable[tuple[tuple[int, int], Amount]], pairs: Iterable[Pair]
+        self, closed: Iterable[tuple[tuple[int, int], Amount]], living: Iterable[Summary]
     ) -> list[Traffic]:
         """Traffic between owners, the largest first: `closed` has (client, server) cgroup ids."""
         by_cgroup: dict[tuple[int, int], Amount] = {}
-        living = (((pair.client.cgroup, pair.server.cgroup), measure(pair)) for pair in pairs)
-        for source in (closed, living):
+        opened = (
+            (each.cgroups, Amount(1, each.redirected_bytes, each.redirected_messages)) for each in living
+        )
+        for source in (closed, opened):
             for ends, amount in source:
                 if amount.redirected_messages:
                     by_cgroup[ends] = by_cgroup.get(ends, Amount()).add(amount)

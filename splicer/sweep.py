@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from splicer import libbpf
-from splicer.layout import SWEEP, KernelSettings, Pair, read_pair, read_seed
+from splicer.layout import (
+    STATE_PAIRED,
+    SWEEP,
+    KernelSettings,
+    Pair,
+    Summary,
+    is_grown,
+    read_pair,
+    read_seed,
+    read_summary,
+)
 from splicer.model import REASON_NAMES
 from splicer.namespaces import Directory, entered
 
@@ -174,6 +184,13 @@ class Sweeper:
         with self._settings_guard:
             now = self.read_settings()
             self._maps["settings"].set(_ZERO, dataclasses.replace(now, **changes).pack())
+
+    def summarize(self) -> list[Summary]:
+        """All that is known, with no more than what can be counted."""
+        young = Summary(STATE_PAIRED, (0, 0), 0, 0)
+        seeds = (value for _, value in self._maps["seeds"].items())
+        pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
+        return [young for seed in seeds if not is_grown(seed)] + pairs
 
     def read_settings(self) -> KernelSettings:
         """All zero in programs that were loaded just now: they do nothing."""

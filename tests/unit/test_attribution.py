@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from splicer.attribution import Amount, Attribution
-from splicer.layout import STATE_SPLICED, Direction, End, Pair
+from splicer.layout import STATE_SPLICED, End, Summary
 from splicer.model import Container, Party
 from splicer.process import Process
 
@@ -62,10 +62,8 @@ def end(cgroup: int, netns: int = 0, tgid: int = 0) -> End:
     return End("10.0.0.1:1", "10.0.0.2:2", netns, cgroup, 0, tgid, 0)
 
 
-def pair(client: int, server: int, redirected: int) -> Pair:
-    none = Direction(0, 0, 0)
-    sent = Direction(redirected, redirected // 10, 0)
-    return Pair((1, 2), STATE_SPLICED, 0, end(client), end(server), 0, 0, True, sent, none)
+def pair(client: int, server: int, redirected: int) -> Summary:
+    return Summary(STATE_SPLICED, (client, server), redirected, redirected // 10)
 
 
 def test_a_container_is_known_by_its_cgroup() -> None:
@@ -79,6 +77,12 @@ def test_what_a_container_makes_below_its_cgroup_is_its_own() -> None:
     party = world.attribution.find_owner(70, 1008)
     assert (party.container, party.service) == ("shop-web-1", "web")
     assert party.cgroup == f"/docker/{WEB}/system.slice/nginx.service"
+
+
+def test_a_container_in_a_container_is_known_by_the_outer_one() -> None:
+    world = World()
+    world.scopes.paths[71] = f"/docker/{WEB}/docker/{'e' * 64}"
+    assert world.attribution.find_owner(71).container == "shop-web-1"
 
 
 def test_a_host_service_is_known_by_its_cgroup() -> None:
