@@ -16,8 +16,9 @@
 /*
  * A connection is named by the first data byte's sequence number in each
  * direction. Both ends can compute the name at any time from their own
- * tcp_sock, NAT leaves it alone, and it holds 64 bits that only the two ends
- * know: see client_id() in socket.h.
+ * tcp_sock, and NAT leaves it alone: see client_id() in socket.h. It keeps out
+ * whoever is remote. A local tenant can forge it (TCP_REPAIR), so whoever uses a
+ * record compares the address of the socket as well.
  */
 struct pair_id {
 	u32 client_seq;

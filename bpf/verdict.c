@@ -74,7 +74,7 @@ int verdict(struct sk_msg_md *msg)
 {
 	u32 progress, state, size, reason, copied_seq = 0, queued = 0;
 	struct direction *d, *back;
-	u64 peer_sk, cookie = 0;
+	u64 own, peer_sk, cookie = 0;
 	struct settings *s;
 	struct pair_id id;
 	struct end_key to;
@@ -93,14 +93,22 @@ int verdict(struct sk_msg_md *msg)
 	if (!p)
 		return SK_PASS;		/* the peer is gone */
 	if (side == CLIENT) {
+		own = p->end[CLIENT].sk;
 		d = &p->dir[CLIENT];
 		back = &p->dir[SERVER];
 		peer = &p->end[SERVER];
 	} else {
+		own = p->end[SERVER].sk;
 		d = &p->dir[SERVER];
 		back = &p->dir[CLIENT];
 		peer = &p->end[CLIENT];
 	}
+	/*
+	 * A name tells connections apart and is no secret: ISNs have no part in
+	 * them that differs by network namespace, and TCP_REPAIR sets any.
+	 */
+	if (own != (u64)tp)
+		return SK_PASS;
 	s = get_settings();
 	progress = READ_ONCE(p->state);
 	if (!s || !s->splicing || !is_redirecting(progress)) {
