@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e run image test lint unit kernel e2e bench clean
+.PHONY: help setup setup-test setup-e2e setup-apps run image test lint unit kernel e2e test-apps bench clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -19,6 +19,9 @@ setup-test: ## the same, and what the tests and the benchmark need
 
 setup-e2e: ## the same, and what the tests with containers need (Docker)
 	@scripts/setup.sh e2e
+
+setup-apps: ## the same, and the programs that test-apps runs (Redis, PostgreSQL, Java, Go and others)
+	@scripts/setup.sh apps
 
 run: setup ## setup, then `splicer run $(ARGS)` in the foreground; Ctrl-C drains and stops it
 	@exec $(BIN)/splicer run $(ARGS)
@@ -43,6 +46,9 @@ kernel: setup-test ## the tests on real sockets (root)
 
 e2e: setup-e2e ## the tests with containers: a Docker of their own, images from this tree (root)
 	SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest tests/e2e $(ARGS)
+
+test-apps: setup-apps ## real programs, plain and spliced (root); ARGS="--only redis --seconds 10"
+	@exec tests/apps/run --all $(ARGS)
 
 bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
 	@exec examples/netns-benchmark/run $(ARGS)

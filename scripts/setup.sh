@@ -4,6 +4,7 @@
 # scripts/setup.sh run    .venv and what `splicer run` needs
 # scripts/setup.sh test   also what the tests and the benchmark need
 # scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves
+# scripts/setup.sh apps   also the programs that `make test-apps` runs, databases and compilers among them
 #
 # Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
 # other Linux the same pieces are looked for and, where one is missing, named. Running it again is
@@ -51,6 +52,11 @@ has_command() { command -v "$1" >/dev/null; }
 # Ubuntu's bpftool is a wrapper that is there and does not work without the kernel's own package.
 has_compose() { has_command docker-compose || docker compose version >/dev/null 2>&1; }
 has_bpftool() { bpftool version >/dev/null 2>&1; }
+# Of the distribution's own Python: what is in PATH may be another.
+has_testsuite() {
+    has_python && "$PYTHON" -I -c 'import importlib.util as u; assert u.find_spec("test.test_socket")' 2>/dev/null
+}
+has_postgresql() { compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && has_command psql; }
 
 has() {
     case $1 in
@@ -60,6 +66,8 @@ has() {
         libbpf) has_libbpf ;;
         bpftool) has_bpftool ;;
         compose) has_compose ;;
+        testsuite) has_testsuite ;;
+        postgresql) has_postgresql ;;
         *) has_command "$1" ;;
     esac
 }
@@ -90,6 +98,13 @@ package_of() {
         compose) if has_candidate docker-compose-v2; then echo docker-compose-v2; else echo docker-compose; fi ;;
         unshare) echo util-linux ;;
         systemd-analyze) echo systemd ;;
+        # Python's own tests are a package for each version of it.
+        testsuite) "$PYTHON" -I -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])' ;;
+        redis-benchmark) echo redis-tools ;;
+        h2load) echo nghttp2-client ;;
+        node) echo nodejs ;;
+        javac) echo default-jdk-headless ;;
+        go) echo golang-go ;;
         bpftool)
             if has_candidate bpftool; then
                 echo bpftool
@@ -144,6 +159,7 @@ install_packages() { # pieces
         case $piece in
             nginx) new_services+=(nginx) ;;
             dockerd) new_services+=(docker.socket docker containerd) ;;
+            redis-server | postgresql | haproxy | memcached) new_services+=("$piece") ;;
         esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
@@ -245,7 +261,7 @@ sys.exit(not ok)" 2>/dev/null; then
     printf '%s\n' "$wanted" >"$stamp"
     # What serves the tests serves `splicer run` as well; the environment of both kinds of tests is the same.
     if [[ $level != run ]]; then
-        for other in run test e2e; do
+        for other in run test e2e apps; do
             [[ $stamp == "$VENV/.setup-$other" ]] || cp "$stamp" "$VENV/.setup-$other"
         done
     fi
@@ -256,11 +272,14 @@ level=${1:-run}
 pieces=(python venv bcc libbpf)
 test_pieces=(ip nft bpftool nginx wrk)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
+apps_pieces=(testsuite curl haproxy iperf3 socat memcached redis-server redis-benchmark postgresql)
+apps_pieces+=(h2load openssl node javac go)
 case $level in
     run) ;;
     test) pieces+=("${test_pieces[@]}") ;;
     e2e) pieces+=("${test_pieces[@]}" "${e2e_pieces[@]}") ;;
-    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e" ;;
+    apps) pieces+=("${test_pieces[@]}" "${apps_pieces[@]}") ;;
+    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps" ;;
 esac
 # Two at the same time (make -j, two terminals) take turns.
 exec 9<scripts/setup.sh

@@ -102,7 +102,7 @@ class Governor:
             )
             self._complain()
             if changed:
-                self._log.info("policy_applied", rules=len(wanted), networks=len(compiled.networks))
+                self._log.debug("policy_applied", rules=len(wanted), networks=len(compiled.networks))
             return changed
 
     def _compile(self) -> Compiled:

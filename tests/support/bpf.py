@@ -53,6 +53,16 @@ def list_objects() -> dict[tuple[str, int], BpfObject]:
     return found
 
 
+def list_pinned(bpffs: Path) -> set[tuple[str, int]]:
+    """Objects pinned below `bpffs`, as (kind, id)."""
+    return {
+        (kind, int(entry["id"]))
+        for kind in KINDS
+        for entry in _bpftool("-j", "-f", kind, "show")
+        if any(Path(pin).is_relative_to(bpffs) for pin in entry.get("pinned", []))
+    }
+
+
 def list_foreign(own_pids: set[int], own_bpffs: Path) -> set[tuple[str, int]]:
     """Objects that belong to somebody else: held by a process not ours, or pinned in a bpffs not ours.
 
