@@ -268,8 +268,8 @@ static __always_inline void finish(struct pair *p)
 	p->announced = 0;
 	p->attempts = 0;
 	forget_findings(p);
-	p->end[CLIENT].stuck_ns = 0;
-	p->end[SERVER].stuck_ns = 0;
+	p->end[CLIENT].stuck_ms = 0;
+	p->end[SERVER].stuck_ms = 0;
 	if (p->drains < MAX_DOUBLINGS && p->reason != REASON_REQUEST &&
 	    p->reason != REASON_POLICY)
 		p->drains++;

@@ -72,11 +72,12 @@ static __always_inline u32 find_misfit_file(u64 sk, int allow_blocking)
 static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e)
 {
 	u32 reason = find_misfit_file(sk, p->allow_blocking);
-	u32 tgid = e->tgid;
+	u32 tgid = e->tgid, *born;
 
 	if (reason)
 		return reason;
-	if (tgid && splicers.lookup(&tgid))
+	born = splicers.lookup(&tgid);
+	if (born && *born == e->born)
 		return REASON_SPLICE;
 	return find_misfit_option(sk);
 }

@@ -43,8 +43,8 @@ BPF_TABLE("array", int, struct rendezvous, rendezvous, RENDEZVOUS_SLOTS);
 /* Clients that a listener on this host answers; used by eager policies only. */
 BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
 
-/* Processes that were seen to read a socket with splice(2). */
-BPF_TABLE("lru_hash", u32, u8, splicers, MAX_SPLICERS);
+/* Processes that were seen to read a socket with splice(2): pid to birth. */
+BPF_TABLE("lru_hash", u32, u32, splicers, MAX_SPLICERS);
 
 /* Policy, as the daemon compiled it. Almost empty nearly always. */
 BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PREALLOC);

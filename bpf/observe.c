@@ -48,7 +48,7 @@ static __always_inline enum reader get_reader(void)
 
 static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32 tgid)
 {
-	u8 one = 1;
+	u32 born;
 
 	switch (reader) {
 	case READER_RECV:
@@ -56,13 +56,22 @@ static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32
 	case READER_WAITALL:	/* means nothing on a non-blocking socket */
 		return p->allow_blocking ? REASON_WAITALL : REASON_NONE;
 	case READER_SPLICE:
-		splicers.update(&tgid, &one);
+		born = get_birth(current_task());
+		splicers.update(&tgid, &born);
 		return REASON_SPLICE;
 	case READER_KERNEL:
 		return REASON_KERNEL;
 	default:
 		return REASON_READER;
 	}
+}
+
+static __always_inline void note_reader(struct end *e, u32 tgid)
+{
+	if (e->tgid == tgid)
+		return;
+	e->tgid = tgid;
+	e->born = get_birth(current_task());
 }
 
 /*
@@ -108,8 +117,17 @@ int observe(u64 *ctx)
 	if (!p)
 		return 0;
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
-	if (e->sk != (u64)tp)
-		return 0;	/* a forged name */
+	if (e->sk != (u64)tp) {
+		/*
+		 * Two sockets with one name: somebody forges. Once spliced, the
+		 * pair holds the true ones, for both have read.
+		 */
+		if (p->state == STATE_PAIRED) {
+			p->announced = 1;
+			p->reason = REASON_FORGED;
+		}
+		return 0;
+	}
 	if (!e->key.local_port) {
 		read_tuple(&e->key, tp);
 		e->key.netns = read_netns(tp);
@@ -121,9 +139,12 @@ int observe(u64 *ctx)
 		reason = refuse_reader(p, get_reader(), tgid);
 		if (!is_redirecting(p->state))
 			return 0;
-		if (reason)
+		if (reason) {
 			start_draining(p, reason);
-		else if (side == CLIENT)
+			return 0;
+		}
+		note_reader(e, tgid);
+		if (side == CLIENT)
 			p->dir[SERVER].primed = 1;
 		else
 			p->dir[CLIENT].primed = 1;
@@ -145,7 +166,7 @@ int observe(u64 *ctx)
 			return 0;
 		}
 		e->reads++;
-		e->tgid = tgid;
+		note_reader(e, tgid);
 		if (unread_bytes(tp))
 			e->flags |= END_PARTIAL;
 	}

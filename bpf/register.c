@@ -126,7 +126,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	struct rendezvous *r;
 	int in_map = 0;
 
-	if (!s || !s->registering)
+	if (!s || !s->registering || FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
 		return;
 	if (s->has_eager && s->splicing && !s->stopping)
 		in_map = splice_client_eagerly(skops, tp, s, id, &key);
@@ -134,6 +134,13 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	r = get_slot(id);
 	if (!r)
 		return;
+	if (is_same(r->id, id)) {
+		/* Two clients never have one name: somebody forges. Both stay plain. */
+		WRITE_ONCE(r->id.client_seq, ~id.client_seq);
+		if (in_map)
+			spliced.delete(&key);
+		return;
+	}
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
 	if (in_map)
 		r->key = key;

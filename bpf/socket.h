@@ -212,6 +212,15 @@ static __always_inline u64 own_psock(void *tp)
 	return FIELD(tp, u64, sock_sk_user_data) & USER_DATA_POINTER;
 }
 
+/* When the current process was born; in units that 32 bits hold for two years. */
+static __always_inline u32 get_birth(void *task)
+{
+	u64 leader = FIELD(task, u64, task_struct_group_leader), born = 0;
+
+	PROBE(born, leader, task_struct_start_boottime);
+	return born >> 24;
+}
+
 /* Has an end that may be gone anything to read, redirected or through TCP? */
 static __always_inline int is_waiting(struct end *e)
 {

@@ -81,6 +81,7 @@ enum reason {
 	REASON_FILTER,
 	REASON_PACING,
 	REASON_UNACCEPTED,
+	REASON_FORGED,
 	NR_REASONS,
 };
 
@@ -104,7 +105,8 @@ struct end {
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
 	u64 cgroup;		/* id of the cgroup the socket was made in */
-	u64 stuck_ns;		/* watch: when unread TCP bytes were first seen, or 0 */
+	u32 stuck_ms;		/* watch: when unread TCP bytes were first seen, or 0 */
+	u32 born;		/* when the process below was, to tell a pid from its next use */
 	u32 reads;		/* while plain, stops at settings.hot_reads */
 	u32 tgid;		/* the process that read last, init namespace */
 	u32 flags;

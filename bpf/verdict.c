@@ -90,8 +90,14 @@ int verdict(struct sk_msg_md *msg)
 	if (!tp)
 		return SK_PASS;
 	p = find_pair_of(tp, &id, &side);
-	if (!p)
-		return SK_PASS;		/* the peer is gone */
+	if (!p) {
+		/* The peer is gone, or was never of this host: see take_hint(). */
+		struct end_key *noted = ends.sk_storage_get(sk, 0, 0);
+
+		if (noted)
+			tell_orphan(noted);
+		return SK_PASS;
+	}
 	if (side == CLIENT) {
 		own = p->end[CLIENT].sk;
 		d = &p->dir[CLIENT];
@@ -149,10 +155,9 @@ int verdict(struct sk_msg_md *msg)
 	/*
 	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
 	 * and would not see redirected bytes. TCP bytes get it out of there;
-	 * observe sees it return. And of an eager reader nothing is known before
-	 * observe has seen how it reads.
+	 * observe sees it return.
 	 */
-	if (!d->primed && (p->allow_blocking || !d->fit))
+	if (p->allow_blocking && !d->primed)
 		goto pass_watched;
 	if (!d->fit) {
 		/* Eager: inserted before anything was known about it. */
@@ -163,6 +168,9 @@ int verdict(struct sk_msg_md *msg)
 			start_draining(p, reason);
 			goto pass;
 		}
+		/* How it reads is known only after observe has seen it read. */
+		if (!d->primed)
+			goto pass_watched;
 		d->fit = 1;
 	}
 	size = msg->size;

@@ -9,7 +9,7 @@
  */
 
 /* A reader that gets no CPU for less than this is not stuck. */
-#define RESCUE_NS	40000000ULL
+#define RESCUE_MS	40
 
 struct bpf_iter__sockmap {
 	void *meta;
@@ -27,7 +27,7 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	u32 copied_seq, reason;
 	struct direction *inbound;
 	struct settings *s;
-	u64 now;
+	u32 now;
 	void *tp;
 
 	if (!key || !ctx->sk)
@@ -77,15 +77,15 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
 	/* A FIN waits behind redirected bytes, as it should. */
 	if (!unread_data(tp)) {
-		e->stuck_ns = 0;
+		e->stuck_ms = 0;
 		return 0;
 	}
-	now = bpf_ktime_get_ns();
-	if (!e->stuck_ns || e->stuck_seq != copied_seq) {
-		e->stuck_ns = now;
+	now = bpf_ktime_get_ns() / 1000000 ?: 1;
+	if (!e->stuck_ms || e->stuck_seq != copied_seq) {
+		e->stuck_ms = now;
 		e->stuck_seq = copied_seq;
-	} else if (now - e->stuck_ns >= RESCUE_NS) {
-		e->stuck_ns = 0;
+	} else if (now - e->stuck_ms >= RESCUE_MS) {
+		e->stuck_ms = 0;
 		if (!inbound->fit) {
 			/* Eager, and it has never read: slow, or unable to. */
 			start_draining(p, REASON_UNACCEPTED);

@@ -84,6 +84,8 @@ FIELDS = {
     "sock_sk_max_pacing_rate": "sock.sk_max_pacing_rate",
     "tcp_sock_recvmsg_inq": "tcp_sock.recvmsg_inq",
     "task_struct_flags": "task_struct.flags",
+    "task_struct_group_leader": "task_struct.group_leader",
+    "task_struct_start_boottime": "task_struct.start_boottime",
     "sock_sk_cgroup": "sock.sk_cgrp_data.cgroup",
     "cgroup_self": "cgroup.self",
     "cgroup_self_parent": "cgroup.self.parent",

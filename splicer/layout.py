@@ -37,7 +37,7 @@ class EventType(enum.IntEnum):
 
 
 _END_KEY = "4I 4I Q 2I I I"
-_END = _END_KEY + " Q Q Q Q I I I I"
+_END = _END_KEY + " Q Q Q I I I I I I"
 _DIRECTION = "4Q 8I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
@@ -56,7 +56,7 @@ EVENT = struct.Struct("=2I 2I 2Q 2I")
 SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain", "stuck", "unread")
 
 _CLIENT_PORT = 11
-_END_FIELDS = 8 + 1 + 2 + 2 + 4 + 4
+_END_FIELDS = 8 + 1 + 2 + 2 + 3 + 6
 _DIRECTION_FIELDS = 12
 
 
@@ -132,9 +132,9 @@ def _read_end(fields: tuple[int, ...]) -> End:
         remote=format_endpoint(fields[4:8], fields[12]),
         netns=fields[8],
         cgroup=fields[15],
-        reads=fields[17],
-        tgid=fields[18],
-        flags=fields[19],
+        reads=fields[18],
+        tgid=fields[19],
+        flags=fields[20],
     )
 
 
@@ -176,7 +176,7 @@ def read_seed(value: bytes) -> Pair | None:
     if fields[-1]:
         return None
     none = Direction(0, 0, 0)
-    server = _read_end((*fields[:13], 0, 0, 0, 0, 0, 0, 0, 0))
+    server = _read_end((*fields[:13], *[0] * (_END_FIELDS - 13)))
     return Pair(
         id=(fields[9], fields[10]),
         state=STATE_PAIRED,

@@ -47,6 +47,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("socket_filter", "An end has a socket filter (SO_ATTACH_FILTER), which would not see redirected bytes."),
     ("pacing", "An end has SO_MAX_PACING_RATE, which redirected bytes would not obey."),
     ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),
+    ("forged", "Another socket claims to be an end of it, which takes TCP_REPAIR."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)

@@ -86,7 +86,7 @@ def test_a_pair_is_read_field_by_field() -> None:
     def end(last_byte: int, port: int, peer_port: int, netns: int, flags: int) -> tuple[int, ...]:
         local = (0, 0, 0xFFFF, 0x0A000000 | last_byte)
         remote = (0, 0, 0xFFFF, 0x0A0000FF)
-        return (*local, *remote, netns, 11, 22, port, peer_port, 0xFFFF8000, 7, 99, 0, 16, 4711, flags, 0)
+        return (*local, *remote, netns, 11, 22, port, peer_port, 0xFFFF8000, 7, 99, 0, 0, 16, 4711, flags, 0)
 
     directions = (100, 10, 1, *[0] * 9), (200, 20, 2, *[0] * 9)
     value = layout.PAIR.pack(
