@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps run image test lint unit kernel e2e test-apps bench clean
+.PHONY: help setup setup-test setup-e2e setup-apps run image test lint unit kernel conformance e2e test-apps soak bench clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -44,11 +44,17 @@ unit: setup-test ## the tests that need no root
 kernel: setup-test ## the tests on real sockets (root)
 	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest tests/kernel $(ARGS)
 
+conformance: setup-test ## plain TCP against spliced, call by call (root)
+	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest tests/conformance $(ARGS)
+
 e2e: setup-e2e ## the tests with containers: a Docker of their own, images from this tree (root)
 	SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest tests/e2e $(ARGS)
 
 test-apps: setup-apps ## real programs, plain and spliced (root); ARGS="--only redis --seconds 10"
 	@exec tests/apps/run --all $(ARGS)
+
+soak: setup-test ## connections that check themselves while things go wrong (root); ARGS="--minutes 30"
+	@exec tests/soak/run $(ARGS)
 
 bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
 	@exec examples/netns-benchmark/run $(ARGS)

@@ -270,7 +270,7 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
 apps_pieces=(testsuite curl haproxy iperf3 socat memcached redis-server redis-benchmark postgresql)
 apps_pieces+=(h2load openssl node javac go)

@@ -43,8 +43,8 @@ class PeerHung(Exception):
 class Peer:
     """A running peer process; the operations of support/peer.py can be called, begun or attempted by name."""
 
-    def __init__(self, namespace: str | None, cgroup: Cgroup | None) -> None:
-        command = [sys.executable, "-I", "-S", str(PROGRAM)]
+    def __init__(self, namespace: str | None, cgroup: Cgroup | None, program: Path = PROGRAM) -> None:
+        command = [sys.executable, "-I", "-S", str(program)]
         if namespace is not None:
             command = ["nsenter", f"--net=/run/netns/{namespace}", *command]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes on connections that are never spliced, each for the reason that it names: there nothing may differ
+at all."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+from typing import Any
+
+from conformance.probes import probe
+from conformance.probes.options import await_stamps
+from conformance.scene import Scene, error_name, pattern
+
+SOL, TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
+BLOCKING = {"blocking": (False, True), "reason": "blocking_reader"}
+MSG_ZEROCOPY = 0x4000000
+
+
+def _asleep(s: Scene, work: Any) -> tuple[threading.Thread, list[Any]]:
+    """A thread that is asleep in `work`."""
+    got: list[Any] = []
+
+    def carry_out() -> None:
+        try:
+            got.append(work())
+        except OSError as error:
+            got.append(error_name(error))
+
+    thread = threading.Thread(target=carry_out)
+    thread.start()
+    time.sleep(0.03)
+    s.note(f"asleep: {not got}")
+    return thread, got
+
+
+@probe(**BLOCKING)
+def blocking_recv(s: Scene) -> None:
+    """A blocking read sleeps until something comes."""
+    for word in (b"one", b"two"):
+        thread, got = _asleep(s, lambda: s.server.sock.recv(100))
+        s.client.send(word)
+        thread.join(3)
+        s.note(f"got {got}")
+
+
+@probe(**BLOCKING)
+def blocking_wait_all(s: Scene) -> None:
+    """MSG_WAITALL: all that was asked for in one read, fewer only at the end."""
+    thread, got = _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL)))
+    for number in range(3):
+        s.client.send(pattern(300, number))
+        time.sleep(0.01)
+    thread.join(3)
+    s.note(f"got {got}")
+    thread, got = _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL)))
+    s.client.send(pattern(300))
+    s.client.shutdown(socket.SHUT_WR)
+    thread.join(3)
+    s.note(f"got {got}")
+
+
+@probe(**BLOCKING)
+def blocking_peek_wait_all(s: Scene) -> None:
+    """MSG_PEEK with MSG_WAITALL waits for all and takes nothing."""
+    flags = socket.MSG_PEEK | socket.MSG_WAITALL
+    thread, got = _asleep(s, lambda: s.server.sock.recv(6, flags))
+    s.client.send(b"abc")
+    time.sleep(0.01)
+    s.client.send(b"def")
+    thread.join(3)
+    s.note(f"got {got}")
+    s.server.recv(100)
+
+
+@probe(**BLOCKING)
+def blocking_receive_timeout(s: Scene) -> None:
+    """SO_RCVTIMEO: EAGAIN after that time, not earlier; a later read gets what came."""
+    s.server.set("RCVTIMEO", SOL, socket.SO_RCVTIMEO, struct.pack("ll", 0, 200_000))
+    started = time.monotonic()
+    s.server.recv(10)
+    s.note(f"in time: {0.18 < time.monotonic() - started < 0.6}")
+    s.client.send(b"x")
+    s.server.recv(10)
+
+
+@probe(**BLOCKING)
+def blocking_recv_interrupted(s: Scene) -> None:
+    """A signal interrupts a blocking read: EINTR without SA_RESTART, asleep again with it."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(100)
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    signal.setitimer(signal.ITIMER_REAL, 0.03)
+    got = libc.recv(s.server.fd, buffer, 100, 0)
+    s.note(f"recv = {got}, EINTR: {ctypes.get_errno() == 4}")
+    signal.siginterrupt(signal.SIGALRM, False)
+    signal.setitimer(signal.ITIMER_REAL, 0.03)
+    threading.Timer(0.1, lambda: s.client.sock.send(b"at last")).start()
+    got = libc.recv(s.server.fd, buffer, 100, 0)
+    s.note(f"recv = {got}, {buffer.raw[:7]!r}")
+
+
+@probe(**BLOCKING)
+def blocking_recv_reset(s: Scene) -> None:
+    """A RST wakes a sleeping reader with ECONNRESET."""
+    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
+    s.client.reset()
+    thread.join(3)
+    s.note(f"got {got}")
+
+
+@probe(**BLOCKING)
+def blocking_recv_ends(s: Scene) -> None:
+    """The end of the stream wakes a sleeping reader."""
+    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
+    s.client.shutdown(socket.SHUT_WR)
+    thread.join(3)
+    s.note(f"got {got}")
+
+
+@probe(**BLOCKING)
+def blocking_shutdown_wakes(s: Scene) -> None:
+    """shutdown(SHUT_RD) by another thread wakes a sleeping reader with the end."""
+    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
+    s.server.sock.shutdown(socket.SHUT_RD)
+    thread.join(3)
+    s.note(f"got {got}")
+
+
+@probe(blocking=(True, False), reason="blocking_reader")
+def blocking_sender(s: Scene) -> None:
+    """A blocking sender sleeps until its reader makes room; all of it is taken in one call."""
+    data = pattern(12_000_000)
+    thread, got = _asleep(s, lambda: s.client.sock.send(data))
+    with s.quiet():
+        right = s.server.take(len(data)) == data
+    thread.join(3)
+    s.note(f"sent {got}, right: {right}")
+
+
+@probe(blocking=(True, True), reason="blocking_reader")
+def blocking_both(s: Scene) -> None:
+    """Blocking sockets at both ends, as most programs have them."""
+    for number in range(30):
+        s.client.sock.sendall(pattern(500, number))
+        right = s.server.sock.recv(500, socket.MSG_WAITALL) == pattern(500, number)
+        s.server.sock.sendall(pattern(700, number))
+        right = right and s.client.sock.recv(700, socket.MSG_WAITALL) == pattern(700, number)
+        if not right:
+            s.note(f"wrong in round {number}")
+    s.note("thirty rounds")
+
+
+@probe(**BLOCKING)
+def blocking_readv_and_read(s: Scene) -> None:
+    """read(2) and readv(2) on a blocking socket return what is there."""
+    s.client.send(b"0123456789")
+    s.settle()
+    s.server.read(4)
+    s.server.readv(2, 2)
+    s.server.read(100)
+
+
+@probe(options=((), ((SOL, socket.SO_RCVLOWAT, 40),)), reason="rcvlowat")
+def low_water_from_the_start(s: Scene) -> None:
+    """SO_RCVLOWAT: not readable below the mark."""
+    s.client.send(pattern(39))
+    s.settle()
+    s.server.poll(0.02)
+    s.client.send(b"x")
+    s.settle()
+    s.server.poll(1.0)
+    s.server.rest()
+
+
+@probe(options=(((SOL, 60, 1),), ()), reason="zerocopy")
+def zero_copy_from_the_start(s: Scene) -> None:
+    """SO_ZEROCOPY: every MSG_ZEROCOPY send gets its completion."""
+    for number in range(3):
+        s.client.send(pattern(20_000, number), MSG_ZEROCOPY)
+        s.server.take(20_000)
+        s.client.wait(select.POLLERR)
+        s.client.recvmsg(1, flags=socket.MSG_ERRQUEUE, ancillary=128)
+
+
+@probe(options=((), ((SOL, 42, 0),)), reason="peek_offset")
+def peek_offset_from_the_start(s: Scene) -> None:
+    """SO_PEEK_OFF: each peek goes on where the last ended."""
+    s.server.sock.setsockopt(SOL, 42, 0)
+    s.client.send(b"0123456789")
+    s.settle()
+    s.server.recv(3, socket.MSG_PEEK)
+    s.server.recv(3, socket.MSG_PEEK)
+    s.server.recv(2)
+    s.server.recv(100, socket.MSG_PEEK)
+    s.server.rest()
+
+
+@probe(options=((), ((TCP, 36, 1),)), reason="control_messages")
+def in_queue_message_from_the_start(s: Scene) -> None:
+    """TCP_INQ: every recvmsg(2) tells how many bytes still wait."""
+    s.client.send(b"0123456789")
+    s.settle()
+    s.server.call("recvmsg", lambda: _inq(s.server.sock, 4))
+    s.server.call("recvmsg", lambda: _inq(s.server.sock, 100))
+
+
+def _inq(sock: socket.socket, count: int) -> str:
+    data, control, _, _ = sock.recvmsg(count, 256)
+    return f"{data!r} {[struct.unpack('i', value)[0] for _, _, value in control]}"
+
+
+@probe(options=(((SOL, 35, 1),), ()), reason="control_messages")
+def timestamps_from_the_start(s: Scene) -> None:
+    """SO_TIMESTAMPNS: every recvmsg(2) carries a time."""
+    await_stamps(s, s.server, s.client)
+    for word in (b"a", b"b"):
+        s.server.send(word)
+        s.settle()
+        s.client.call("recvmsg", lambda: len(s.client.sock.recvmsg(4, 256)[1]))
+
+
+@probe(options=(((SOL, 47, 50_000_000),), ()), reason="pacing")
+def pacing_from_the_start(s: Scene) -> None:
+    """SO_MAX_PACING_RATE: the sender is as slow as it asked to be."""
+    started = time.monotonic()
+    reader = threading.Thread(target=lambda: s.server.take(10_000_000))
+    with s.quiet():
+        reader.start()
+        s.client.push(pattern(10_000_000))
+        reader.join(10)
+    s.note(f"slow: {time.monotonic() - started > 0.1}")
+
+
+def _splice_round(client: socket.socket, server: socket.socket) -> None:
+    """The server reads by splice(2) and writes by splice(2), as io.Copy and HAProxy do."""
+    out, into = os.pipe()
+    client.sendall(bytes(64))
+    left = 64
+    while left:
+        select.select([server], [], [], 5)
+        moved = os.splice(server.fileno(), into, left, flags=2)
+        left -= moved
+        os.splice(out, server.fileno(), moved)
+    got = 0
+    while got < 64:
+        select.select([client], [], [], 5)
+        got += len(client.recv(64))
+    os.close(out)
+    os.close(into)
+
+
+@probe(heat=_splice_round, reason="splice_reader")
+def splice_reader(s: Scene) -> None:
+    """A reader that uses splice(2) from the start gets everything."""
+    out, into = os.pipe()
+    for size in (10, 5000, 30_000):
+        s.client.send(pattern(size, size))
+        s.settle()
+        s.server.call("splice", os.splice, s.server.fd, into, size)
+        s.call("pipe", os.read, out, size)
+    s.server.call("splice", os.splice, s.server.fd, into, 10, None, None, 2)
+    s.client.shutdown(socket.SHUT_WR)
+    s.server.call("splice", os.splice, s.server.fd, into, 10)
+    os.close(out)
+    os.close(into)
+
+
+def _discarding_round(client: socket.socket, server: socket.socket) -> None:
+    for one, other in ((client, server), (server, client)):
+        one.sendall(bytes(64))
+        got = 0
+        while got < 64:
+            select.select([other], [], [], 5)
+            flags = socket.MSG_TRUNC if other is server else 0
+            got += len(other.recv(64 - got, flags))
+
+
+@probe(heat=_discarding_round, reason="unknown_reader")
+def discarding_reader(s: Scene) -> None:
+    """A reader that throws bytes away with MSG_TRUNC from the start."""
+    s.client.send(b"0123456789")
+    s.settle()
+    s.server.call("recv(4, TRUNC)", lambda: len(s.server.sock.recv(4, socket.MSG_TRUNC)))
+    s.server.rest()
+
+
+@probe(port=7102, reason="policy_off")
+def service_that_is_off(s: Scene) -> None:
+    """A service whose mode is `off` is plain TCP: urgent data, for one, is what it was."""
+    s.client.send(b"ab!", socket.MSG_OOB)
+    s.settle()
+    s.server.poll()
+    s.server.recv(10)
+    s.server.recv(1, socket.MSG_OOB)
+    s.server.close()
+    s.until("the end", lambda: s.client.state() not in (1, 4, 5))
+    s.client.rest()
+
+
+@probe(mptcp=True, reason="mptcp")
+def multipath(s: Scene) -> None:
+    """Multipath TCP."""
+    for size in (10, 5000, 100_000):
+        s.client.push(pattern(size, size))
+        s.server.take(size)
+    s.client.call("shutdown", s.client.sock.shutdown, socket.SHUT_WR)
+    s.server.take(1)

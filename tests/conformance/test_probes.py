@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every probe on plain TCP, spliced, and in the middle of a transition: the transcripts are the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from conformance.differences import DIFFERENCES
+from conformance.probes import Probe, load
+from conformance.stage import Run, Stage, compare, raise_harness_errors
+
+PROBES = load()
+SPLICED = {name: each for name, each in PROBES.items() if not each.reason}
+EACH = pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
+EACH_SPLICED = pytest.mark.parametrize("probe", SPLICED.values(), ids=SPLICED)
+
+
+def _is_expected(probe: Probe, plain: Run, other: Run) -> bool:
+    """True if a transition shows what plain TCP or a splice does, or what is known to lie between them."""
+    if not compare(plain, other):
+        return True
+    difference = DIFFERENCES.get(probe.name)
+    if difference is None or other.ended != plain.ended:
+        return False
+    if difference.spliced is not None and other.lines == difference.spliced(plain.lines):
+        return True
+    if difference.between is None or (difference.only_guard and other.cut.how != "guard"):
+        return False
+    return difference.between(plain.lines, other.lines)
+
+
+def _check_transition(probe: Probe, plain: Run, runs: list[Run]) -> None:
+    __tracebackhide__ = True
+    raise_harness_errors(runs)
+    wrong = [compare(plain, run) for run in runs if not _is_expected(probe, plain, run)]
+    if wrong:
+        pytest.fail(f"{len(wrong)} of {len(runs)} differ:\n" + "\n".join(wrong[:4]), pytrace=False)
+
+
+@EACH
+def test_plain(stage: Stage, probe: Probe) -> None:
+    """The probe does on plain TCP what it does each time: otherwise it could not tell anything."""
+    one, other = stage.plain(probe)
+    raise_harness_errors([one, other])
+    assert one.ended == "ok", f"{one.ended}\n" + "\n".join(one.lines)
+    difference = compare(one, other)
+    assert not difference, f"the probe is not deterministic:\n{difference}"
+
+
+def _check_spliced(probe: Probe, plain: Run, run: Run) -> None:
+    __tracebackhide__ = True
+    raise_harness_errors([run])
+    difference = DIFFERENCES.get(probe.name)
+    if difference is not None and difference.spliced is not None:
+        plain = Run(difference.spliced(plain.lines), plain.cut, plain.ended)
+    text = compare(plain, run)
+    if text and not (difference is not None and difference.chance and _is_expected(probe, plain, run)):
+        pytest.fail(text, pytrace=False)
+    if probe.redirects and not probe.reason and run.redirected is not None:
+        assert run.redirected > 0, "nothing was redirected: the probe has shown nothing"
+
+
+@EACH
+def test_spliced(stage: Stage, probe: Probe) -> None:
+    """On a connection that is spliced (or is not, for the documented reason): plain TCP's transcript."""
+    [run] = stage.spliced(probe)
+    _check_spliced(probe, stage.plain(probe)[0], run)
+
+
+@EACH_SPLICED
+def test_spliced_from_the_first_byte(stage: Stage, probe: Probe) -> None:
+    """The same under the policy `eager`."""
+    [run] = stage.eager(probe)
+    _check_spliced(probe, stage.plain(probe)[0], run)
+
+
+@EACH_SPLICED
+def test_taken_back_at_any_call(stage: Stage, probe: Probe) -> None:
+    """Taken back to plain TCP right before any of its calls, or a little earlier: no difference."""
+    runs = stage.cut(probe)
+    _check_transition(probe, stage.plain(probe)[0], runs)
+    # An option that was taken back again does not keep a connection plain for ever.
+    assert {run.state for run in runs} != {"spliced"}, "it was not taken back"
+
+
+@EACH_SPLICED
+def test_drained_at_some_calls(stage: Stage, probe: Probe) -> None:
+    """Drained by the operator's command around some of its calls: no difference."""
+    _check_transition(probe, stage.plain(probe)[0], stage.drain(probe))
+
+
+@EACH_SPLICED
+def test_drained_again_and_again(stage: Stage, probe: Probe) -> None:
+    """While the operator drains everything again and again, and it is adopted again: no difference."""
+    _check_transition(probe, stage.plain(probe)[0], stage.storm(probe))
+
+
+def test_the_storm_was_one(stage: Stage) -> None:
+    """The tests above are worth something only if connections did change their state."""
+    if stage.tally.runs < 50:
+        pytest.skip("only a part of the suite was run")
+    assert stage.tally.drained > stage.tally.runs / 4
+    assert stage.tally.spliced > stage.tally.runs / 4
