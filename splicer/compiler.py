@@ -2,8 +2,8 @@
 """Compile, load and pin the BPF programs; run as a short-lived child: `python -m splicer.compiler`.
 
 bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
-reads one JSON object from stdin ({pin_dir, max_connections, debug}) and prints one: {"ok": true, ...} or
-{"ok": false, "error", "hint", "exit_code", "log"}.
+reads one JSON object from stdin ({pin_dir, max_connections, debug, parent}; it dies with the process parent)
+and prints one: {"ok": true, ...} or {"ok": false, "error", "hint", "exit_code", "log"}.
 
 This is the only module that imports bcc.
 """
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from splicer.btf import Btf
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 
 _KERNEL = "splicer needs Linux 5.15 or newer; if this is one, please report its version"
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 # Joined into one text in this order: bcc rewrites map methods in the main text only.
 SOURCES = (
@@ -379,8 +382,17 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
     return {"programs": logs if debug else {}, "maps": list(MAPS)}
 
 
+def _die_with(parent: int) -> None:
+    """Not outlive the daemon: the next one must not find us pinning beside its own loader."""
+    ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def main() -> int:
     request = json.load(sys.stdin)
+    if "parent" in request:
+        _die_with(request["parent"])
     try:
         answer = build(request["pin_dir"], request["max_connections"], request.get("debug", False))
         json.dump({"ok": True, **answer}, sys.stdout)

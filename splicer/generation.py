@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ from splicer.sweep import Sweeper
 
 LINKS = ("register", "guard", "observe", "adopt", "watch")
 _LOAD_TIMEOUT_S = 120
+# The loader of a daemon that was killed holds the lock until it has died too.
+_LOCK_TIMEOUT_S = 3.0
 
 
 @dataclass
@@ -81,18 +84,24 @@ def _read_note(pin_dir: str, name: str) -> str:
 
 
 def _lock(pin_dir: str) -> int:
-    """Descriptor of the pin directory, locked for as long as it is open. A crash releases the lock."""
+    """Descriptor of the pin directory, locked for as long as it is open, here or in the loader. A crash
+    releases the lock."""
     os.makedirs(pin_dir, mode=0o700, exist_ok=True)
     fd = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise SplicerError(
-            f"the pin directory is in use by another splicer ({pin_dir})",
-            hint="give this one another --pin-dir",
-        ) from error
-    return fd
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(fd)
+            raise SplicerError(
+                f"the pin directory is in use by another splicer ({pin_dir})",
+                hint="give this one another --pin-dir",
+            ) from error
 
 
 def exists(pin_dir: str) -> bool:
@@ -118,12 +127,13 @@ def open_pinned(pin_dir: str) -> Generation:
     return Generation(pin_dir, maps, links, taken_over=True)
 
 
-def _run_compiler(request: dict[str, Any], log: Logger) -> None:
-    """Have the child load and pin; raise what it reports."""
+def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
+    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives."""
     # -P keeps the working directory out of the child's module path.
     child = subprocess.run(
         [sys.executable, "-P", "-m", "splicer.compiler"],
-        input=json.dumps(request),
+        input=json.dumps({**request, "parent": os.getpid()}),
+        pass_fds=(lock,),
         capture_output=True,
         text=True,
         timeout=_LOAD_TIMEOUT_S,
@@ -186,7 +196,7 @@ def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:
     lock = _lock(settings.pin_dir)
     try:
         build = compiler.identify_build(settings.max_connections)
-        generation = _take_over(settings, cgroup, build, log) or _load(settings, cgroup, build, log)
+        generation = _take_over(settings, cgroup, build, log) or _load(settings, cgroup, build, lock, log)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(settings.pin_dir)
@@ -217,14 +227,14 @@ def _take_over(settings: Settings, cgroup: Cgroup, build: str, log: Logger) -> G
     return None
 
 
-def _load(settings: Settings, cgroup: Cgroup, build: str, log: Logger) -> Generation:
+def _load(settings: Settings, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
     request = {
         "pin_dir": settings.pin_dir,
         "max_connections": settings.max_connections,
         "debug": settings.debug,
     }
     try:
-        _run_compiler(request, log)
+        _run_compiler(request, lock, log)
         os.symlink(build, _path(settings.pin_dir, "build"))
         os.symlink(_describe(cgroup), _path(settings.pin_dir, "cgroup"))
         # The settings map is all zero: attached, and idle until the daemon writes the policy.

@@ -20,6 +20,7 @@ PROJECT = ("com.docker.compose.project", "io.podman.compose.project", "com.docke
 SERVICE = ("com.docker.compose.service", "io.podman.compose.service", "com.docker.swarm.service.name")
 
 MOST_PORTS = 128
+_SHOWN = 80
 
 _MODES = ("adaptive", "eager", "off")
 _ACCEPTED = {
@@ -54,13 +55,13 @@ def read(labels: Mapping[str, str]) -> tuple[LabelPolicy | None, tuple[Problem, 
     `splicer.` that is unknown is a problem too, and changes nothing.
     """
     problems = [
-        Problem(label, value, f"the labels {_KNOWN}")
+        Problem(_shorten(label), _shorten(value), f"the labels {_KNOWN}")
         for label, value in sorted(labels.items())
         if label.startswith(PREFIX) and label not in _ACCEPTED
     ]
     given = {label: labels[label] for label in _ACCEPTED if label in labels}
     unreadable = [
-        Problem(label, value, _ACCEPTED[label])
+        Problem(label, _shorten(value), _ACCEPTED[label])
         for label, value in given.items()
         if not _is_good(label, value)
     ]
@@ -74,6 +75,11 @@ def read(labels: Mapping[str, str]) -> tuple[LabelPolicy | None, tuple[Problem, 
         mode = "off"
     ports = read_ports(given[PORTS], MOST_PORTS) if PORTS in given else ()
     return LabelPolicy(mode, ports), tuple(problems)
+
+
+def _shorten(text: str) -> str:
+    # Whoever starts a container may write a megabyte there; it goes into the log and into answers.
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def _is_good(label: str, value: str) -> bool:

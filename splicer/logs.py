@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal, Protocol, TextIO, cast
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, Protocol, TextIO, cast
 
-from splicer.text import is_terminal
+from splicer.text import is_terminal, printable
 
 LogFormat = Literal["auto", "console", "json"]
 
@@ -25,6 +26,14 @@ class Logger(Protocol):
     def warning(self, event: str, /, **keys: object) -> object: ...
     def error(self, event: str, /, **keys: object) -> object: ...
     def exception(self, event: str, /, **keys: object) -> object: ...
+
+
+def _make_printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Values may come from anywhere, labels of containers for one: none may drive the terminal."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = "\n".join(printable(line) for line in value.split("\n"))
+    return event
 
 
 def configure(
@@ -44,7 +53,7 @@ def configure(
 
     out = sys.stderr if stream is None else stream
     console = log_format == "console" or (log_format == "auto" and is_terminal(out))
-    processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level]
+    processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level, _make_printable]
     if console:
         processors += [
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
