@@ -166,13 +166,21 @@ class Daemon:
         path = self._settings.ready_file
         if path:
             draft = f"{path}.{os.getpid()}"
-            # Not through a link that somebody put there; a directory may be everybody's.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(draft, flags, 0o644), "w") as file:
-                file.write(f"{os.getpid()}\n")
-            os.replace(draft, path)
+            try:
+                # Not through a link that somebody put there; a directory may be everybody's.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(draft)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(draft, flags, 0o644), "w") as file:
+                    file.write(f"{os.getpid()}\n")
+                os.replace(draft, path)
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft)
+                raise SplicerError(
+                    f"cannot write the ready file ({path}: {error.strerror})",
+                    hint="nothing was left attached; give another --ready-file",
+                ) from error
         try:
             yield
         finally:

@@ -240,12 +240,12 @@ def _load(settings: Settings, cgroup: Cgroup, build: str, lock: int, log: Logger
         # The settings map is all zero: attached, and idle until the daemon writes the policy.
         _attach(settings.pin_dir, cgroup)
         generation = open_pinned(settings.pin_dir)
+        generation.taken_over = False
+        log.info("generation_loaded", build=build)
+        return generation
     except BaseException:
         bpffs.remove_tree(settings.pin_dir)
         raise
-    generation.taken_over = False
-    log.info("generation_loaded", build=build)
-    return generation
 
 
 def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:

@@ -8,7 +8,9 @@ Events have fixed snake_case names and carry what varies as keys, so that a log 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, Protocol, TextIO, cast
@@ -26,6 +28,29 @@ class Logger(Protocol):
     def warning(self, event: str, /, **keys: object) -> object: ...
     def error(self, event: str, /, **keys: object) -> object: ...
     def exception(self, event: str, /, **keys: object) -> object: ...
+
+
+class _Unfailing:
+    """A stream that never fails: a full disk or a closed pipe is no reason to let go of connections."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        try:
+            # Around Python's buffer, which would keep what could not be written, and fail once more at exit.
+            self._fd: int | None = stream.fileno()
+        except (OSError, ValueError):
+            self._fd = None
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            if self._fd is None:
+                return self._stream.write(text)
+            os.write(self._fd, text.encode(errors="backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def _make_printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
@@ -68,7 +93,7 @@ def configure(
             structlog.processors.JSONRenderer(ensure_ascii=True, default=str),
         ]
     logger = structlog.wrap_logger(
-        structlog.PrintLogger(out),
+        structlog.PrintLogger(cast(TextIO, _Unfailing(out))),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
         cache_logger_on_first_use=False,

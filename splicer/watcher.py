@@ -65,6 +65,8 @@ class Feed:
         self.work = REST
         self.ended = False
         self.stream = stream
+        self.opened = time.monotonic()
+        # The engine's events carry wall-clock time.
         self.opened_ns = time.time_ns()
         self._changed = changed
         self._thread = threading.Thread(target=self._read, name="watcher-events", daemon=True)
@@ -315,7 +317,7 @@ class Watcher:
             return self._open(
                 engine, feed.stream.last_ns + 1 if feed.stream.last_ns else feed.opened_ns - 10**9
             )
-        if time.time_ns() - feed.opened_ns < 10**9:
+        if time.monotonic() - feed.opened < 1.0:
             raise EngineError("lost", f"the container engine ends the stream of events ({engine.endpoint})")
         self._log.debug("docker_events_cut", endpoint=engine.endpoint)
         return self._open(engine, 0)

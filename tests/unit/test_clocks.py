@@ -51,7 +51,9 @@ def _imports(tree: ast.Module) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(REPOSITORY / "splicer").as_posix())
+@pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: path.relative_to(REPOSITORY / "splicer").as_posix()
+)
 def test_modules_use_monotonic_clocks_only(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert not _imports(tree) & OTHERS
