@@ -32,6 +32,9 @@
  * does not stay for long.
  */
 #define MAX_HALF		12
+#define PATIENT_HALF		6
+/* A reader that gets no CPU for less than this is not stranded. */
+#define STRANDED_MS		15
 #define BUSY_RETRY_NS		250000000ULL
 #define REFUSED_RETRY_NS	1000000000ULL
 /* So long may a pair be waited for that is to leave, before it is made to. */
@@ -77,6 +80,38 @@ static __always_inline int is_quiet(struct end *peer)
 	if (cookie != peer->cookie)
 		return 1;	/* closed, and close waits for system calls */
 	return references == expected;
+}
+
+/* All that this socket ever sent through TCP has been read. */
+static __always_inline int has_been_read(void *tp, struct end *peer)
+{
+	u32 copied_seq = 0;
+	u64 cookie = 0;
+
+	PROBE(copied_seq, peer->sk, tcp_sock_copied_seq);
+	PROBE(cookie, peer->sk, sock_skc_cookie);
+	return cookie == peer->cookie && copied_seq == FIELD(tp, u32, tcp_sock_write_seq);
+}
+
+/*
+ * The first end waits alone in the map. Does it have TCP bytes that it does not
+ * read? On class B it may be unable to see them.
+ */
+static __always_inline int is_stranded(struct end *first)
+{
+	u32 rcv_nxt = 0, copied_seq = 0, now = bpf_ktime_get_ns() / 1000000 ?: 1;
+
+	PROBE(rcv_nxt, first->sk, tcp_sock_rcv_nxt);
+	PROBE(copied_seq, first->sk, tcp_sock_copied_seq);
+	if (rcv_nxt == copied_seq) {
+		first->stuck_ms = 0;
+		return 0;
+	}
+	if (!first->stuck_ms || first->stuck_seq != copied_seq) {
+		first->stuck_ms = now;
+		first->stuck_seq = copied_seq;
+	}
+	return now - first->stuck_ms >= STRANDED_MS;
 }
 
 /* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
@@ -133,6 +168,10 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 	}
 	if (e->flags & END_IN_MAP || !(peer->flags & END_FIT))
 		goto later;
+	if (half && is_stranded(peer)) {
+		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
+		return;
+	}
 	/*
 	 * A stream never comes to rest at its receiver, so the first end goes
 	 * in only after both were seen at rest, at whatever visit.
@@ -141,11 +180,15 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		goto later;
 	e->flags |= END_RESTED;
 	if (!half) {
-		if (!(peer->flags & END_RESTED))
+		if (!(peer->flags & END_RESTED) || s->finishing)
 			goto later;
 		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
 			goto later;
-	} else if (!is_quiet(peer)) {
+	} else if (!is_quiet(peer) || (!has_been_read(tp, peer) && p->half <= PATIENT_HALF)) {
+		/*
+		 * Better neither end has TCP bytes to read when both are in. Where
+		 * both send all the time there is no such moment.
+		 */
 		goto later;
 	}
 
@@ -204,8 +247,8 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 	p->refusals = 0;
 	count(COUNT_SPLICED, 1);
 	count_sweep(SWEEP_ADOPTED);
-	/* The first end may have TCP bytes to read that came while it was alone. */
-	ask_for_watch(p);
+	if (!has_been_read(tp, peer))
+		ask_for_watch(p);
 	return;
 later:
 	count_sweep(SWEEP_TO_ADOPT);
@@ -317,16 +360,14 @@ try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end 
  */
 static __always_inline int is_at_rest(void *tp, struct end *peer)
 {
-	u32 references = 0, peer_copied = 0;
-	u64 psock = own_psock(tp), cookie = 0;
+	u64 psock = own_psock(tp);
+	u32 references = 0;
 
 	PROBE(references, psock, sk_psock_refcnt);
 	if (references != 1 || !is_psock_empty(psock) || !is_quiet(peer) ||
 	    !is_psock_empty(psock_of(peer->sk)) || unread_bytes(tp) || !is_caught_up(tp, peer))
 		return 0;
-	PROBE(peer_copied, peer->sk, tcp_sock_copied_seq);
-	PROBE(cookie, peer->sk, sock_skc_cookie);
-	return cookie == peer->cookie && peer_copied == FIELD(tp, u32, tcp_sock_write_seq);
+	return has_been_read(tp, peer);
 }
 
 /*
@@ -346,6 +387,7 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	    bpf_ktime_get_ns() - p->changed_ns > patience) {
 		WRITE_ONCE(p->state, STATE_DRAINING);
 		count_sweep(SWEEP_TO_DRAIN);
+		tell(p, EVENT_DRAIN, p->reason);	/* urgent from here on */
 		return;
 	}
 	if (!is_at_rest(tp, peer)) {
@@ -356,6 +398,7 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	__sync_fetch_and_add(&p->half, 1);	/* a full barrier */
 	if (!is_at_rest(tp, peer)) {
 		count_sweep(SWEEP_TO_DRAIN);
+		tell(p, EVENT_DRAIN, p->reason);
 		return;
 	}
 	forget_end(0, 0, id, peer);

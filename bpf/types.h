@@ -105,12 +105,12 @@ struct end {
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
 	u64 cgroup;		/* id of the cgroup the socket was made in */
-	u32 stuck_ms;		/* watch: when unread TCP bytes were first seen, or 0 */
+	u32 stuck_ms;		/* in the map: when unread TCP bytes were first seen, or 0 */
 	u32 born;		/* when the process below was, to tell a pid from its next use */
 	u32 reads;		/* while plain, stops at settings.hot_reads */
 	u32 tgid;		/* the process that read last, init namespace */
 	u32 flags;
-	u32 stuck_seq;		/* watch: copied_seq at that time */
+	u32 stuck_seq;		/* copied_seq at that time */
 };
 
 /*
@@ -256,6 +256,7 @@ struct settings {
 	u32 stream_messages;	/* so many unanswered sends are a stream */
 	u32 stream_size;	/* a stream of messages at least so big stays */
 	u32 registering;	/* 0: new connections are left alone */
+	u32 finishing;		/* adopt puts in second ends only */
 };
 
 enum event_type {

@@ -32,7 +32,8 @@ from splicer.watcher import Watcher
 _ADOPT_SHARE = 0.05
 _ADOPT_PAUSE_S = 0.005
 _ADOPT_PAUSE_MAX_S = 0.15
-_ADOPT_TURNS = 8
+_ADOPT_BEGINNINGS = 5
+_ADOPT_TURNS = 16
 _DRAIN_PAUSE_S = 0.001
 _DRAIN_PAUSE_MAX_S = 0.25
 _WATCH_SOON_S = 0.02
@@ -324,13 +325,18 @@ class Daemon:
 
     def _sweep_to_adopt(self) -> None:
         started = time.monotonic()
-        # The ends of a pair go in one after the other; do not leave one alone for long.
+        # The ends of a pair go in one after the other. None is left alone while we pause: after some turns
+        # nothing new is begun, and what is begun is finished or given up (MAX_HALF in bpf/adopt.c).
         for turn in range(_ADOPT_TURNS):
+            if turn == _ADOPT_BEGINNINGS:
+                self._sweeper.change_settings(finishing=True)
             counts = self._sweeper.adopt(self._to_adopt)
             if not counts.to_adopt and not counts.held:
                 self._to_adopt.clear()
             if turn and not counts.half:
                 break
+        if turn >= _ADOPT_BEGINNINGS:
+            self._sweeper.change_settings(finishing=False)
         ended = time.monotonic()
         pause = min(_ADOPT_PAUSE_MAX_S, (ended - started) / _ADOPT_SHARE)
         self._adopt_at = ended + max(_ADOPT_PAUSE_S, pause)

@@ -44,7 +44,7 @@ PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION 
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
 SEED = struct.Struct("=" + _END_KEY + " 6Q")
-SETTINGS = struct.Struct("=13I")
+SETTINGS = struct.Struct("=14I")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=2Q")
 NOTHING_SAID = (1 << 63) - 1
@@ -224,6 +224,7 @@ class KernelSettings:
     stream_messages: int
     stream_size: int
     registering: bool
+    finishing: bool = False
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -240,6 +241,7 @@ class KernelSettings:
             self.stream_messages,
             self.stream_size,
             self.registering,
+            self.finishing,
         )
 
     @classmethod
@@ -259,4 +261,5 @@ class KernelSettings:
             v[10],
             v[11],
             bool(v[12]),
+            bool(v[13]),
         )

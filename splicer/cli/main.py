@@ -73,6 +73,7 @@ def main(
     stderr: TextIO | None = None,
 ) -> int:
     """Run one command and return its exit code. What is not given is taken from the process."""
+    _open_closed_streams()
     argv = sys.argv[1:] if argv is None else argv
     environ = os.environ if environ is None else environ
     out = sys.stdout if stdout is None else stdout
@@ -112,6 +113,17 @@ def main(
         hint = "this is a bug in splicer; report it with what this shows: splicer --debug ..."
         _report(SplicerError(f"internal error ({type(error).__name__}: {error})", hint=hint), err, palette)
         return FAILURE
+
+
+def _open_closed_streams() -> None:
+    """Whoever starts us with `2>&-` must not have the next file that is opened take the place of stderr."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _wants_debug(argv: Sequence[str], environ: Mapping[str, str]) -> bool:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wall clock may jump by hours at any moment, and nothing but the time in a log line depends on it: all waiting
-and all ages are by clocks that only go forward."""
+"""The wall clock may jump by hours at any moment, and nothing but the time in a log line depends on it:
+all waiting and all ages are by clocks that only go forward."""
 
 from __future__ import annotations
 

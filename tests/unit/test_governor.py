@@ -18,7 +18,7 @@ from splicer.libbpf import KernelError
 from splicer.model import Container
 from splicer.rules import Rule
 
-NONE = KernelSettings.unpack(bytes(52))
+NONE = KernelSettings.unpack(bytes(56))
 CGROUP, NETWORK, PORT = 1, 2, 0
 
 
