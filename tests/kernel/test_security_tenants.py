@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hostile tenant fills every table there is. What others had keeps working and stays spliced, what they
+make meanwhile works, and afterwards everything is as before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.daemon import wait_until
+from support.host import EAGER, Host
+from support.hostile import Hostile, find_new_name, read_map
+from support.lab import Lab
+from support.players import Pair
+
+from splicer import layout, libbpf
+
+LIMIT = 64
+EXCESS = 50
+# As in bpf/maps.h.
+SPLICERS, SLOTS, EVENT_BYTES = 4096, 2048, 65536
+
+
+@pytest.fixture(scope="module")
+def shared_host(_prerequisites: None) -> Iterator[Host]:
+    with Host("--max-connections", str(LIMIT)) as made:
+        yield made
+
+
+@pytest.fixture
+def victims(host: Host, lab: Lab) -> list[Pair]:
+    """Connections of others, spliced before the tenant comes."""
+    wait_until("earlier connections are gone", lambda: not host.daemon.flows())
+    client, server = host.peer(lab, "a"), host.peer(lab, "b")
+    pairs = [host.connect(client, server, lab.address("b"), port=port) for port in (0, 0, EAGER)]
+    for pair in pairs:
+        host.make_hot(pair)
+    return pairs
+
+
+def _newcomer(host: Host, lab: Lab, port: int = 0) -> Pair:
+    return host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
+
+
+def _check_spliced(host: Host, pairs: list[Pair]) -> None:
+    """All are spliced, and each of their messages is redirected."""
+    for pair in pairs:
+        before = host.find_flow(pair)
+        assert before is not None
+        assert before["state"] == "spliced", before
+        pair.pingpong(10)
+        after = host.find_flow(pair)
+        assert after is not None
+        assert after["redirected_messages"] - before["redirected_messages"] == 20
+        pair.verify()
+
+
+def _count(host: Host, name: str) -> int:
+    """A counter of bpf/types.h, over all CPUs."""
+    counters = libbpf.Map.open(str(host.pin_dir / "maps" / "counters"))
+    try:
+        raw = counters.get(struct.pack("=I", layout.COUNTERS.index(name)))
+    finally:
+        counters.close()
+    assert raw is not None
+    return sum(struct.unpack(f"={len(raw) // 8}Q", raw))
+
+
+@pytest.mark.parametrize("port", [0, EAGER], ids=["adaptive", "eager"])
+def test_tenant_with_more_connections_than_there_is_room_for(
+    host: Host, lab: Lab, victims: list[Pair], port: int
+) -> None:
+    """The table is full of a tenant's connections: others stay spliced, new ones are plain and work and are
+    counted, and once the tenant has gone new ones are spliced again."""
+    tenant = host.peer(lab, "a", cgroup=host.cgroup.child("tenant"))
+    refused = host.daemon.totals()["refused"].get("map_full", 0)
+    taken = [host.connect(tenant, tenant, "127.0.0.1", port=port) for _ in range(LIMIT + EXCESS)]
+    assert len(host.daemon.flows()) == LIMIT
+    plain = host.daemon.totals()["refused"]["map_full"] - refused
+    assert plain == len(taken) - (LIMIT - len(victims))
+    _check_spliced(host, victims)
+    for number in (0, port):
+        newcomer = _newcomer(host, lab, number)
+        for _ in range(5):
+            newcomer.pingpong(40)
+        assert host.find_flow(newcomer) is None
+        newcomer.verify()
+    assert host.daemon.totals()["refused"]["map_full"] - refused == plain + 2
+    # The tenant's own, with and without a record, work as well.
+    for pair in (taken[0], taken[-1]):
+        pair.client.send(1000)
+        assert pair.server.recv(1000) == 1000
+    tenant.stop()
+    host._peers.remove(tenant)
+    wait_until("the tenant's connections are gone", lambda: len(host.daemon.flows()) <= len(victims) + 2)
+    for number in (0, port):
+        late = _newcomer(host, lab, number)
+        host.make_hot(late)
+        late.verify()
+    _check_spliced(host, victims)
+
+
+def test_tenant_that_comes_and_goes_all_the_time(host: Host, lab: Lab, victims: list[Pair]) -> None:
+    """A storm of short connections, more at once than there is room for: no record is left of them."""
+    tenant = host.cgroup.child("tenant")
+    server, client = host.peer(lab, "b", cgroup=tenant), host.peer(lab, "b", cgroup=tenant)
+    port = server.call("listen", name="door", family=socket.AF_INET, host="127.0.0.1")
+    server.begin("serve", listener="door", seconds=4.0)
+    where: dict[str, Any] = {"family": socket.AF_INET, "host": "127.0.0.1", "port": port}
+    client.begin("churn", **where, seconds=3.5, seed=1, together=3 * LIMIT, rounds=10)
+    while client.is_waiting(0.2):
+        _check_spliced(host, victims)
+    done = client.finish()
+    assert done["wrong"] == 0
+    assert done["broken"] == 0
+    assert done["connections"] > 5 * LIMIT
+    server.finish()
+    wait_until("their records are gone", lambda: len(host.daemon.flows()) == len(victims))
+    late = _newcomer(host, lab)
+    host.make_hot(late)
+    late.verify()
+
+
+def test_more_events_than_the_ring_buffer_holds(host: Host, lab: Lab, victims: list[Pair]) -> None:
+    """Events that nobody reads are lost and counted; what they were about is done all the same."""
+    tenant = host.cgroup.child("tenant")
+    server, client = host.peer(lab, "b", cgroup=tenant), host.peer(lab, "b", cgroup=tenant)
+    port = server.call("listen", name="door", family=socket.AF_INET, host="127.0.0.1", port=EAGER)
+    waiting = _newcomer(host, lab)
+    lost = _count(host, "events_lost")
+    os.kill(host.daemon.pid, signal.SIGSTOP)
+    try:
+        # Each eager connection is worth an event, for its first message goes through TCP.
+        where: dict[str, Any] = {"family": socket.AF_INET, "host": "127.0.0.1", "port": port}
+        deadline = time.monotonic() + 30
+        while _count(host, "events_lost") == lost and time.monotonic() < deadline:
+            server.begin("serve", listener="door", seconds=2.2)
+            client.begin("churn", **where, seconds=2.0, seed=2, together=20, rounds=2, largest=100)
+            assert client.finish()["wrong"] == 0
+            server.finish()
+        assert _count(host, "events_lost") > lost
+        waiting.pingpong(60)
+        # Must drain, and cannot say so.
+        victims[0].client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        for pair in victims:
+            pair.pingpong(30)
+    finally:
+        os.kill(host.daemon.pid, signal.SIGCONT)
+    host.wait_flow(victims[0], "paired")
+    host.make_hot(waiting)
+    _check_spliced(host, [*victims[1:], waiting])
+    for pair in victims:
+        pair.verify()
+
+
+def test_more_hints_than_are_kept(host: Host, lab: Lab, victims: list[Pair]) -> None:
+    """SYNs from tens of thousands of invented clients to an eager port: eager connections of others work, and
+    are spliced afterwards as before."""
+    hostile = Hostile(host, [f"10.99.0.{number}" for number in range(1, 4)], host.cgroup.child("tenant"))
+    hostile.begin(
+        "answer_syns",
+        clients=[f"10.99.0.{number}" for number in range(1, 4)],
+        ports=[1024, 21_024],
+        service=EAGER,
+        seconds=20,
+    )
+    made = 0
+    while hostile.is_waiting(0.05):
+        newcomer = _newcomer(host, lab, EAGER)
+        newcomer.pingpong(30)
+        newcomer.verify()
+        newcomer.close()
+        made += 1
+    assert hostile.finish() == 60_000
+    assert made > 1
+    _check_spliced(host, victims)
+    late = _newcomer(host, lab, EAGER)
+    late.pingpong(3)
+    host.wait_flow(late, "spliced")
+    late.verify()
+
+
+def test_invented_hint_for_a_connection_to_another_machine(host: Host, lab: Lab) -> None:
+    """Somebody pretends that a listener on this host answers a client that talks to another machine. The
+    client may be in the SOCKHASH for a moment; it gets its bytes, FIONREAD counts them, and it is taken
+    out."""
+    client, remote = host.peer(lab, "a"), host.peer(lab, "far", inside=False)
+    hostile = Hostile(host, [lab.address("a")], host.cgroup.child("tenant"))
+    source = (lab.address("a"), 22_201)
+    hostile.call("answer_syns", clients=[source[0]], ports=[source[1], source[1] + 1], service=EAGER)
+    pair = host.connect(client, remote, lab.address("far"), port=EAGER, source=source)
+    pair.pingpong(1)
+    pair.server.send(100)
+    counted = pair.client.wait_fionread(count=100, timeout=0.5)
+    assert pair.client.recv(100) == 100
+    pair.pingpong(50)
+    wait_until("it is out of the SOCKHASH", lambda: host.count_spliced() == 0, timeout=2.0)
+    pair.pingpong(50)
+    pair.verify()
+    assert host.find_flow(pair) is None
+    assert counted == 100, "a reader that relies on FIONREAD would wait for bytes that are there"
+
+
+def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, victims: list[Pair]) -> None:
+    """Between a client's arrival and its server's somebody has taken its place, as thousands of
+    connections at once would: the connection is plain and works, and the next one is spliced."""
+    client, server = host.peer(lab, "a"), host.peer(lab, "b")
+    before = read_map(host, "rendezvous")
+    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
+    client.call("connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port)
+    find_new_name(host, before)
+    slots = libbpf.Map.open(str(host.pin_dir / "maps" / "rendezvous"))
+    for number in range(SLOTS):
+        value = slots.get(struct.pack("=I", number))
+        assert value is not None
+        slots.set(struct.pack("=I", number), struct.pack("=2I", number, 7) + value[8:])
+    slots.close()
+    known = len(host.daemon.flows())
+    client.call("send", conn="c", count=64)
+    server.call("accept", listener="door", conn="s")
+    assert server.call("recv", conn="s", count=64) == 64
+    assert len(host.daemon.flows()) == known
+    assert client.call("report", conn="c")["sent_sum"] == server.call("report", conn="s")["received_sum"]
+    late = _newcomer(host, lab)
+    host.make_hot(late)
+    late.verify()
+    _check_spliced(host, victims)
+
+
+def test_splicing_readers_are_crowded_out(host: Host, lab: Lab) -> None:
+    """Thousands of processes read with splice(2), so that others that do are forgotten: one of these is found
+    out again by the way it reads, and loses nothing."""
+    pair = _newcomer(host, lab)
+    pair.client.send(300, chunk=100)
+    assert pair.server.splice_in(count=300) == 300
+    splicers = libbpf.Map.open(str(host.pin_dir / "maps" / "splicers"))
+    own = struct.pack("=I", pair.server.peer.pid)
+    pair.client.send(300, chunk=100)
+    assert pair.server.splice_in(count=300) == 300
+    wait_until("it was seen", lambda: own in dict(splicers.items()))
+    for number in range(4 * SPLICERS):
+        splicers.set(struct.pack("=I", 10_000_000 + number), b"\1")
+    splicers.delete(own)  # the kernel may have kept it all the same
+    splicers.close()
+    server = pair.server.peer
+    again = host.connect(host.peer(lab, "a"), server, lab.address("b"))
+    for _ in range(60):
+        again.client.send(50)
+        assert again.server.splice_in(count=50) == 50
+        again.server.send(50)
+        assert again.client.recv(50) == 50
+    flow = host.find_flow(again)
+    assert flow is not None
+    assert (flow["state"], flow["reason"]) == ("paired", "splice_reader")
+    again.verify()

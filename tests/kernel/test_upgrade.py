@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another build takes over, with traffic that checks itself: the old generation is drained and gone before
+the new one is attached, nothing is lost, repeated or reset (promise 5)."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from support.bpf import list_attached
+from support.daemon import REPOSITORY, wait_until
+from support.host import Host
+from support.lab import Lab
+from support.load import Load
+from support.players import Pair
+
+CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t4")
+
+
+def _hot_pair(host: Host, lab: Lab) -> Pair:
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    host.make_hot(pair)
+    return pair
+
+
+def _check_alive(host: Host, lab: Lab) -> None:
+    """The daemon is well, and splices what is new."""
+    assert host.daemon.status()["healthy"]
+    fresh = _hot_pair(host, lab)
+    fresh.verify()
+
+
+@pytest.fixture(scope="module")
+def other_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree that loads other programs."""
+    copy = tmp_path_factory.mktemp("other-build")
+    for name in ("splicer", "bpf"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    path, old, new = CHANGED
+    source = (copy / path).read_text()
+    assert source.count(old) == 1
+    (copy / path).write_text(source.replace(old, new))
+    return copy
+
+
+def _use(host: Host, tree: Path | None) -> None:
+    """Start the next daemons from another tree."""
+    host.prefix = ("env", f"PYTHONPATH={tree}") if tree else ()
+
+
+@pytest.mark.parametrize("ending", ["killed", "stopped"])
+def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> None:
+    """Upgrade and downgrade: the old generation is drained and gone before the new one is attached, each
+    connection goes on as plain TCP, and new ones are spliced by the new build."""
+    with Host("--stop-timeout", "0.5") as host:
+        load = Load(host, lab, seconds=4.0)
+        quiet = _hot_pair(host, lab)
+        waiting = _hot_pair(host, lab)
+        waiting.client.send(5000, chunk=500)
+        for number, tree in enumerate((other_build, None)):
+            if ending == "killed":
+                host.daemon.kill()
+                quiet.pingpong(20)
+            else:
+                assert host.daemon.stop() == 0
+                assert host.bpffs.pins() == []
+                assert list_attached(host.cgroup.path) == []
+            _use(host, tree)
+            host.start()
+            log = host.daemon.log.read_text()
+            assert log.count('"generation_replaced"') == (number + 1 if ending == "killed" else 0)
+            assert log.count('"generation_loaded"') == number + 2
+            assert log.count('"generation_taken_over"') == 0
+            assert sorted(list_attached(host.cgroup.path)) == ["cgroup_setsockopt", "cgroup_sock_ops"]
+            # Whole or not at all: no connection is known with one end only.
+            assert host.count_spliced() == 0
+            assert host.daemon.flows() == []
+            quiet.pingpong(50)
+            fresh = _hot_pair(host, lab)
+            assert host.count_spliced() == 2
+            fresh.verify()
+            fresh.close()
+        assert waiting.server.recv(5000) == 5000
+        waiting.pingpong(20)
+        load.finish()
+        for pair in (quiet, waiting):
+            pair.verify()
+        _check_alive(host, lab)
+
+
+def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other_build: Path) -> None:
+    """Connections established in the gap between two generations are whole: known and spliced, or plain."""
+    with Host("--stop-timeout", "0.5") as host:
+        client, server = host.peer(lab, "a"), host.peer(lab, "b")
+        port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"))
+        server.begin("serve", listener="door", seconds=6.0)
+        where = {"family": socket.AF_INET, "host": lab.address("b"), "port": port}
+        client.begin("churn", **where, seconds=5.5, seed=3, together=8, rounds=60)
+        time.sleep(0.5)
+        for tree in (other_build, None):
+            host.daemon.kill()
+            _use(host, tree)
+            host.start()
+        done = client.finish()
+        assert (done["wrong"], done["broken"]) == (0, 0)
+        assert done["connections"] > 50
+        server.finish()
+        wait_until("no record is left", lambda: not host.daemon.flows())
+        wait_until("no end is left", lambda: host.count_spliced() == 0)
+        _check_alive(host, lab)
+
+
+def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
+    """What a killed loader left is cleared away: whichever piece is missing."""
+    with Host() as host:
+        for missing in ("links/register", "maps/events", "build"):
+            host.daemon.kill()
+            (host.pin_dir / missing).unlink()
+            host.start()
+            _check_alive(host, lab)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The test's side of a hostile peer (support/forger.py), and what only root can tell it about its victim."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from splicer import layout, libbpf
+from support.cgroup import Cgroup
+from support.host import Host
+from support.players import Pair, Peer
+
+PROGRAM = Path(__file__).with_name("forger.py")
+
+
+class Hostile(Peer):
+    """An unprivileged process in a user and network namespace of its own, below the attached cgroup."""
+
+    def __init__(self, host: Host, beyond: list[str], cgroup: Cgroup | None = None) -> None:
+        """`beyond`: addresses it can send to, and be a puppet at."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        self.pid = self._process.pid
+        self._unread = b""
+        self._pending = "start"
+        self._timeout = 10.0
+        host._peers.append(self)
+        self.finish()
+        (cgroup or host.cgroup).add(self.pid)
+        self.call("lay_cable", beyond=beyond)
+
+
+@dataclass(frozen=True)
+class Name:
+    """The first data sequence numbers of a connection: what it is known by in the maps."""
+
+    client_seq: int
+    server_seq: int
+
+    @property
+    def as_client(self) -> list[int]:
+        """First sequence numbers sent and received, as the socket that called connect() counts them."""
+        return [self.client_seq - 1, self.server_seq]
+
+    @property
+    def as_server(self) -> list[int]:
+        return [self.server_seq, self.client_seq]
+
+    @property
+    def slot(self) -> int:
+        """Its place among those who wait for their server; bpf/maps.h has the number of places."""
+        return (self.client_seq ^ self.server_seq) & 2047
+
+
+def read_map(host: Host, name: str) -> dict[bytes, bytes]:
+    """All entries of a pinned map."""
+    pinned = libbpf.Map.open(str(host.pin_dir / "maps" / name))
+    try:
+        return dict(pinned.items())
+    finally:
+        pinned.close()
+
+
+def read_name(host: Host, pair: Pair) -> Name:
+    """The name of a connection, from the record of its server's end."""
+    for value in read_map(host, "seeds").values():
+        fields = layout.SEED.unpack(value)
+        local = layout.format_endpoint(fields[0:4], fields[11])
+        remote = layout.format_endpoint(fields[4:8], fields[12])
+        if (local, remote) == (_as_text(pair.server.local), _as_text(pair.server.remote)):
+            return Name(fields[9], fields[10])
+    raise AssertionError(f"{pair.label} has no record")
+
+
+def find_new_name(host: Host, before: dict[bytes, bytes]) -> Name:
+    """The name of the one client that has arrived at its rendezvous since `before`."""
+    [value] = [value for key, value in read_map(host, "rendezvous").items() if before[key] != value]
+    return Name(*struct.unpack_from("=2I", value))
+
+
+def _as_text(address: tuple[str, int]) -> str:
+    return f"{address[0]}:{address[1]}"
