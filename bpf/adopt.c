@@ -26,12 +26,12 @@
 #define SETTLE_NS		10000000000ULL
 #define SETTLE_BLOCKING_NS	1000000000ULL
 /* Visits without a quiet moment before adoption gives up for a while. */
-#define MAX_ATTEMPTS		32
+#define MAX_ATTEMPTS		64
 /*
  * An end that is in and only passes is slower than plain TCP, so one end alone
  * does not stay for long.
  */
-#define MAX_HALF		12
+#define MAX_HALF		24
 #define PATIENT_HALF		6
 /* A reader that gets no CPU for less than this is not stranded. */
 #define STRANDED_MS		15
