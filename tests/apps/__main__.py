@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the runner."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from support.leftovers import remove_orphans
+from support.requirements import name_missing
+
+from apps.case import Case
+from apps.catalogue import CASES
+from apps.report import tabulate, to_json
+from apps.stage import Network
+from apps.trial import NOT_INSTALLED, Trial, Tryout
+
+FAILURE, USAGE, UNSUPPORTED, INTERRUPTED = 1, 2, 4, 130
+
+EPILOG = """\
+exit codes:
+  0 every program that ran had the same outcome plain and spliced, and was
+  spliced where it should be (with --all: and all are installed); 1 not so,
+  2 usage, 4 this machine cannot run splicer, 130 interrupted
+"""
+
+
+def main() -> int:
+    options = _parse()
+    if options.list:
+        for case in CASES:
+            missing = case.name_missing()
+            print(f"{case.name:28}not installed: {', '.join(missing)}" if missing else case.name)
+        return 0
+    cases = [case for case in CASES if not options.only or any(case.matches(each) for each in options.only)]
+    unknown = [each for each in options.only if not any(case.matches(each) for case in CASES)]
+    if unknown:
+        return _complain(USAGE, f"no such program ({', '.join(unknown)})", "tests/apps/run --list")
+    missing = name_missing()
+    if missing:
+        return _complain(UNSUPPORTED, f"missing: {', '.join(missing)}", "sudo scripts/setup.sh apps")
+    signal.signal(signal.SIGTERM, _interrupt)
+    start = time.monotonic()
+    trials = _try(cases, options)
+    if options.json:
+        print(json.dumps(to_json(trials, time.monotonic() - start), indent=2))
+    else:
+        print(tabulate(trials))
+    accepted = [trial.agrees or (trial.verdict == NOT_INSTALLED and not options.all) for trial in trials]
+    return 0 if all(accepted) else FAILURE
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tests/apps/run",
+        description="Run real programs over plain TCP, then with splicer attached to a cgroup of their own,"
+        " and compare the outcomes.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a program, or a group of them; may be repeated",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="how long load lasts, where it is timed (default: 4)"
+    )
+    parser.add_argument("--all", action="store_true", help="a program that is not installed is a failure")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--list", action="store_true", help="the names, and what is not installed")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="for splicer run, such as --set=--mode=eager",
+    )
+    return parser.parse_args()
+
+
+def _try(cases: list[Case], options: argparse.Namespace) -> list[Trial]:
+    remove_orphans(Path(tempfile.gettempdir()))
+    directory = Path(tempfile.mkdtemp(prefix=f"splicer-test-{os.getpid()}-apps-"))
+    # Programs run as nobody and must be able to go through it.
+    directory.chmod(0o711)
+    trials = []
+    try:
+        network = Network()
+        try:
+            tryout = Tryout(network, directory, options.seconds, tuple(options.set))
+            for case in cases:
+                trials.append(tryout.try_case(case))
+                _tell(trials[-1])
+        finally:
+            network.remove()
+    finally:
+        shutil.rmtree(directory)
+    return trials
+
+
+def _tell(trial: Trial) -> None:
+    """Progress goes to stderr, where the data is not."""
+    times = [f"{run.seconds:.1f} s" for run in (trial.plain, trial.spliced) if run]
+    print(f"{trial.case.name}: {trial.verdict} {' + '.join(times)}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _complain(code: int, what: str, hint: str) -> int:
+    print(f"tests/apps/run: {what}\nhint: {hint}", file=sys.stderr)
+    return code
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chaos soak: see README.md beside this file."""
