@@ -270,7 +270,7 @@ CASES = (
         ("nginx", "haproxy", "curl"),
         redirects=None,
         remark="the first splice(2) comes when the connection is spliced already, by chance",
-        known="splice(2) by a reader that never used it before",
+        known="HAProxy with `option splice-request` or `splice-response`",
     ),
     Case(
         "socat-blocking",
