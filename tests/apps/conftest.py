@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 from support.requirements import decide
+from support.running import mark_kernel_tests
 
 TEST_TIMEOUT = 300  # seconds
 HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    decision, reason = decide()
-    for item in items:
-        if not item.path.is_relative_to(HERE):
-            continue
-        item.add_marker(pytest.mark.kernel)
-        item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
-        if decision == "skip":
-            item.add_marker(pytest.mark.skip(reason=reason))
+    mark_kernel_tests(items, HERE, TEST_TIMEOUT)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from typing import Any
 import pytest
 from support.host import Host
 from support.lab import Lab
-from support.leftovers import remove_orphans
-from support.requirements import decide
+from support.running import mark_kernel_tests, prepare_kernel_tests
 
 from conformance.stage import Stage
 
@@ -23,29 +20,12 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    decision, reason = decide()
-    for item in items:
-        if not item.path.is_relative_to(HERE) or item.path.name == "test_differences.py":
-            continue  # the table can be read anywhere
-        item.add_marker(pytest.mark.kernel)
-        item.add_marker(pytest.mark.timeout(TEST_TIMEOUT))
-        if decision == "skip":
-            item.add_marker(pytest.mark.skip(reason=reason))
+    mark_kernel_tests(items, HERE, TEST_TIMEOUT, anywhere=("test_differences.py",))
 
 
 @pytest.fixture(scope="session")
 def _prerequisites() -> None:
-    decision, reason = decide()
-    if decision == "fail":
-        pytest.fail(reason, pytrace=False)
-    if decision == "run":
-        # Otherwise SIGTERM, as from timeout(1), would leave everything where it is.
-        signal.signal(signal.SIGTERM, _end_run)
-        remove_orphans(Path(tempfile.gettempdir()))
-
-
-def _end_run(number: int, frame: object) -> None:
-    pytest.exit(f"signal {number}", returncode=128 + number)
+    prepare_kernel_tests()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from support.docker import TEMPORARY, Engine
 from support.images import build_all
 from support.leftovers import remove_orphans
 from support.requirements import decide_e2e
+from support.running import end_on_sigterm
 from support.stack import Stack
 
 TEST_TIMEOUT = 240  # seconds; the first test waits for the images as well
@@ -50,18 +50,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             continue  # it is not there (any more)
 
 
-def _end_run(number: int, frame: object) -> None:
-    pytest.exit(f"signal {number}", returncode=128 + number)
-
-
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """A dockerd with the images; shared by all tests, which remove their containers."""
     decision, reason = decide_e2e()
     if decision == "fail":
         pytest.fail(reason, pytrace=False)
-    # Otherwise SIGTERM, as from timeout(1), would leave everything where it is.
-    signal.signal(signal.SIGTERM, _end_run)
+    end_on_sigterm()
     remove_orphans(TEMPORARY)
     with Engine() as made:
         build_all(made)
