@@ -43,6 +43,8 @@
 #define COOL_DOWN_NS		1000000000ULL
 /* Each of these is doubled every time, so that a pair does not flap. */
 #define MAX_DOUBLINGS		6
+/* A reader that took nothing for so long of what waits for it does not read. */
+#define IDLE_MS			60
 
 struct bpf_iter__tcp {
 	void *meta;
@@ -99,19 +101,12 @@ static __always_inline int has_been_read(void *tp, struct end *peer)
  */
 static __always_inline int is_stranded(struct end *first)
 {
-	u32 rcv_nxt = 0, copied_seq = 0, now = bpf_ktime_get_ns() / 1000000 ?: 1;
+	u32 rcv_nxt = 0, copied_seq = 0;
 
 	PROBE(rcv_nxt, first->sk, tcp_sock_rcv_nxt);
 	PROBE(copied_seq, first->sk, tcp_sock_copied_seq);
-	if (rcv_nxt == copied_seq) {
-		first->stuck_ms = 0;
-		return 0;
-	}
-	if (!first->stuck_ms || first->stuck_seq != copied_seq) {
-		first->stuck_ms = now;
-		first->stuck_seq = copied_seq;
-	}
-	return now - first->stuck_ms >= STRANDED_MS;
+	return note_waiting(first, rcv_nxt != copied_seq, copied_seq) >= STRANDED_MS &&
+	       first->waiting_for == copied_seq;
 }
 
 /* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
@@ -257,17 +252,21 @@ later:
 }
 
 /*
- * The poke: TCP bytes may have arrived unseen while the end was in. Setting
+ * The pokes: TCP bytes may have arrived unseen while the end was in. Setting
  * SO_RCVLOWAT to what it is raises EPOLLIN again if there are any. For a FIN alone
- * TCP has raised it already.
+ * TCP has raised it already. A sender that waits for room looks for it again when
+ * TCP_NOTSENT_LOWAT is set.
  */
 static __always_inline void take_out(void *sk, void *tp, struct end_key *key)
 {
 	u32 lowat = FIELD(tp, u32, sock_sk_rcvlowat);
+	u32 notsent = FIELD(tp, u32, tcp_sock_notsent_lowat);
 
 	spliced.delete(key);
 	if (unread_data(tp))
 		set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	if (waits_for_room((u64)tp))
+		set_sockopt(sk, SOL_TCP, TCP_NOTSENT_LOWAT, &notsent, sizeof(notsent));
 }
 
 static __always_inline u64 get_cool_down(struct pair *p)
@@ -277,7 +276,7 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	case REASON_POLICY:
 		return 0;
 	case REASON_BUSY:
-		return BUSY_RETRY_NS << p->refusals;
+		return BUSY_RETRY_NS << (p->refusals > p->drains ? p->refusals : p->drains);
 	default:
 		return COOL_DOWN_NS << p->drains;
 	}
@@ -311,9 +310,9 @@ static __always_inline void finish(struct pair *p)
 	p->announced = 0;
 	p->attempts = 0;
 	forget_findings(p);
-	p->end[CLIENT].stuck_ms = 0;
-	p->end[SERVER].stuck_ms = 0;
-	if (p->drains < MAX_DOUBLINGS && p->reason != REASON_REQUEST &&
+	p->end[CLIENT].waiting_ms = 0;
+	p->end[SERVER].waiting_ms = 0;
+	if (p->was_spliced && p->drains < MAX_DOUBLINGS && p->reason != REASON_REQUEST &&
 	    p->reason != REASON_POLICY)
 		p->drains++;
 	p->retry_ns = now + get_cool_down(p);
@@ -367,7 +366,27 @@ static __always_inline int is_at_rest(void *tp, struct end *peer)
 	if (references != 1 || !is_psock_empty(psock) || !is_quiet(peer) ||
 	    !is_psock_empty(psock_of(peer->sk)) || unread_bytes(tp) || !is_caught_up(tp, peer))
 		return 0;
+	if (is_out_of_memory(peer->sk))
+		return 0;	/* it has to be told, which only its own visit can do */
 	return has_been_read(tp, peer);
+}
+
+/* Watch how the reader of the end visited gets on with what was redirected to it. */
+static __always_inline void note_reading(void *tp, struct end *e)
+{
+	u64 psock = own_psock(tp), first = 0;
+
+	PROBE(first, psock, sk_psock_ingress_msg);
+	if (e->waiting_for != (u32)first)
+		e->waiting_ms = 0;	/* it has come further since */
+	note_waiting(e, first != psock + OFF_sk_psock_ingress_msg, first);
+}
+
+static __always_inline int is_idle(struct end *e)
+{
+	u32 now = bpf_ktime_get_ns() / 1000000 ?: 1;
+
+	return e->waiting_ms && now - e->waiting_ms >= IDLE_MS;
 }
 
 /*
@@ -376,6 +395,11 @@ static __always_inline int is_at_rest(void *tp, struct end *peer)
  * begin to send: either the second look sees its reference, or its verdict sees
  * the new state and its bytes wait for our lock. In the first case they may be
  * on either way, and the pair drains like any other.
+ *
+ * When splicer stops, nobody will be there to take out an end whose reader does
+ * not read, a stopped process for instance. With TCP bytes behind the redirected
+ * ones it might never see these (class B). So such a pair stays as it is, and
+ * is redirected for as long as it lives if it must.
  */
 static __always_inline void
 try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
@@ -383,6 +407,11 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 {
 	u64 patience = p->reason == REASON_STREAM ? LEAVE_STREAM_NS : LEAVE_NS;
 
+	if (p->reason == REASON_STOP) {
+		note_reading(tp, e);
+		if (is_idle(e) || is_idle(peer))
+			patience = ~0ULL;
+	}
 	if (!(e->flags & peer->flags & END_IN_MAP) ||
 	    bpf_ktime_get_ns() - p->changed_ns > patience) {
 		WRITE_ONCE(p->state, STATE_DRAINING);
@@ -459,6 +488,8 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	    (e->flags | peer->flags) & END_IN_MAP) {
 		p->reason = s->stopping;
 		p->changed_ns = bpf_ktime_get_ns();
+		e->waiting_ms = 0;
+		peer->waiting_ms = 0;
 		WRITE_ONCE(p->state, p->state == STATE_SPLICED ? STATE_LEAVING : STATE_DRAINING);
 	}
 	if (p->state == STATE_LEAVING)

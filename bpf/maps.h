@@ -8,6 +8,7 @@
  */
 
 #define RENDEZVOUS_SLOTS	2048	/* a power of two; more would not stay in the cache */
+#define NR_TENANTS		256	/* as many as an u8 tells apart */
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
 #define MAX_RULES		16384
@@ -31,6 +32,9 @@ BPF_SK_STORAGE(ends, struct end_key);
  */
 BPF_TABLE("hash", struct pair_id, struct seed, seeds, MAX_PAIRS);
 BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
+
+/* How many seeds each tenant has, and last all of them: see has_room(). */
+BPF_TABLE("array", int, u32, tenants, NR_TENANTS + 1);
 
 /*
  * Clients that wait for their server, for the time of a handshake. A slot is

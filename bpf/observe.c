@@ -46,18 +46,22 @@ static __always_inline enum reader get_reader(void)
 	return flags & MSG_WAITALL ? READER_WAITALL : READER_RECV;
 }
 
+static __always_inline void remember_splicer(u32 tgid)
+{
+	u32 born = get_birth(current_task());
+
+	splicers.update(&tgid, &born);
+}
+
 static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32 tgid)
 {
-	u32 born;
-
 	switch (reader) {
 	case READER_RECV:
 		return REASON_NONE;
 	case READER_WAITALL:	/* means nothing on a non-blocking socket */
 		return p->allow_blocking ? REASON_WAITALL : REASON_NONE;
 	case READER_SPLICE:
-		born = get_birth(current_task());
-		splicers.update(&tgid, &born);
+		remember_splicer(tgid);
 		return REASON_SPLICE;
 	case READER_KERNEL:
 		return REASON_KERNEL;
@@ -111,11 +115,16 @@ int observe(u64 *ctx)
 	if (!tp || !(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)) ||
 	    (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp)))
 		return 0;
+	tgid = bpf_get_current_pid_tgid() >> 32;
 	p = find_pair_of(tp, &id, &side);
 	if (!p)
 		p = grow_seed(tp, &id, &side);
-	if (!p)
+	if (!p) {
+		/* Too young, or to another host. The next one of this process may not be. */
+		if (get_reader() == READER_SPLICE)
+			remember_splicer(tgid);
 		return 0;
+	}
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (e->sk != (u64)tp) {
 		/*
@@ -134,7 +143,6 @@ int observe(u64 *ctx)
 		e->key.id = id;
 		p->policy = 0;	/* it may be about the address */
 	}
-	tgid = bpf_get_current_pid_tgid() >> 32;
 	if (p->state != STATE_PAIRED) {
 		reason = refuse_reader(p, get_reader(), tgid);
 		if (!is_redirecting(p->state))

@@ -118,6 +118,43 @@ splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 	return put_in(skops, key);
 }
 
+/*
+ * Who fills the table: the cgroup of the client, since a server cannot make
+ * anybody connect. Two that fall on one number have one share.
+ */
+static __always_inline u32 get_tenant(void *tp)
+{
+	return cgroup_of((u64)tp) * 0x9e3779b97f4a7c15ULL >> 56;
+}
+
+/*
+ * A tenant may have seven eighths of what others left. So one alone has nearly
+ * all, and whoever comes later finds room, however greedy those before were.
+ * The count may be off by what other CPUs are doing; the table has its own bound.
+ */
+static __always_inline int has_room(u32 tenant)
+{
+	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
+	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
+	u32 share;
+
+	if (!own || !used)
+		return 0;
+	share = MAX_PAIRS - *used + *own;
+	return *own < share - share / 8;
+}
+
+static __always_inline void count_tenant(u32 tenant, int n)
+{
+	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
+	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
+
+	if (own)
+		__sync_fetch_and_add(own, n);
+	if (used)
+		__sync_fetch_and_add(used, n);
+}
+
 static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
@@ -147,6 +184,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	r->sk = (u64)tp;
 	r->cookie = socket_cookie(skops);
 	r->in_map = in_map;
+	r->tenant = get_tenant(tp);
 	r->id.server_seq = id.server_seq;
 	WRITE_ONCE(r->id.client_seq, id.client_seq);
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | CLIENT_MARK);
@@ -195,6 +233,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		return;		/* remote */
 	seed.client_sk = client->sk;
 	seed.client_cookie = client->cookie;
+	seed.tenant = client->tenant;
 	in_map = client->in_map;
 	if (in_map)
 		client_key = client->key;
@@ -209,7 +248,9 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	seed.born_ns = coarse_ns();
 	seed.grown = in_map;
 	client_key.id = id;
-	int full = seeds.insert(&id, &seed);
+	int full = !has_room(seed.tenant);
+	if (!full)
+		full = seeds.insert(&id, &seed);
 	if (full) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
 		/* Nobody knew of it, so nothing was redirected to it. */
@@ -222,6 +263,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	 * connection, so the client needs no callback.
 	 */
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
+	count_tenant(seed.tenant, 1);
 	count(COUNT_PAIRED, 1);
 	if (in_map)
 		splice_eagerly(skops, tp, &id, &seed, &client_key, s);
@@ -258,13 +300,17 @@ static __always_inline void forget_server(void *tp)
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct seed *seed;
 	struct pair *p;
+	u32 tenant;
 
 	seed = seeds.lookup(&id);
 	if (!seed || seed->sk != (u64)tp)
 		return;
 	count(COUNT_CLOSED, 1);
 	p = seed->grown ? pairs.lookup(&id) : 0;
-	seeds.delete(&id);
+	tenant = seed->tenant;
+	int missing = seeds.delete(&id);
+	if (!missing)
+		count_tenant(tenant, -1);
 	if (!p)
 		return;
 	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))

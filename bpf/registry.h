@@ -104,6 +104,25 @@ static __always_inline void ask_for_watch(struct pair *p)
 	tell(p, EVENT_WATCH, REASON_NONE);
 }
 
+/*
+ * How long, in ms, has something waited at an end that is in the SOCKHASH, as far
+ * as one sees who looks now and then? progress says how far its reader has come.
+ */
+static __always_inline u32 note_waiting(struct end *e, int waits, u32 progress)
+{
+	u32 now = bpf_ktime_get_ns() / 1000000 ?: 1;
+
+	if (!waits) {
+		e->waiting_ms = 0;
+		return 0;
+	}
+	if (!e->waiting_ms) {
+		e->waiting_ms = now;
+		e->waiting_for = progress;
+	}
+	return now - e->waiting_ms;
+}
+
 /* What adoption found out so far about the two ends is no longer so. */
 static __always_inline void forget_findings(struct pair *p)
 {
@@ -155,6 +174,8 @@ static __always_inline int is_redirecting(u32 state)
  */
 static __always_inline void start_draining(struct pair *p, u32 reason)
 {
+	p->end[CLIENT].waiting_ms = 0;
+	p->end[SERVER].waiting_ms = 0;
 	p->reason = reason;
 	p->changed_ns = bpf_ktime_get_ns();
 	WRITE_ONCE(p->state, p->state == STATE_SPLICED && may_take_time(reason) ?

@@ -23,9 +23,11 @@
 #define SO_TIMESTAMPNS_NEW	64
 #define SO_TIMESTAMPING_NEW	65
 #define TCP_REPAIR		19
+#define TCP_NOTSENT_LOWAT	25
 #define TCP_ULP			31
 #define TCP_INQ			36
 #define RCV_SHUTDOWN		1
+#define SOCK_NOSPACE		(1 << 2)
 #define MSG_TRUNC		0x20
 #define MSG_WAITALL		0x100
 #define O_NONBLOCK		04000
@@ -219,6 +221,30 @@ static __always_inline u32 get_birth(void *task)
 
 	PROBE(born, leader, task_struct_start_boottime);
 	return born >> 24;
+}
+
+/* Did it wait for room to send, and nobody has told it of any since? */
+static __always_inline int waits_for_room(u64 sk)
+{
+	u64 socket = 0, flags = 0;
+
+	PROBE(socket, sk, sock_sk_socket);
+	if (socket)
+		PROBE(flags, socket, socket_flags);
+	return flags & SOCK_NOSPACE;
+}
+
+/*
+ * A send on a spliced socket found no socket memory, in its cgroup or on the
+ * host, and was told to wait. Nothing of it is in TCP, so no ACK will ever say
+ * that there is room again. TCP itself never refuses a first segment.
+ */
+static __always_inline int is_out_of_memory(u64 sk)
+{
+	u32 queued = 0;
+
+	PROBE(queued, sk, sock_sk_wmem_queued);
+	return !queued && waits_for_room(sk);
 }
 
 /* Has an end that may be gone anything to read, redirected or through TCP? */

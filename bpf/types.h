@@ -82,6 +82,7 @@ enum reason {
 	REASON_PACING,
 	REASON_UNACCEPTED,
 	REASON_FORGED,
+	REASON_MEMORY,
 	NR_REASONS,
 };
 
@@ -105,12 +106,12 @@ struct end {
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
 	u64 cgroup;		/* id of the cgroup the socket was made in */
-	u32 stuck_ms;		/* in the map: when unread TCP bytes were first seen, or 0 */
+	u32 waiting_ms;		/* in the map: since when bytes were seen to wait, or 0 */
 	u32 born;		/* when the process below was, to tell a pid from its next use */
 	u32 reads;		/* while plain, stops at settings.hot_reads */
 	u32 tgid;		/* the process that read last, init namespace */
 	u32 flags;
-	u32 stuck_seq;		/* copied_seq at that time */
+	u32 waiting_for;	/* what had been read at that time */
 };
 
 /*
@@ -173,7 +174,8 @@ struct seed {
 	u64 client_sk;
 	u64 client_cookie;
 	u64 born_ns;
-	u64 grown;		/* there is a pair */
+	u32 grown;		/* there is a pair */
+	u32 tenant;		/* whose it is: see has_room() */
 };
 
 /*
@@ -185,7 +187,8 @@ struct rendezvous {
 	u64 sk;
 	u64 cookie;
 	u32 in_map;		/* eager */
-	u32 pad[9];
+	u32 tenant;
+	u32 pad[8];
 	struct end_key key;	/* eager */
 	u64 pad2;
 };
@@ -245,7 +248,7 @@ struct traffic {
 struct settings {
 	u32 mode;		/* where no rule says anything */
 	u32 allow_blocking;
-	u32 splicing;		/* 0: every verdict passes */
+	u32 splicing;		/* 0: every verdict passes, but of pairs that are leaving */
 	u32 stopping;		/* not 0: adopt takes everything out, for this reason */
 	u32 hot_reads;
 	u32 policy;		/* another number after every change of policy, never 0 */

@@ -117,7 +117,8 @@ int verdict(struct sk_msg_md *msg)
 		return SK_PASS;
 	s = get_settings();
 	progress = READ_ONCE(p->state);
-	if (!s || !s->splicing || !is_redirecting(progress)) {
+	if (!s || !is_redirecting(progress) ||
+	    (!s->splicing && progress != STATE_LEAVING)) {
 		if (progress == STATE_DRAINING)
 			note_settled(d, tp);
 		goto pass;

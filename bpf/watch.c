@@ -24,10 +24,9 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
-	u32 copied_seq, reason;
+	u32 copied_seq, reason, unread, waited;
 	struct direction *inbound;
 	struct settings *s;
-	u32 now;
 	void *tp;
 
 	if (!key || !ctx->sk)
@@ -74,26 +73,34 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		start_draining(p, reason);
 		return 0;
 	}
-	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
-	/* A FIN waits behind redirected bytes, as it should. */
-	if (!unread_data(tp)) {
-		e->stuck_ms = 0;
+	if (is_out_of_memory((u64)tp)) {
+		start_draining(p, REASON_MEMORY);
 		return 0;
 	}
-	now = bpf_ktime_get_ns() / 1000000 ?: 1;
-	if (!e->stuck_ms || e->stuck_seq != copied_seq) {
-		e->stuck_ms = now;
-		e->stuck_seq = copied_seq;
-	} else if (now - e->stuck_ms >= RESCUE_MS) {
-		e->stuck_ms = 0;
-		if (!inbound->fit) {
+	/* A FIN waits behind redirected bytes, as it should. */
+	unread = unread_data(tp);
+	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
+	waited = note_waiting(e, unread, copied_seq);
+	if (!unread)
+		return 0;
+	if (waited >= RESCUE_MS) {
+		if (!inbound->fit)
 			/* Eager, and it has never read: slow, or unable to. */
-			start_draining(p, REASON_UNACCEPTED);
-			return 0;
+			reason = REASON_UNACCEPTED;
+		else if (e->waiting_for != copied_seq)
+			/*
+			 * It reads, and so slowly that none of our looks found it
+			 * done: all that comes passes, which TCP does better. Or it
+			 * reads byte by byte because FIONREAD says 0.
+			 */
+			reason = REASON_BUSY;
+		else
+			reason = REASON_RESCUE;
+		if (reason == REASON_RESCUE) {
+			count(COUNT_RESCUED, 1);
+			count_sweep(SWEEP_STUCK);
 		}
-		count(COUNT_RESCUED, 1);
-		count_sweep(SWEEP_STUCK);
-		start_draining(p, REASON_RESCUE);
+		start_draining(p, reason);
 		return 0;
 	}
 	count_sweep(SWEEP_UNREAD);

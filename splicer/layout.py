@@ -43,7 +43,7 @@ PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION 
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
-SEED = struct.Struct("=" + _END_KEY + " 6Q")
+SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
 SETTINGS = struct.Struct("=14I")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=2Q")
@@ -167,13 +167,13 @@ def read_pair(value: bytes) -> Pair:
 
 def is_grown(seed: bytes) -> bool:
     """Does a connection of the seeds map have an entry in the pairs map too?"""
-    return bool(SEED.unpack(seed)[-1])
+    return bool(SEED.unpack(seed)[-2])
 
 
 def read_seed(value: bytes) -> Pair | None:
     """A connection too young for an entry in the pairs map, as one that is cold; None if it has one."""
     fields = SEED.unpack(value)
-    if fields[-1]:
+    if fields[-2]:
         return None
     none = Direction(0, 0, 0)
     server = _read_end((*fields[:13], *[0] * (_END_FIELDS - 13)))

@@ -34,7 +34,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("peek_offset", "An end has SO_PEEK_OFF."),
     ("foreign_psock", "Another program already has an end in a sockmap or uses its sk_user_data."),
     ("policy_off", "The policy of an end is off; splicer policy says why."),
-    ("map_full", "The limit of --max-connections was reached."),
+    ("map_full", "The limit of --max-connections was reached, or the share of the client's cgroup in it."),
     ("backpressure", "The reader fell behind; TCP now holds the sender back."),
     ("stream", "One direction only, in messages that TCP merges: plain TCP is faster."),
     ("rescue", "Bytes waited unread in a spliced socket; it went back to plain TCP."),
@@ -48,6 +48,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("pacing", "An end has SO_MAX_PACING_RATE, which redirected bytes would not obey."),
     ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),
     ("forged", "Another socket claims to be an end of it, which takes TCP_REPAIR."),
+    ("memory", "A send found no socket memory, in its cgroup or on the host; TCP always has some in reserve."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)
