@@ -492,6 +492,8 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 		peer->waiting_ms = 0;
 		WRITE_ONCE(p->state, p->state == STATE_SPLICED ? STATE_LEAVING : STATE_DRAINING);
 	}
+	if (s->stopping && p->state == STATE_LEAVING)
+		p->reason = s->stopping;
 	if (p->state == STATE_LEAVING)
 		try_leave(sk, tp, &id, p, e, peer);
 	else if (p->state == STATE_DRAINING)
