@@ -52,11 +52,6 @@ struct bpf_iter__tcp {
 	u32 uid;
 };
 
-static __always_inline struct end *other_end(struct pair *p, int side)
-{
-	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
-}
-
 /* Nothing of what the peer sent through TCP is unread, nothing in flight. */
 static __always_inline int is_caught_up(void *tp, struct end *peer)
 {

@@ -46,11 +46,19 @@ static __always_inline enum reader get_reader(void)
 	return flags & MSG_WAITALL ? READER_WAITALL : READER_RECV;
 }
 
+/*
+ * The process splices: find_misfit() keeps it out from now on. Those of its
+ * connections that are spliced are found by the watch, which had better come soon.
+ */
 static __always_inline void remember_splicer(u32 tgid)
 {
-	u32 born = get_birth(current_task());
+	u32 born = get_birth(current_task()), *known = splicers.lookup(&tgid);
+	struct event e = { .type = EVENT_WATCH };
 
+	if (known && *known == born)
+		return;
 	splicers.update(&tgid, &born);
+	events.ringbuf_output(&e, sizeof(e), 0);
 }
 
 static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32 tgid)
@@ -106,6 +114,7 @@ int observe(u64 *ctx)
 {
 	void *tp = to_tcp_sock((void *)ctx[0]);
 	struct settings *s;
+	enum reader reader;
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
@@ -158,21 +167,30 @@ int observe(u64 *ctx)
 			p->dir[CLIENT].primed = 1;
 		return 0;
 	}
+	reader = get_reader();
+	if (reader == READER_SPLICE)
+		remember_splicer(tgid);	/* whether this pair waits, is off or cools down */
 	s = get_settings();
 	if (!s)
 		return 0;
 	if (p->policy != s->policy)
 		decide_again(p, s);
-	if (p->announced || p->mode == MODE_OFF || !s->splicing)
+	if (p->mode == MODE_OFF || !s->splicing)
+		return 0;
+	reason = refuse_reader(p, reader, tgid);
+	if (reason) {
+		if (p->announced && p->reason != REASON_PENDING)
+			return 0;	/* known already, for this reason or another */
+		p->announced = 1;
+		p->reason = reason;
+		count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
+		if ((e->flags | other_end(p, side)->flags) & END_IN_MAP)
+			start_draining(p, reason);
+		return 0;
+	}
+	if (p->announced)
 		return 0;
 	if (e->reads < s->hot_reads) {
-		reason = refuse_reader(p, get_reader(), tgid);
-		if (reason) {
-			p->announced = 1;
-			p->reason = reason;
-			count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
-			return 0;
-		}
 		e->reads++;
 		note_reader(e, tgid);
 		if (unread_bytes(tp))

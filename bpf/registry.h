@@ -51,6 +51,11 @@ find_pair_of(void *tp, struct pair_id *id, int *side)
 			 local_port(tp) > remote_port(tp), id, side);
 }
 
+static __always_inline struct end *other_end(struct pair *p, int side)
+{
+	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
+}
+
 /* A pair with everything but its state, which makes it visible. */
 static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed)
 {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 20.0  # seconds
+START_TIMEOUT = 60.0  # seconds
 STOP_TIMEOUT = 15.0  # seconds
 
 
