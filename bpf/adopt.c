@@ -37,8 +37,6 @@
 #define STRANDED_MS		15
 #define BUSY_RETRY_NS		250000000ULL
 #define REFUSED_RETRY_NS	1000000000ULL
-/* So long may a pair be waited for that is to leave, before it is made to. */
-#define LEAVE_NS		100000000ULL
 #define LEAVE_STREAM_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
 /* Each of these is doubled every time, so that a pair does not flap. */

@@ -167,6 +167,9 @@ static __always_inline int may_take_time(u32 reason)
 	       reason == REASON_STOP || reason == REASON_STREAM;
 }
 
+/* So long may a pair be waited for that is to leave, before it is made to. */
+#define LEAVE_NS		100000000ULL
+
 static __always_inline int is_redirecting(u32 state)
 {
 	return state == STATE_SPLICED || state == STATE_LEAVING;

@@ -53,6 +53,13 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 	}
 	count_sweep(SWEEP_SEEN);
 	if (p->state == STATE_DRAINING || p->state == STATE_LEAVING) {
+		/*
+		 * adopt does not come by: it waits for a lock in that namespace, or
+		 * nobody has a name for it. Off has to mean off all the same.
+		 */
+		if (p->state == STATE_LEAVING && p->reason != REASON_STOP &&
+		    bpf_ktime_get_ns() - p->changed_ns > 3 * LEAVE_NS)
+			WRITE_ONCE(p->state, STATE_DRAINING);
 		count_sweep(SWEEP_TO_DRAIN);
 		tell(p, EVENT_DRAIN, p->reason);
 		return 0;
