@@ -303,8 +303,7 @@ static __always_inline void finish(struct pair *p)
 	p->announced = 0;
 	p->attempts = 0;
 	forget_findings(p);
-	p->end[CLIENT].waiting_ms = 0;
-	p->end[SERVER].waiting_ms = 0;
+	forget_waiting(p);
 	if (p->was_spliced && p->drains < MAX_DOUBLINGS && p->reason != REASON_REQUEST &&
 	    p->reason != REASON_POLICY)
 		p->drains++;
@@ -370,16 +369,19 @@ static __always_inline void note_reading(void *tp, struct end *e)
 	u64 psock = own_psock(tp), first = 0;
 
 	PROBE(first, psock, sk_psock_ingress_msg);
-	if (e->waiting_for != (u32)first)
+	if (e->waiting_ms && e->waiting_for != (u32)first) {
 		e->waiting_ms = 0;	/* it has come further since */
+		e->flags |= END_MOVED;
+	}
 	note_waiting(e, first != psock + OFF_sk_psock_ingress_msg, first);
 }
 
+/* Something waits, and as far as we know nobody reads it. */
 static __always_inline int is_idle(struct end *e)
 {
 	u32 now = bpf_ktime_get_ns() / 1000000 ?: 1;
 
-	return e->waiting_ms && now - e->waiting_ms >= IDLE_MS;
+	return e->waiting_ms && (!(e->flags & END_MOVED) || now - e->waiting_ms >= IDLE_MS);
 }
 
 /*
@@ -481,8 +483,7 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	    (e->flags | peer->flags) & END_IN_MAP) {
 		p->reason = s->stopping;
 		p->changed_ns = bpf_ktime_get_ns();
-		e->waiting_ms = 0;
-		peer->waiting_ms = 0;
+		forget_waiting(p);
 		WRITE_ONCE(p->state, p->state == STATE_SPLICED ? STATE_LEAVING : STATE_DRAINING);
 	}
 	if (s->stopping && p->state == STATE_LEAVING)

@@ -128,6 +128,14 @@ static __always_inline u32 note_waiting(struct end *e, int waits, u32 progress)
 	return now - e->waiting_ms;
 }
 
+static __always_inline void forget_waiting(struct pair *p)
+{
+	p->end[CLIENT].waiting_ms = 0;
+	p->end[SERVER].waiting_ms = 0;
+	p->end[CLIENT].flags &= ~END_MOVED;
+	p->end[SERVER].flags &= ~END_MOVED;
+}
+
 /* What adoption found out so far about the two ends is no longer so. */
 static __always_inline void forget_findings(struct pair *p)
 {
@@ -182,8 +190,7 @@ static __always_inline int is_redirecting(u32 state)
  */
 static __always_inline void start_draining(struct pair *p, u32 reason)
 {
-	p->end[CLIENT].waiting_ms = 0;
-	p->end[SERVER].waiting_ms = 0;
+	forget_waiting(p);
 	p->reason = reason;
 	p->changed_ns = bpf_ktime_get_ns();
 	WRITE_ONCE(p->state, p->state == STATE_SPLICED && may_take_time(reason) ?

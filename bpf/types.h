@@ -93,6 +93,7 @@ enum end_flag {
 	END_PARTIAL	= 1 << 2,	/* was seen to leave bytes behind when reading */
 	END_RESTED	= 1 << 3,	/* was seen with nothing unread or on its way to it */
 	END_LEFT	= 1 << 4,	/* has been in the SOCKHASH before */
+	END_MOVED	= 1 << 5,	/* leaving: was seen to take some of what waits for it */
 };
 
 enum mode {
