@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from conformance.memory import Bound, remove_bounds
 from conformance.probes import PROBES, Probe, load
 from conformance.scene import Cut, End, Overdue, Scene
 
@@ -33,6 +34,7 @@ SETTLING_ROUNDS = 4  # the first messages after adoption may go through TCP
 SPLICE_PATIENCE = 8.0  # seconds
 MISTAKEN = "taken for a process that had used splice(2)"
 ATTEMPTS = 4
+BOUND = "splicer-test-probe-"
 SILENCE = 10.0  # seconds without a line from a child, more than any patience in it: it hangs
 
 
@@ -64,21 +66,24 @@ class Control:
         }
 
 
-def connect(probe: Probe, port: int = 0) -> tuple[socket.socket, socket.socket]:
+def connect(probe: Probe, port: int = 0, bound: Bound | None = None) -> tuple[socket.socket, socket.socket]:
     """A connection over this namespace's loopback: client's and server's socket."""
+    inside = {probe.bound: bound.inside} if bound else {}
     protocol = IPPROTO_MPTCP if probe.mptcp else 0
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol) as door:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         door.bind(("127.0.0.1", port or probe.port))
         door.listen(8)
-        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        with inside.get("client", contextlib.nullcontext)():
+            client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
         for each in probe.options[0]:
             client.setsockopt(*each)
         if not probe.blocking[0]:
             # Non-blocking from the start, which `eager` asks of a client.
             client.settimeout(10.0)
         client.connect(door.getsockname())
-        server, _ = door.accept()
+        with inside.get("server", contextlib.nullcontext)():
+            server, _ = door.accept()
     for each in probe.options[1]:
         server.setsockopt(*each)
     client.setblocking(probe.blocking[0])
@@ -146,9 +151,12 @@ def _is_ready(flow: dict[str, Any] | None, probe: Probe) -> bool:
 def play(probe: Probe, cuts: list[Cut], control: Control | None, port: int, tell: Any) -> None:
     """Each run on a connection of its own, all of them made hot together."""
     scenes = []
-    for cut in cuts:
-        client, server = connect(probe, port)
+    for number, cut in enumerate(cuts):
+        bound = Bound(f"{BOUND}{os.getpid()}-{number}") if probe.bound else None
+        client, server = connect(probe, port, bound)
         scenes.append(Scene(End("client", client), End("server", server), cut))
+        if bound:
+            scenes[-1].memory = scenes[-1].keep(bound)
         if control is not None:
             scenes[-1].drain = lambda: control.ask("drain")
     stormy = any(cut.drag for cut in cuts)
@@ -229,6 +237,7 @@ class Actor:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            remove_bounds(f"{BOUND}{child}-")
             if ready:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(ready)

@@ -114,6 +114,11 @@ def told_nothing(plain: Lines, seen: Lines) -> bool:
     ]
 
 
+def where(text: str, change: Callable[[Lines], Lines]) -> Callable[[Lines], Lines]:
+    """Only if plain TCP's first line has `text`: without it the kernel lacks what the probe is about."""
+    return lambda lines: change(lines) if text in lines[0] else lines
+
+
 def one_of(*results: Callable[[Lines], Lines]) -> Callable[[Lines, Lines], bool]:
     return lambda plain, seen: seen in [result(plain) for result in results]
 
@@ -139,6 +144,24 @@ DIFFERENCES: dict[str, Difference] = {
     "oob_without_urgent_data": Difference(
         swap((0, "EAGAIN"), (2, "'x'"), (3, "EAGAIN")), one_of(swap((0, "EAGAIN")))
     ),
+    # other ways to send and to read
+    "uring_zero_copy_send": Difference(
+        where(
+            " = 10,",
+            swap(
+                *((at, "ENOTSUP, notice follows: True") for at in (0, 3)),
+                *((at, "'', EAGAIN") for at in (1, 4)),
+            ),
+        )
+    ),
+    "zero_copy_receive": Difference(swap((1, "0"), (4, "0")), one_of(swap((1, "0")), swap((4, "0")))),
+    # memory
+    "receiver_out_of_memory": Difference(
+        where("bound: True", swap((1, "refused by ['ENOMEM']"))),
+        one_of(swap((1, "refused by ['EAGAIN', 'ENOMEM']"))),
+    ),
+    "sender_out_of_memory": Difference(where("bound: True", swap((1, "at first: EAGAIN")))),
+    "large_sends_side_by_side": Difference(swap((1, "[b'\\x00', b'A', b'B'], each in one piece: False"))),
     # calls with a mistake in them
     "send_from_nowhere": Difference(swap((0, "0"))),
     "partly_bad_buffer": Difference(swap((1, "all there: True, after some"))),

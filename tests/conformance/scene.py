@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from conformance.memory import Bound
+
 SO_PEEK_OFF = 42
 SIOCOUTQ = 0x5411
 PATIENCE = 8.0  # seconds; whatever takes longer is a hang
@@ -98,6 +100,8 @@ class Scene:
     lines: list[str] = field(default_factory=list)
     moments: int = 0
     drain: Callable[[], object] = lambda: None
+    # A bound on the memory of one end's socket, where the probe asked for it.
+    memory: Bound | None = None
     _chance: random.Random = field(default_factory=random.Random)
     _open: list[Any] = field(default_factory=list)
     _muted: bool = False

@@ -17,6 +17,8 @@ MODULES = (
     "reading",
     "readiness",
     "uring",
+    "detours",
+    "limits",
     "sending",
     "streams",
     "endings",
@@ -52,6 +54,8 @@ class Probe:
     # How the connection is made hot: the reads a server does in these rounds are its style.
     heat: Callable[..., None] | None = None
     mptcp: bool = False
+    # Whose socket ("client" or "server") has a bound on its memory, which the probe finds in `Scene.memory`.
+    bound: str = ""
 
 
 PROBES: dict[str, Probe] = {}

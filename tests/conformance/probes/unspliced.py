@@ -4,6 +4,7 @@ at all."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 from conformance.probes import probe
 from conformance.probes.options import await_stamps
+from conformance.probes.uring import ASYNC, IS_THERE, OP_RECV, Buffer, Uring, name_result
 from conformance.scene import Scene, error_name, pattern
 
 SOL, TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
@@ -92,8 +94,6 @@ def blocking_receive_timeout(s: Scene) -> None:
 @probe(**BLOCKING)
 def blocking_recv_interrupted(s: Scene) -> None:
     """A signal interrupts a blocking read: EINTR without SA_RESTART, asleep again with it."""
-    import ctypes
-
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(100)
     signal.signal(signal.SIGALRM, lambda number, frame: None)
@@ -228,6 +228,26 @@ def timestamps_from_the_start(s: Scene) -> None:
         s.client.call("recvmsg", lambda: len(s.client.sock.recvmsg(4, 256)[1]))
 
 
+# A program that lets everything through: struct sock_fprog of <linux/filter.h>.
+_CODE = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0xFFFFFFFF))
+_EVERYTHING = struct.pack("HxxxxxxQ", 1, ctypes.addressof(_CODE))
+
+
+@probe(options=((), ((SOL, 26, _EVERYTHING),)), reason="socket_filter")
+def socket_filter_from_the_start(s: Scene) -> None:
+    """SO_ATTACH_FILTER: another filter, put in its place later, holds at once."""
+    s.client.send(b"passed on")
+    s.settle()
+    s.server.rest()
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    s.server.set("ATTACH_FILTER", SOL, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(code)))
+    s.client.send(b"filtered")
+    time.sleep(0.03)
+    s.server.recv(10)
+    s.server.set("DETACH_FILTER", SOL, 27, 0)
+    s.server.take(8)
+
+
 @probe(options=(((SOL, 47, 50_000_000),), ()), reason="pacing")
 def pacing_from_the_start(s: Scene) -> None:
     """SO_MAX_PACING_RATE: the sender is as slow as it asked to be."""
@@ -272,6 +292,32 @@ def splice_reader(s: Scene) -> None:
     s.server.call("splice", os.splice, s.server.fd, into, 10)
     os.close(out)
     os.close(into)
+
+
+def _worker_round(client: socket.socket, server: socket.socket) -> None:
+    """A kernel worker reads for the server (IOSQE_ASYNC)."""
+    ring, buffer = Uring(), Buffer(64)
+    client.sendall(bytes(64))
+    ring.submit(OP_RECV, server.fileno(), buffer.address, 64, sqe_flags=ASYNC)
+    assert ring.wait() == 64
+    ring.close()
+    server.sendall(bytes(64))
+    select.select([client], [], [], 5)
+    client.recv(64)
+
+
+if IS_THERE:
+
+    @probe(heat=_worker_round, reason="kernel_socket")
+    def read_by_a_kernel_worker(s: Scene) -> None:
+        """A receive that sleeps in a worker of io_uring is woken by each message."""
+        ring = s.keep(Uring())
+        for number in range(4):
+            buffer = Buffer(100)
+            ring.submit(OP_RECV, s.server.fd, buffer.address, 100, sqe_flags=ASYNC)
+            s.client.send(pattern(20, number))
+            got = ring.wait()
+            s.note(f"got {name_result(got)}, right: {buffer.raw.raw[:20] == pattern(20, number)}")
 
 
 def _discarding_round(client: socket.socket, server: socket.socket) -> None:

@@ -4,6 +4,7 @@ has it switched off they say so, on plain TCP as well."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -19,10 +20,11 @@ from conformance.probes import probe
 from conformance.scene import Scene, names, pattern
 
 _SETUP, _ENTER = 425, 426  # the same on every architecture
-_OP_POLL_ADD, _OP_READ, _OP_SEND, _OP_RECV = 6, 22, 26, 27
+_OP_POLL_ADD, _OP_READ, _OP_SEND, OP_RECV = 6, 22, 26, 27
 _GETEVENTS, _EXT_ARG = 1, 8
-_ASYNC = 1 << 4  # IOSQE_ASYNC
+ASYNC = 1 << 4  # IOSQE_ASYNC
 _POLL_FIRST = 1  # IORING_RECVSEND_POLL_FIRST
+NOWHERE = (1 << 64) - 1  # the offset of what has none
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -56,7 +58,8 @@ class Uring:
             offset=0,
         )
         self.sqes = mmap.mmap(self.fd, 64 * self.entries, offset=0x10000000)
-        self._kept: list[Any] = []
+        # IORING_CQE_F_... of what `wait` returned last.
+        self.flags = 0
 
     def submit(
         self,
@@ -67,13 +70,15 @@ class Uring:
         flags: int = 0,
         prio: int = 0,
         sqe_flags: int = 0,
+        offset: int = 0,
+        group: int = 0,
+        fd_in: int = 0,
     ) -> None:
         """Hand one operation to the kernel; what it left is got by `wait`."""
         tail = self._word(self.sq["tail"])
         index = tail & self._word(self.sq["mask"])
-        offset = (1 << 64) - 1 if op == _OP_READ else 0
         self.sqes[index * 64 : index * 64 + 64] = struct.pack(
-            "<BBHiQQIIQ24x", op, sqe_flags, prio, fd, offset, address, length, flags, 7
+            "<BBHiQQIIQHHi16x", op, sqe_flags, prio, fd, offset, address, length, flags, 7, group, 0, fd_in
         )
         self._put(self.sq["array"] + 4 * index, index)
         self._put(self.sq["tail"], tail + 1)
@@ -87,7 +92,7 @@ class Uring:
         if head == self._word(self.cq["tail"]):
             return None
         at = self.cq["cqes"] + 16 * (head & self._word(self.cq["mask"]))
-        result = struct.unpack("<QiI", self.rings[at : at + 16])[1]
+        _, result, self.flags = struct.unpack("<QiI", self.rings[at : at + 16])
         self._put(self.cq["head"], head + 1)
         return int(result)
 
@@ -120,7 +125,7 @@ class Uring:
         self.rings[at : at + 4] = struct.pack("<I", value & 0xFFFFFFFF)
 
 
-def _ring(s: Scene) -> Uring | None:
+def make_ring(s: Scene) -> Uring | None:
     try:
         return s.keep(Uring())
     except OSError as error:
@@ -128,34 +133,45 @@ def _ring(s: Scene) -> Uring | None:
         return None
 
 
-def _result(number: int | None) -> Any:
+def _is_there() -> bool:
+    with contextlib.suppress(OSError):
+        Uring().close()
+        return True
+    return False
+
+
+# Without io_uring there is nothing to send, and so nothing to redirect.
+IS_THERE = _is_there()
+
+
+def name_result(number: int | None) -> Any:
     if number is None:
         return "nothing yet"
     return errno.errorcode[-number] if number < 0 else number
 
 
-class _Buffer:
+class Buffer:
     def __init__(self, size: int) -> None:
         self.raw = ctypes.create_string_buffer(size)
         self.address = ctypes.addressof(self.raw)
 
 
-def _recv(s: Scene, ring: Uring, size: int, op: int = _OP_RECV) -> bytes:
-    buffer = _Buffer(size)
+def _recv(s: Scene, ring: Uring, size: int, op: int = OP_RECV) -> bytes:
+    buffer = Buffer(size)
     s.moment()
     # Without MSG_DONTWAIT a ring waits even where the socket does not block.
-    flags = socket.MSG_DONTWAIT if op == _OP_RECV else 0
-    ring.submit(op, s.server.fd, buffer.address, size, flags)
+    flags = socket.MSG_DONTWAIT if op == OP_RECV else 0
+    ring.submit(op, s.server.fd, buffer.address, size, flags, offset=NOWHERE if op == _OP_READ else 0)
     got = ring.wait()
     data = buffer.raw.raw[: max(got or 0, 0)]
-    s.note(f"io_uring op {op} ({size}) = {_result(got)} {data[:48]!r}")
+    s.note(f"io_uring op {op} ({size}) = {name_result(got)} {data[:48]!r}")
     return data
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_recv(s: Scene) -> None:
     """IORING_OP_RECV gets what waits; with nothing there and MSG_DONTWAIT it is EAGAIN."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     _recv(s, ring, 10)
@@ -168,10 +184,10 @@ def uring_recv(s: Scene) -> None:
     _recv(s, ring, 1)
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_read(s: Scene) -> None:
     """IORING_OP_READ is the same."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     s.client.send(b"0123456789")
@@ -180,10 +196,10 @@ def uring_read(s: Scene) -> None:
     _recv(s, ring, 100, _OP_READ)
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_poll(s: Scene) -> None:
     """IORING_OP_POLL_ADD completes when something arrives, and not before."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     for number in range(4):
@@ -193,47 +209,47 @@ def uring_poll(s: Scene) -> None:
         s.client.send(pattern(10, number))
         s.settle()
         got = ring.wait()
-        s.note(f"early {_result(early)}, then {'nothing' if got is None else names(got)}")
+        s.note(f"early {name_result(early)}, then {'nothing' if got is None else names(got)}")
         s.server.rest()
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_poll_first(s: Scene) -> None:
     """A receive with IORING_RECVSEND_POLL_FIRST sleeps until something arrives and gets it."""
     _wait_for_each(s, prio=_POLL_FIRST)
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_recv_waits(s: Scene) -> None:
     """A receive that finds nothing sleeps until something arrives and gets it."""
     _wait_for_each(s)
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_recv_in_a_worker(s: Scene) -> None:
     """The same with IOSQE_ASYNC: a kernel worker sleeps in the receive."""
-    _wait_for_each(s, sqe_flags=_ASYNC)
+    _wait_for_each(s, sqe_flags=ASYNC)
 
 
 def _wait_for_each(s: Scene, prio: int = 0, sqe_flags: int = 0) -> None:
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     for number in range(4):
-        buffer = _Buffer(100)
+        buffer = Buffer(100)
         s.moment()
-        ring.submit(_OP_RECV, s.server.fd, buffer.address, 100, 0, prio, sqe_flags)
+        ring.submit(OP_RECV, s.server.fd, buffer.address, 100, 0, prio, sqe_flags)
         early = ring.wait(0.02)
         s.client.send(pattern(20, number))
         got = ring.wait() if early is None else early
         right = got == 20 and buffer.raw.raw[:20] == pattern(20, number)
-        s.note(f"early: {early is not None}, got {_result(got)}, right: {right}")
+        s.note(f"early: {early is not None}, got {name_result(got)}, right: {right}")
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_send(s: Scene) -> None:
     """IORING_OP_SEND sends like send(2)."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     for size in (10, 5000, 100_000):
@@ -241,14 +257,14 @@ def uring_send(s: Scene) -> None:
         s.moment()
         ring.submit(_OP_SEND, s.client.fd, ctypes.addressof(data), size)
         got = ring.wait()
-        s.note(f"io_uring send = {_result(got)}")
+        s.note(f"io_uring send = {name_result(got)}")
         s.server.take(size)
 
 
-@probe(redirects=False)
+@probe(redirects=IS_THERE)
 def uring_waiter_in_a_thread(s: Scene) -> None:
     """A thread asleep in io_uring_enter is woken by what arrives at the socket it polls."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     for number in range(3):
@@ -267,7 +283,7 @@ def uring_waiter_in_a_thread(s: Scene) -> None:
 def uring_worker_asleep_while_it_gets_hot(s: Scene) -> None:
     """A kernel worker sleeps in a receive (IOSQE_ASYNC) on a non-blocking socket while traffic the other way
     makes the connection hot; the next message wakes it."""
-    ring = _ring(s)
+    ring = make_ring(s)
     if ring is None:
         return
     door = s.keep(socket.create_server(("127.0.0.1", 0)))
@@ -279,8 +295,8 @@ def uring_worker_asleep_while_it_gets_hot(s: Scene) -> None:
         one.send(b"x")
         select.select([other], [], [], 3)
         other.recv(10)
-    buffer = _Buffer(100)
-    ring.submit(_OP_RECV, server.fileno(), buffer.address, 100, sqe_flags=_ASYNC)
+    buffer = Buffer(100)
+    ring.submit(OP_RECV, server.fileno(), buffer.address, 100, sqe_flags=ASYNC)
     time.sleep(0.02)
     for _ in range(30):
         server.send(b"y")
@@ -290,8 +306,8 @@ def uring_worker_asleep_while_it_gets_hot(s: Scene) -> None:
     for number in range(4):
         client.send(b"wake %d" % number)
         got = ring.wait(2.0)
-        s.note(f"woken: {_result(got)} {buffer.raw.raw[: max(got or 0, 0)]!r}")
+        s.note(f"woken: {name_result(got)} {buffer.raw.raw[: max(got or 0, 0)]!r}")
         if got is None:
             break
-        ring.submit(_OP_RECV, server.fileno(), buffer.address, 100, sqe_flags=_ASYNC)
+        ring.submit(OP_RECV, server.fileno(), buffer.address, 100, sqe_flags=ASYNC)
         time.sleep(0.02)
