@@ -2,8 +2,9 @@
 /*
  * What keeps a socket from being spliced, read from the socket itself.
  *
- * The address may be stale: the caller compares the cookie afterwards, and a
- * wrong answer costs a splice and never a byte.
+ * The address may be stale. adopt and verdict compare the cookie beside this, and
+ * an eager end is looked at again before anything is redirected to it: a wrong
+ * answer costs a splice and never a byte.
  */
 
 static __always_inline u32 find_misfit_option(u64 sk)

@@ -157,9 +157,10 @@ static __always_inline void tell_orphan(struct end_key *key)
 
 /*
  * Marks on the sockets of connections that may have a record, so that reading
- * any other costs observe one load. Both are flags that SOCK_OPS has anyway: the
- * server's close is the end of the pair, and retransmission timeouts, the
- * client's, are rare where both ends are on one host.
+ * any other costs observe one load. A client to another host cannot know that
+ * and has its mark too: its reads cost two failed lookups as well. Both are flags
+ * that SOCK_OPS has anyway: the server's close is the end of the pair, and
+ * retransmission timeouts, the client's, are rare where both ends are on one host.
  */
 #define SERVER_MARK	BPF_SOCK_OPS_STATE_CB_FLAG
 #define CLIENT_MARK	BPF_SOCK_OPS_RTO_CB_FLAG
@@ -184,9 +185,10 @@ static __always_inline int is_redirecting(u32 state)
 }
 
 /*
- * From here on, or once the ends are at rest, every verdict for this pair passes. Redirected bytes are read
- * first whatever follows through TCP, so the order holds. A lost event costs
- * time only: the daemon's watch finds draining pairs by itself.
+ * From here on, or once the ends are at rest, every verdict for this pair
+ * passes. Redirected bytes are read first whatever follows through TCP, so the
+ * order holds. A lost event costs time only: the daemon's watch finds draining
+ * pairs by itself.
  */
 static __always_inline void start_draining(struct pair *p, u32 reason)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * watch: iter/sockmap over the SOCKHASH, run by the daemon after an
- * EVENT_WATCH and otherwise once a second.
+ * EVENT_WATCH and otherwise once a second; and to start the draining of all.
  *
  * Ends that became unfit are drained. So is an end whose TCP bytes do not
  * move: its reader may be unable to see them (FIONREAD on class B). Once it is
@@ -68,6 +68,10 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 		return 0;
 	p->watched = 0;
 	s = get_settings();
+	if (s && s->stopping) {
+		start_draining(p, s->stopping);
+		return 0;
+	}
 	if (s && p->policy != s->policy)
 		decide(p, s);
 	if (p->mode == MODE_OFF) {

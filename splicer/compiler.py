@@ -25,9 +25,9 @@ from typing import Any
 
 from splicer import libbpf
 from splicer.btf import Btf
-from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+from splicer.errors import FAILURE, KERNELS, UNSUPPORTED, SplicerError
 
-_KERNEL = "splicer needs Linux 5.15 or newer; if this is one, please report its version"
+_KERNEL = f"splicer needs {KERNELS}; if this is one, please report its version"
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 

@@ -192,7 +192,7 @@ class Daemon:
     def _stop(self) -> None:
         """Drain for up to stop_timeout seconds; a second signal ends the waiting."""
         self._sweeper.change_settings(registering=False)
-        left = self._sweeper.drain("stop", self._settings.stop_timeout, lambda: self._signals > 1)
+        left = self._sweeper.drain(self._settings.stop_timeout, lambda: self._signals > 1)
         self._log.info("drained", unread_connections=left)
 
     # -- policy --------------------------------------------------------------------------------------------
@@ -356,10 +356,8 @@ class Daemon:
             self._log.warning("rescued", ends=counts.stuck)
 
     def _drain_all(self) -> None:
-        """An operator's wish: everything back to plain TCP, then as before."""
-        left = self._sweeper.drain("request", self._settings.stop_timeout)
-        self._sweeper.change_settings(splicing=True, stopping=0)
-        self._log.info("drained", unread_connections=left)
+        """An operator's wish: everything back to plain TCP, once. Nobody waits for it here: the watch must go on."""
+        self._log.info("draining", ends=self._sweeper.begin_draining("request"))
 
     def _answer_drain(self, _request: dict[str, Any]) -> dict[str, Any]:
         self._drain_requested = True

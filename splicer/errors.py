@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception for failures we expect, and the exit codes of the command line."""
+"""The one exception for failures we expect, exit codes of the command line, and what several hints name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ USAGE = 2
 NOT_RUNNING = 3
 UNSUPPORTED = 4
 INTERRUPTED = 130
+
+# Those of class B and C, by their upstream versions: see KNOWN_ISSUES.md.
+KERNELS = "Linux 6.6.128, 6.12.75, 6.18.14 or a later one of these lines, or 6.19 or later"
 
 
 class SplicerError(Exception):

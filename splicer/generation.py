@@ -258,7 +258,7 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
     try:
         sweeper = generation.sweeper()
         sweeper.change_settings(registering=False)
-        left = sweeper.drain("stop", timeout)
+        left = sweeper.drain(timeout)
         sweeper.close()
     finally:
         generation.close()
@@ -281,7 +281,5 @@ def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
         os.close(lock)
     lines = [f"removed {path}" for path in removed]
     if left:
-        lines.append(
-            f"{left} connections have unread redirected bytes; they keep their data and need nothing more"
-        )
+        lines.append(f"{left} connections have unread redirected bytes; they keep them, and stay as they are")
     return lines

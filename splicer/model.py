@@ -48,7 +48,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("pacing", "An end has SO_MAX_PACING_RATE, which redirected bytes would not obey."),
     ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),
     ("forged", "Another socket claims to be an end of it, which takes TCP_REPAIR."),
-    ("memory", "A send found no socket memory, in its cgroup or on the host; TCP always has some in reserve."),
+    ("memory", "A send found no socket memory, in its cgroup or on the host; TCP always has a reserve."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)

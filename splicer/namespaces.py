@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 
-from splicer.errors import UNSUPPORTED, SplicerError
+from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
 _CLONE_NEWNET = 0x40000000
@@ -37,7 +37,7 @@ def read_own_cookie() -> int:
                 raise
             raise SplicerError(
                 "this kernel has no network namespace cookies (SO_NETNS_COOKIE)",
-                hint="splicer needs Linux 5.15 or newer",
+                hint=f"splicer needs {KERNELS}",
                 exit_code=UNSUPPORTED,
             ) from error
     return int(struct.unpack("=Q", value)[0])

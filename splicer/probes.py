@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 
 from splicer import libbpf
-from splicer.errors import UNSUPPORTED, SplicerError
+from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 
 _SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
 _BYTES = b"probe"
@@ -132,13 +132,13 @@ def require_class() -> KernelClass:
     except libbpf.KernelError as error:
         raise SplicerError(
             f"this kernel cannot redirect between sockets ({error.strerror})",
-            hint="splicer needs Linux 5.15 or newer with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG",
+            hint=f"splicer needs {KERNELS}, with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG",
             exit_code=UNSUPPORTED,
         ) from error
     if found.name == "A":
         raise SplicerError(
             "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang",
-            hint="use a kernel with the fix: Linux 6.6.128, 6.12.75, 6.18.14, 6.19 or a later one",
+            hint=f"use a kernel with the fix: {KERNELS}",
             exit_code=UNSUPPORTED,
         )
     if not found.accounts_memory:

@@ -134,7 +134,9 @@ class Sweeper:
                 continue
             path = self._directory.find(cookie, pids)
             if path is None:
-                continue  # gone, and its sockets with it
+                # Gone, most likely, and its sockets with it. Without a process and a name they may live on
+                # elsewhere: watch makes them pass through TCP if their policy is off.
+                continue
             try:
                 with entered(path) as actual:
                     if actual != cookie:
@@ -198,14 +200,24 @@ class Sweeper:
         assert raw is not None, "every index of an array has a value"
         return KernelSettings.unpack(raw)
 
-    def drain(self, reason: str, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> int:
-        """Take every end out of the SOCKHASH.
+    def begin_draining(self, reason: str) -> int:
+        """Start all that is spliced on its way back; returns the number of ends. Their events say where to
+        look for them (EventType.DRAIN), and splicing goes on meanwhile."""
+        self.change_settings(stopping=REASON_NAMES.index(reason))
+        try:
+            return self.watch().seen
+        finally:
+            self.change_settings(stopping=0)
+
+    def drain(self, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> int:
+        """Stop splicing, and take every end out of the SOCKHASH.
 
         Returns the number of pairs still in it after `timeout` seconds, or when `is_enough` says so: their
-        readers do not read. That is safe, see ARCHITECTURE.md; no verdict redirects any more then. The caller
-        decides whether splicing goes on afterwards.
+        readers do not read, or they cannot be visited. That is safe, see ARCHITECTURE.md; verdicts pass then,
+        but for pairs that are still leaving.
         """
-        self.change_settings(stopping=REASON_NAMES.index(reason))
+        self.change_settings(stopping=REASON_NAMES.index("stop"))
+        self.watch()
         try:
             return self._drain(time.monotonic() + timeout, is_enough)
         finally:

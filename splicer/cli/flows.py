@@ -73,7 +73,7 @@ def _make_epilog() -> str:
     states = {
         "paired": "both ends are on this host and known; plain TCP",
         "spliced": "messages go straight from socket to socket",
-        "draining": "on its way back to plain TCP: new messages go through TCP already",
+        "draining": "on its way back to plain TCP, as soon as what was redirected has been read",
     }
     return f"""\
 columns:

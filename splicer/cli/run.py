@@ -18,8 +18,11 @@ DESCRIPTION = """\
 Attach to a cgroup and splice the TCP connections of its processes whose both
 ends are on this host. Runs in the foreground. SIGTERM and SIGINT take every
 connection back to plain TCP, detach and exit; a second signal does not wait
-for the connections. SIGHUP reads the configuration file again. After a crash
-connections stay spliced, and the next run takes over."""
+for the connections. One whose reader takes nothing within --stop-timeout
+keeps its data and stays as it is. SIGHUP reads the configuration file again.
+After a crash connections stay spliced, and the next run takes over.
+Kernels without what splicer needs are found by trying, and end with exit
+code 4; KNOWN_ISSUES.md says which they are."""
 
 
 def _make_epilog() -> str:

@@ -16,8 +16,10 @@ SUMMARY = "remove what a dead daemon left behind"
 
 DESCRIPTION = """\
 Take every connection that a dead daemon left spliced back to plain TCP, then
-detach and remove its programs and maps. Says what it removed. Succeeds, and
-does nothing, when there is nothing; refuses while a daemon is alive."""
+detach and remove its programs and maps. Says what it removed. A connection
+whose reader takes nothing within --stop-timeout keeps its data and stays as
+it is. Succeeds, and does nothing, when there is nothing; refuses while a
+daemon is alive."""
 
 EPILOG = """\
 examples:

@@ -77,7 +77,7 @@ def test_pins_belong_to_root_alone(host: Host) -> None:
 def test_another_user_at_the_control_socket(host: Host) -> None:
     """Even where the modes were loosened, nobody but root is answered, and what they ask for is not done."""
     path, place = host.run_dir / "control.sock", f"--run-dir={host.run_dir}"
-    drains = host.daemon.log.read_text().count('"drained"')
+    drains = host.daemon.log.read_text().count('"draining"')
     host.directory.chmod(0o755)
     host.run_dir.chmod(0o755)
     path.chmod(0o666)
@@ -93,7 +93,7 @@ def test_another_user_at_the_control_socket(host: Host) -> None:
     log = host.daemon.log.read_text()
     assert '"control_peer_refused"' in log
     assert f'"uid": {NOBODY_ID}' in log
-    assert log.count('"drained"') == drains
+    assert log.count('"draining"') == drains
     assert host.daemon.status()["healthy"]
 
 
