@@ -70,6 +70,8 @@ static __always_inline int is_quiet(struct end *peer)
 
 	if (!psock)
 		return 1;	/* out of the map, and no system call holds it */
+	if (!(peer->flags & (END_IN_MAP | END_LEFT)))
+		return 1;	/* somebody else's, whose sends come by TCP */
 	PROBE(references, psock, sk_psock_refcnt);
 	PROBE(cookie, peer->sk, sock_skc_cookie);
 	if (cookie != peer->cookie)
@@ -144,6 +146,10 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
 	    FIELD(tp, u8, sock_sk_shutdown))
 		reason = REASON_CLOSING;
+	/* Asked before either end goes in. */
+	if (!reason && FIELD(tp, u64, sock_sk_user_data) &&
+	    !(e->flags & (END_IN_MAP | END_LEFT)))
+		reason = REASON_FOREIGN_PSOCK;
 	if (reason) {
 		refuse(p, reason, REFUSED_RETRY_NS);
 		return;
@@ -180,13 +186,8 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		goto later;
 	}
 
-	if (FIELD(tp, u64, sock_sk_user_data)) {
-		/* a psock on its way out still holds on; anything else is foreign */
-		if (e->flags & END_LEFT)
-			goto later;
-		refuse(p, REASON_FOREIGN_PSOCK, REFUSED_RETRY_NS);
-		return;
-	}
+	if (FIELD(tp, u64, sock_sk_user_data))
+		goto later;	/* our own psock of last time, on its way out */
 	/* The other end is looked at once more: it may have changed while it was in. */
 	if (half) {
 		reason = find_misfit(peer->sk, p, peer);

@@ -273,7 +273,7 @@ def test_splicing_readers_are_crowded_out(host: Host, lab: Lab) -> None:
     assert pair.server.splice_in(count=300) == 300
     wait_until("it was seen", lambda: own in dict(splicers.items()))
     for number in range(4 * SPLICERS):
-        splicers.set(struct.pack("=I", 10_000_000 + number), b"\1")
+        splicers.set(struct.pack("=I", 10_000_000 + number), struct.pack("=I", 1))
     splicers.delete(own)  # the kernel may have kept it all the same
     splicers.close()
     server = pair.server.peer

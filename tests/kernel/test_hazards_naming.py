@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hazards of recognising a connection: who may take an end for another, one or a few tests for each row of
+HAZARDS.md that is named."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.daemon import wait_until
+from support.host import EAGER, Host
+from support.hostile import Hostile, Name, find_new_name, read_map
+from support.lab import Lab
+from support.meddler import callbacks_forgotten
+from support.players import End, Pair, Peer
+
+HABITS = Path(__file__).parents[1] / "support" / "habits.py"
+ROUNDS, SIZE = 30, 10
+
+
+@pytest.fixture
+def host(host: Host) -> Iterator[Host]:
+    """The host without connections of earlier tests."""
+    wait_until("earlier connections are gone", lambda: not host.daemon.flows() and not host.count_spliced())
+    return host
+
+
+# row 2
+
+
+def test_invented_hint_and_the_server_speaks_first(host: Host, lab: Lab) -> None:
+    """Somebody pretends that a listener on this host answers a client that talks to another machine, under
+    eager: the client is in the SOCKHASH. It sends nothing, and gets what the server says all the same, though
+    it sleeps in epoll until an edge comes and reads what FIONREAD tells; then it is out."""
+    client = Peer(lab.namespace("a"), host.cgroup, HABITS)
+    host._peers.append(client)
+    remote = host.peer(lab, "far", inside=False)
+    hostile = Hostile(host, [lab.address("a")])
+    for number in range(3):
+        source = (lab.address("a"), 22_301 + number)
+        hostile.call("answer_syns", clients=[source[0]], ports=[source[1], source[1] + 1], service=EAGER)
+        pair = host.connect(client, remote, lab.address("far"), port=EAGER, source=source)
+        # The daemon looks once a second, and may have done so just now.
+        if host.count_spliced():
+            break
+    else:
+        raise AssertionError("the attack has become impossible; adapt this test")
+    client.begin("recv_told", conns=[pair.client.conn], count=1000, edge=True)
+    pair.server.send(1000, chunk=100)
+    client.finish()
+    wait_until("it is out of the SOCKHASH", lambda: host.count_spliced() == 0, timeout=2.0)
+    pair.pingpong(40)
+    pair.verify()
+    assert host.find_flow(pair) is None
+
+
+# row 5
+
+
+def _forge_client_in_time(host: Host, lab: Lab) -> tuple[Hostile, Pair]:
+    """Somebody who knows both numbers takes a client's name after it has connected and before its server has
+    come, with another name in the same place of the rendezvous in between. The forger, and the connection."""
+    client, server = host.peer(lab, "a"), host.peer(lab, "b")
+    before = read_map(host, "rendezvous")
+    # The last segment of the handshake is ignored until data comes: time enough for the attack.
+    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
+    local, remote = client.call(
+        "connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port, sends=900, receives=901
+    )
+    name = find_new_name(host, before)
+    hostile = Hostile(host, [lab.address("a"), lab.address("b")])
+    hostile.call("claim", address=local[0])
+    other = Name(name.client_seq ^ 2048, name.server_seq)
+    assert other.slot == name.slot
+    hostile.call("shake_hands", conn="other", local=[local[0], 20_001], remote=remote, seqs=other.as_client)
+    hostile.call("shake_hands", conn="forged", local=local, remote=remote, seqs=name.as_client)
+    client.call("send", conn="c", count=SIZE)
+    server.call("accept", listener="door", conn="s", sends=901, receives=900)
+    server.call("recv", conn="s", count=SIZE)
+    ends = End(client, "c", tuple(local), tuple(remote)), End(server, "s", tuple(remote), tuple(local))
+    return hostile, Pair(*ends, "victim")
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["never-reads", "reads-once"])
+def test_forged_client_after_another_one(host: Host, lab: Lab, reads: bool) -> None:
+    """A known difference: the forger, who also follows every byte count, becomes the client's end as long as
+    the true client only sends; then it is given what the server says. One read by the true client, of however
+    little, and the connection is plain."""
+    hostile, pair = _forge_client_in_time(host, lab)
+    pair.server.send(SIZE)
+    for _ in range(ROUNDS - 1):
+        pair.client.send(SIZE)
+        assert pair.server.recv(SIZE) == SIZE
+        pair.server.send(SIZE)
+    if reads:
+        assert pair.client.recv(1) == 1
+    # The forger is to be where the client is.
+    hostile.call("say", conn="forged", text="x" * ROUNDS * SIZE)
+    assert hostile.call("confirm", conn="forged") == ROUNDS * SIZE
+    hostile.call("be_told", conn="forged", count=SIZE, times=ROUNDS)
+    if reads:
+        wait_until("it is known to be forged", lambda: host.daemon.flows()[0]["reason"] == "forged")
+    else:
+        wait_until("it is spliced with the forger", lambda: host.daemon.flows()[0]["state"] == "spliced")
+    pair.server.send(500)
+    if reads:
+        assert hostile.attempt("hear_once", conn="forged", count=1000) == "EAGAIN"
+        assert pair.client.recv(ROUNDS * SIZE + 499) == ROUNDS * SIZE + 499
+        pair.pingpong(20)
+        pair.verify()
+        assert host.count_spliced() == 0
+    else:
+        assert len(hostile.call("hear", conn="forged", count=500)) == 500
+        assert pair.client.recv(ROUNDS * SIZE) == ROUNDS * SIZE
+        assert pair.client.attempt("recv_once", count=1) == "EAGAIN"
+        assert pair.client.report()["first_wrong"] is None
+
+
+# row 8
+
+
+def test_spliced_through_masquerading(host: Host, second_lab: Lab) -> None:
+    """A connection whose source netfilter rewrites is recognised and spliced, and all of it redirected."""
+    second_lab.masquerade("router", "br0")
+    pair = host.connect(host.peer(second_lab, "far"), host.peer(second_lab, "b"), second_lab.address("b"))
+    assert pair.server.remote[0] == "10.77.0.254"
+    before = host.make_hot(pair)
+    before = host.find_flow(pair) or before
+    pair.pingpong(100)
+    after = host.find_flow(pair)
+    assert after is not None
+    assert after["redirected_messages"] - before["redirected_messages"] == 200
+    assert after["passed_messages"] == before["passed_messages"]
+    pair.verify()
+
+
+# row 12
+
+LIMIT = 16
+SHARE = LIMIT - LIMIT // 8  # what one tenant may have of it
+CONNECTIONS = SHARE + 6
+
+
+def _talk_and_leave(host: Host, lab: Lab, client: Peer, server: Peer) -> bool:
+    """A short connection; was there a row of it, with who its ends are?"""
+    pair = host.connect(client, server, lab.address("b"))
+    pair.pingpong(20)
+    pair.verify()
+    seen = host.find_flow(pair) is not None
+    pair.close()
+    return seen
+
+
+def test_program_that_takes_the_callbacks(lab: Lab) -> None:
+    """Another SOCK_OPS program sets the callback flags of each connection to 0. In a cgroup below it runs
+    first and does no harm. On the same cgroup, attached later, it is a known difference: connections work and
+    stay plain, nobody notices when they close, and when the records left behind fill the table, later
+    connections are refused, also those made when the other program has gone."""
+    with Host("--max-connections", str(LIMIT)) as host:
+        tenant = host.cgroup.child("tenant")
+        client, server = host.peer(lab, "a", cgroup=tenant), host.peer(lab, "b", cgroup=tenant)
+        with callbacks_forgotten(tenant.path):
+            pair = host.connect(client, server, lab.address("b"))
+            host.make_hot(pair)
+            pair.verify()
+            pair.close()
+            assert all(_talk_and_leave(host, lab, client, server) for _ in range(CONNECTIONS))
+            wait_until("their records are gone", lambda: not host.daemon.flows())
+        assert host.daemon.totals()["refused"].get("map_full", 0) == 0
+        spliced = host.daemon.totals()["spliced"]
+        with callbacks_forgotten(host.cgroup.path):
+            assert not any(_talk_and_leave(host, lab, client, server) for _ in range(CONNECTIONS))
+        left = host.daemon.flows()
+        assert {(flow["state"], flow["reason"]) for flow in left} == {("paired", "cold")}
+        assert len(left) == SHARE
+        assert host.daemon.totals()["refused"]["map_full"] == CONNECTIONS - SHARE
+        assert not _talk_and_leave(host, lab, client, server)
+        assert host.daemon.totals()["refused"]["map_full"] == CONNECTIONS - SHARE + 1
+        assert host.daemon.totals()["spliced"] == spliced
+        assert host.count_spliced() == 0

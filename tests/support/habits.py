@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A peer with the habits of real programs: it sends when epoll says that there is room, and reads what
+FIONREAD says that there is.
+
+Run as a script like peer.py and with its operations; those added here are event loops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import select
+import socket
+import struct
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import peer
+
+GLANCE = 0.05  # seconds
+
+
+def count_waiting(sock: socket.socket) -> int:
+    """Bytes waiting to be read, as ioctl(FIONREAD) says."""
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Would recv(2) find a byte now?"""
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+
+
+class Talk:
+    """One connection of `talk`: what is still to be done on it, and how FIONREAD has treated its reader."""
+
+    def __init__(self, connection: peer.Connection, size: int, rounds: int, opens: bool) -> None:
+        self.connection = connection
+        self.size = size
+        self.opens = opens
+        self.unread = size * rounds
+        self.owed = size if opens else 0
+        self._questions = rounds - 1  # yet to come
+        self._denied_at: float | None = None
+        self._denied_for = 0.0
+        self.denials = 0
+        self.longest_denial = 0.0
+
+    @property
+    def events(self) -> int:
+        """What to wait for; nothing when all is done. Whoever answers waits for its answers to be taken."""
+        reads = self.unread and (self.opens or self.owed <= self.size)
+        return (select.POLLIN if reads else 0) | (select.POLLOUT if self.owed else 0)
+
+    def send(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.owed -= self.connection.put_stream(self.owed)
+
+    def read(self) -> None:
+        """A byte, which must be there, and then as much as FIONREAD says: Java's available()."""
+        try:
+            got = len(self.connection.take(1))
+        except BlockingIOError:
+            return
+        if not got:
+            raise ConnectionError(errno.ECONNRESET, "the stream ended too early")
+        told = count_waiting(self.connection.sock)
+        if told:
+            got += len(self.connection.take(told))
+        self._note_answer(denied=not told and is_readable(self.connection.sock))
+        self.unread -= got
+        if not self.opens:
+            self.owed += got
+        elif self.unread <= self._questions * self.size and self._questions:
+            self._questions -= 1
+            self.owed += self.size
+
+    def _note_answer(self, denied: bool) -> None:
+        """Times in which the reader itself was kept waiting do not count."""
+        if not denied:
+            self._denied_at = None
+            return
+        now = time.monotonic()
+        if self._denied_at is None:
+            self._denied_for = 0.0
+        else:
+            self._denied_for += min(now - self._denied_at, GLANCE)
+        self._denied_at = now
+        self.denials += 1
+        self.longest_denial = max(self.longest_denial, self._denied_for)
+
+
+class Habitual(peer.Peer):
+    """The operations of a peer, and those that believe what the kernel says about a socket."""
+
+    # sending when there is room
+
+    def watch_room(self, conn: str, edge: bool) -> None:
+        """Put the socket into an epoll set of its own, for `push`."""
+        trigger = select.EPOLLET if edge else 0
+        self._epolls[conn] = select.epoll()
+        self._epolls[conn].register(self._connections[conn].sock, select.EPOLLOUT | trigger)
+        self._epolls[conn].poll(0)  # the first report, which every set gives
+
+    def push(self, conn: str, count: int, chunk: int, timeout: float = 10.0) -> int:
+        """Send exactly `count` bytes of the stream in messages of `chunk`, whenever epoll says EPOLLOUT and
+        until EAGAIN; how often that came."""
+        connection, deadline, left, refused = self._connections[conn], time.monotonic() + timeout, count, 0
+        while left:
+            patience = max(deadline - time.monotonic(), 0.0)
+            if not self._epolls[conn].poll(patience) or not patience:
+                raise peer.Overdue({"left": left, "refused": refused})
+            try:
+                while left:
+                    left -= connection.put_stream(min(chunk, left))
+            except BlockingIOError:
+                refused += 1
+                time.sleep(0.001)  # a level-triggered set may say EPOLLOUT again at once
+        return refused
+
+    # reading what is said to be there
+
+    def recv_told(self, conns: list[str], count: int, edge: bool, patience: float = 3.0) -> None:
+        """Receive exactly `count` stream bytes from each connection, as whoever believes FIONREAD does: it
+        sleeps in epoll, asks how much there is and reads so much; 0 means that nothing is there.
+
+        Gives up when nothing came for `patience` seconds, not counting those in which it was stopped.
+        """
+        poller = select.epoll()
+        left = {self._connections[name].sock.fileno(): count for name in conns}
+        by_fd = {self._connections[name].sock.fileno(): self._connections[name] for name in conns}
+        for fd in by_fd:
+            poller.register(fd, select.EPOLLIN | (select.EPOLLET if edge else 0))
+        idle = 0.0
+        while any(left.values()):
+            events, moved = poller.poll(GLANCE), 0
+            for fd, _ in events:
+                while left[fd] and (told := count_waiting(by_fd[fd].sock)):
+                    taken = len(by_fd[fd].take(min(told, left[fd])))
+                    left[fd] -= taken
+                    moved += taken
+                    if not edge:
+                        break
+            if moved:
+                idle = 0.0
+                continue
+            idle += GLANCE
+            if idle > patience:
+                waiting = {name: is_readable(self._connections[name].sock) for name in conns}
+                raise peer.Overdue({"left": list(left.values()), "readable": waiting})
+            if events:
+                time.sleep(GLANCE)  # it would go round and round
+        poller.close()
+
+    def talk(
+        self, conns: list[str], rounds: int, size: int, opens: bool, timeout: float = 30.0
+    ) -> dict[str, Any]:
+        """On each connection `rounds` messages of `size` bytes each way, the answers sent as the bytes come.
+
+        All that is read is read as Java's available() makes programs do: see Talk. Answers how often FIONREAD
+        said 0 while bytes waited, and the longest time in which it said nothing else on one connection.
+        """
+        talks = {}
+        poller = select.poll()
+        for name in conns:
+            each = Talk(self._connections[name], size, rounds, opens)
+            talks[each.connection.sock.fileno()] = each
+            poller.register(each.connection.sock, each.events)
+        deadline = time.monotonic() + timeout
+        while any(each.events for each in talks.values()):
+            if time.monotonic() > deadline:
+                raise peer.Overdue([each.unread for each in talks.values()])
+            for fd, events in poller.poll(GLANCE * 1000):
+                each = talks[fd]
+                if events & select.POLLOUT:
+                    each.send()
+                if events & select.POLLIN:
+                    each.read()
+                poller.modify(fd, each.events)
+        return {
+            "denials": sum(each.denials for each in talks.values()),
+            "longest": max(each.longest_denial for each in talks.values()),
+        }
+
+
+if __name__ == "__main__":
+    peer.Peer = Habitual  # type: ignore[misc]
+    peer.serve()
