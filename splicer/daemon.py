@@ -356,7 +356,7 @@ class Daemon:
             self._log.warning("rescued", ends=counts.stuck)
 
     def _drain_all(self) -> None:
-        """An operator's wish: everything back to plain TCP, once. Nobody waits for it here: the watch must go on."""
+        """An operator's wish: everything back to plain TCP, once. Nobody waits here: the watch must go on."""
         self._log.info("draining", ends=self._sweeper.begin_draining("request"))
 
     def _answer_drain(self, _request: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What HAZARDS.md says of messages, where no other test shows it: known differences, and what is done about
+them."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from support.daemon import wait_until
+from support.firewall import Firewall
+from support.host import EAGER, SERVICES, Host
+from support.lab import Lab
+from support.players import Pair, Peer
+from support.wire import Wire
+
+JUGGLER = Path(__file__).parents[1] / "support" / "juggler.py"
+TCP_KEEPALIVE_S = 2  # TCP_KEEPIDLE
+
+
+def _juggler(host: Host, lab: Lab, place: str, *, inside: bool = True) -> Peer:
+    peer = Peer(lab.namespace(place), host.cgroup if inside else None, JUGGLER)
+    host._peers.append(peer)
+    return peer
+
+
+def _juggling_pair(wire: Wire) -> Pair:
+    """A hot connection between two jugglers."""
+    client, server = (_juggler(wire.host, wire.lab, place, inside=wire.spliced) for place in "ab")
+    pair = wire.host.connect(client, server, wire.lab.address("b"))
+    wire.heat(pair)
+    return pair
+
+
+# eager
+
+
+def test_eager_first_message_and_fionread(wire: Wire) -> None:
+    """Under `eager` on class B, FIONREAD says 0 for a first message that waits; not for long, and then it
+    counts everything."""
+    client, server = wire.peers("a", "b")
+    pairs = [wire.host.connect(client, server, wire.lab.address("b"), port=EAGER) for _ in range(4)]
+    told = []
+    for pair in pairs:
+        pair.client.send(100)
+        assert "IN" in pair.server.wait_events(events=["IN"])
+        told.append(pair.server.fionread())
+    known = wire.spliced and wire.host.daemon.status()["kernel_class"] == "B"
+    assert set(told) <= ({0, 100} if known else {100})
+    assert not known or 0 in told, "not a difference any more"
+    for pair in pairs:
+        assert pair.server.wait_fionread(count=100) == 100
+        assert pair.server.recv(100) == 100
+        pair.verify()
+
+
+# a reader that holds its socket's lock
+
+
+def test_sender_waits_for_a_held_reader(wire: Wire) -> None:
+    """While a reader stops inside recv, plain TCP takes what its peer sends; spliced, the peer's non-blocking
+    send waits for as long, and then succeeds."""
+    pair = _juggling_pair(wire)
+    pair.client.send(100)
+    assert pair.server.wait_fionread(count=100) == 100
+    pair.server.hold(count=100)
+    pair.client.begin_send(count=200)
+    if wire.spliced:
+        assert pair.client.attempt("finish_send", timeout=0.5) == "TIMEOUT"
+    else:
+        assert pair.client.finish_send() == 200
+    assert pair.server.release() == 100
+    assert pair.client.finish_send() == 200
+    assert pair.server.recv(200) == 200
+    pair.verify()
+
+
+# streams
+
+
+def test_stream_goes_back_and_stays_longer_each_time(host: Host, lab: Lab) -> None:
+    """Many small messages without an answer: the connection goes back as a `stream`, with a cool-down that
+    grows."""
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    host.make_hot(pair)
+    for least in (2.0, 4.0):
+        started = time.monotonic()
+        pair.server.begin("recv", count=600_000)
+        pair.client.send(600_000, chunk=300)
+        pair.server.finish()
+        host.wait_flow(pair, "paired", "stream")
+        host.make_hot(pair, timeout=15.0)
+        assert time.monotonic() - started > least
+    pair.verify()
+
+
+# what sees packets
+
+
+def test_rule_added_later_does_not_stop_it(wire: Wire) -> None:
+    """A firewall rule that forbids an established connection stops plain TCP. Spliced, messages go on until
+    the policy is `off`; then TCP is back, and the rule holds."""
+    pair = wire.hot_pair()
+    port = pair.server.local[1]
+    with Firewall(wire.lab.namespace("b")).dropping(port):
+        try:
+            if wire.spliced:
+                pair.pingpong(50)
+                wire.host.reload(f'[[policy]]\nports = {port}\nmode = "off"\n')
+                wire.host.wait_flow(pair, "paired", "policy_off")
+            pair.client.send(100)
+            assert pair.server.attempt("recv", count=100, timeout=0.5) == "TIMEOUT"
+        finally:
+            if wire.spliced:
+                wire.host.reload(SERVICES)
+    # TCP sends it again.
+    assert pair.server.recv(100) == 100
+    pair.pingpong(10)
+    pair.verify()
+
+
+def test_keep_alive_probes_on_a_busy_connection(wire: Wire) -> None:
+    """Keep-alive takes a busy spliced connection for an idle one and sends probes; they do no harm."""
+    keep_alive = [
+        [socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1],
+        [socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, TCP_KEEPALIVE_S],
+        [socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, TCP_KEEPALIVE_S],
+    ]
+    pair = wire.hot_pair(options=(keep_alive, []))
+    before, end = _count_probes(wire), time.monotonic() + 1.5 * TCP_KEEPALIVE_S
+
+    def is_probed() -> bool:
+        pair.pingpong(20, pause=0.001)
+        return _count_probes(wire) > before
+
+    if wire.spliced:
+        wait_until("a keep-alive probe was sent", is_probed, timeout=10.0)
+        assert wire.host.find_flow(pair)["state"] == "spliced"
+    else:
+        while time.monotonic() < end:
+            assert not is_probed()
+    pair.pingpong(20)
+    pair.verify()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/net/nf_conntrack").exists(), reason="this kernel does not list conntrack entries in /proc"
+)
+def test_conntrack_entry_of_a_busy_connection(wire: Wire) -> None:
+    """Redirected messages do not refresh a connection's conntrack entry: it ages as if nothing came."""
+    firewall = Firewall(wire.lab.namespace("b"))
+    with firewall.tracking():
+        pair = wire.hot_pair()
+        seen, end = [], time.monotonic() + 3.0
+
+        def is_ageing() -> bool:
+            pair.pingpong(20, pause=0.001)
+            seen.append(firewall.count_seconds_left(pair.client.local[1]))
+            # Data that has no ACK yet makes it 300 seconds, the ACK 432 000 again.
+            return 2 <= max(seen) - seen[-1] < 100
+
+        if wire.spliced:
+            wait_until("the entry ages", is_ageing, timeout=10.0)
+            assert wire.host.find_flow(pair)["state"] == "spliced"
+        else:
+            while time.monotonic() < end:
+                assert not is_ageing()
+        pair.verify()
+
+
+def _count_probes(wire: Wire) -> int:
+    """Keep-alive probes that the client's host has sent."""
+    command = ["nsenter", f"--net=/run/netns/{wire.lab.namespace('a')}", "cat", "/proc/net/netstat"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names, values = (line.split() for line in text.splitlines()[:2])
+    return int(values[names.index("TCPKeepAlive")])
