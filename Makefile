@@ -17,10 +17,10 @@ setup: ## make .venv and install what `splicer run` needs (apt, pip); quick when
 setup-test: ## the same, and what the tests and the benchmark need
 	@scripts/setup.sh test
 
-setup-e2e: ## the same, and what the tests with containers need (Docker)
+setup-e2e: ## the same, what the tests with containers need (Docker), and the small programs of tests/apps
 	@scripts/setup.sh e2e
 
-setup-apps: ## the same, and the programs that test-apps runs (Redis, PostgreSQL, Java, Go and others)
+setup-apps: ## as setup-test, and the programs that test-apps runs (Redis, PostgreSQL, Java, Go and others)
 	@scripts/setup.sh apps
 
 run: setup ## setup, then `splicer run $(ARGS)` in the foreground; Ctrl-C drains and stops it

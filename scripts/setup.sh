@@ -3,7 +3,8 @@
 #
 # scripts/setup.sh run    .venv and what `splicer run` needs
 # scripts/setup.sh test   also what the tests and the benchmark need
-# scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves
+# scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves; and the small
+#                         programs of tests/apps, so that `make test` has all it needs
 # scripts/setup.sh apps   also the programs that `make test-apps` runs, databases and compilers among them
 #
 # Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
@@ -272,13 +273,14 @@ level=${1:-run}
 pieces=(python venv bcc libbpf)
 test_pieces=(ip nft bpftool nginx wrk socat haproxy)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
-apps_pieces=(testsuite curl haproxy iperf3 socat memcached redis-server redis-benchmark postgresql)
-apps_pieces+=(h2load openssl node javac go)
+# What test_apps.py, a part of `make test`, runs besides the above; a test compares.
+small_pieces=(testsuite curl openssl redis-server redis-benchmark)
+apps_pieces=(iperf3 memcached postgresql h2load node javac go)
 case $level in
     run) ;;
     test) pieces+=("${test_pieces[@]}") ;;
-    e2e) pieces+=("${test_pieces[@]}" "${e2e_pieces[@]}") ;;
-    apps) pieces+=("${test_pieces[@]}" "${apps_pieces[@]}") ;;
+    e2e) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${e2e_pieces[@]}") ;;
+    apps) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${apps_pieces[@]}") ;;
     *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps" ;;
 esac
 # Two at the same time (make -j, two terminals) take turns.

@@ -17,7 +17,7 @@ from support.leftovers import remove_orphans
 from support.requirements import name_missing
 
 from apps.case import Case
-from apps.catalogue import CASES
+from apps.catalogue import CASES, find_cases
 from apps.report import tabulate, to_json
 from apps.stage import Network
 from apps.trial import NOT_INSTALLED, Trial, Tryout
@@ -39,8 +39,10 @@ def main() -> int:
             missing = case.name_missing()
             print(f"{case.name:28}not installed: {', '.join(missing)}" if missing else case.name)
         return 0
-    cases = [case for case in CASES if not options.only or any(case.matches(each) for each in options.only)]
-    unknown = [each for each in options.only if not any(case.matches(each) for case in CASES)]
+    found = {each: find_cases(each) for each in options.only}
+    wanted = {case.name for cases in found.values() for case in cases}
+    cases = [case for case in CASES if not options.only or case.name in wanted]
+    unknown = [each for each, cases in found.items() if not cases]
     if unknown:
         return _complain(USAGE, f"no such program ({', '.join(unknown)})", "tests/apps/run --list")
     missing = name_missing()

@@ -54,9 +54,9 @@ class Case:
         missing = [name for name in self.programs if find_program(name) is None]
         return missing + self.find_missing()
 
-    def matches(self, pattern: str) -> bool:
-        """`java` names java-nio and java-stream, too."""
-        return self.name == pattern or self.name.startswith(f"{pattern}-")
+    def belongs_to(self, group: str) -> bool:
+        """java-channel and java-stream belong to `java`."""
+        return self.name.startswith(f"{group}-")
 
 
 def find_program(name: str) -> str | None:

@@ -17,10 +17,11 @@ from pathlib import Path
 from support.leftovers import remove_orphans
 from support.requirements import name_missing
 
-from soak.chaos import KINDS
+from soak.chaos import KINDS, USUAL, WITHHELD
+from soak.findings import Options
 from soak.plans import PATTERNS, READS
 from soak.report import judge, to_json, to_text
-from soak.soak import Interrupted, Options, Soak
+from soak.soak import Interrupted, Soak
 
 OK, FAILURE, USAGE, UNSUPPORTED, INTERRUPTED = 0, 1, 2, 4, 130
 
@@ -67,13 +68,17 @@ def _read_arguments() -> tuple[Options, bool, Path | None]:
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
     parser.add_argument("--patterns", default="", help=f"only these, with commas: {', '.join(PATTERNS)}")
     parser.add_argument("--reads", default="", help=f"only these: {', '.join(READS)}")
-    parser.add_argument("--chaos", default="", help=f"only these events: none, or of {', '.join(KINDS)}")
+    withheld = f"{', '.join(WITHHELD)} only if named here"
+    parser.add_argument(
+        "--chaos", default="", help=f"only these events: none, usual, or of {', '.join(KINDS)}; {withheld}"
+    )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--daemon-log", type=Path, metavar="FILE", help="keep what splicer wrote")
     parser.add_argument("--verbose", action="store_true", help="every event, as it happens")
     given = parser.parse_args()
     patterns = tuple(filter(None, given.patterns.split(",")))
-    kinds = tuple(filter(None, given.chaos.split(",")))
+    named = filter(None, given.chaos.split(","))
+    kinds = tuple(kind for each in named for kind in (USUAL if each == "usual" else (each,)))
     reads = tuple(filter(None, given.reads.split(",")))
     unknown = (
         (set(patterns) - set(PATTERNS)) | (set(reads) - set(READS)) | (set(kinds) - set(KINDS) - {"none"})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from soak.plans import BYE, CLIENT_ENDS, EXACT, SERVER_ENDS, Habits, Plan, draw_size, read_plan
 from soak.protocol import CLIENT, SERVER, Decoder, Encoder, Fault, Frame, Kind, Outgoing, Sent
+from soak.scarcity import NOWHERE_TO_READ, PAUSE, insist
 
 if TYPE_CHECKING:
     from soak.worker import Worker
@@ -163,6 +165,11 @@ class Channel:
             except BROKEN as error:
                 self.on_broken(type(error).__name__)
                 return
+            except OSError as error:
+                if error.errno not in NOWHERE_TO_READ:
+                    raise
+                self._pause(PAUSE)
+                return
             if not data:
                 self.eof = True
                 self._wants = False
@@ -205,11 +212,18 @@ class Channel:
                 if not self.eof:
                     self.on_unsendable(type(error).__name__)
                 return
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                # Plain TCP says EAGAIN instead. report.py knows when this may be.
+                self.worker.tally.count("no_memory", self.plan.spliced, self.plan.pattern)
+                self.worker.later(PAUSE, self._send_again)
+                return
             now = time.monotonic_ns()
             if self._blocked_since:
                 # Until the loop asked last and was told that nothing more can be written; what comes after
                 # that is this process's own slowness.
-                refused_ns = self.worker.turned_ns - self._blocked_since
+                refused_ns = self._count_waited(self._blocked_since, self.worker.turned_ns)
                 self._blocked_us = max(self._blocked_us, refused_ns // 1000)
                 self._blocked_since = 0
             self._sends += 1
@@ -222,6 +236,10 @@ class Channel:
         if not self.closed:
             self._watch()
             self.on_sent()
+
+    def _send_again(self) -> None:
+        if not self.closed:
+            self.send()
 
     def queue(self, *frames: Outgoing) -> None:
         self._queue.extend(frames)
@@ -297,9 +315,9 @@ class Channel:
                 events |= select.EPOLLOUT
         if events != self._events:
             if self._events or self.fd in self.worker.channels:
-                self.worker.epoll.modify(self.fd, events)
+                insist(self.worker.epoll.modify, self.fd, events)
             else:
-                self.worker.epoll.register(self.fd, events)
+                insist(self.worker.epoll.register, self.fd, events)
                 self.worker.channels[self.fd] = self
             self._events = events
 
@@ -333,7 +351,7 @@ class Channel:
 
     def _arrived(self, data: bytes | memoryview, unread_until: int) -> None:
         if unread_until and not self.decoder.is_between_frames:
-            self._idle_us = max(self._idle_us, (unread_until - self.moved) // 1000)
+            self._idle_us = max(self._idle_us, self._count_waited(self.moved, unread_until) // 1000)
         if self.decoder.is_between_frames:
             self._start_unread = unread_until
         self.moved = time.monotonic_ns()
@@ -362,10 +380,9 @@ class Channel:
     def _measure(self, frame: Frame) -> None:
         """How long the group before this frame was there and could not be read."""
         waited = max(
-            self._group_start - frame.first_ns if self._group_start else 0,
-            self._last_unread - frame.done_ns if self._last_unread else 0,
+            self._count_waited(frame.first_ns, self._group_start),
+            self._count_waited(frame.done_ns, self._last_unread),
             min(self._idle_us, frame.blocked_us) * 1000,
-            0,
         )
         seconds = waited / 1e9
         if self.worker.tally.stall(self.plan.spliced, seconds) or seconds > LONG_STALL:
@@ -375,6 +392,10 @@ class Channel:
                 self.worker.say("stall", record)
         self._group_start = self._start_unread
         self._idle_us = 0
+
+    def _count_waited(self, since: int, until: int) -> int:
+        """Nanoseconds between two times in which this end asked, and was told that there is nothing."""
+        return until - since - self.worker.count_absent(since, until) if until > since else 0
 
     _group_start = 0
 

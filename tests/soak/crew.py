@@ -34,6 +34,7 @@ class Hand:
     role: str
     host: int
     process: subprocess.Popen[bytes]
+    ended: float = 0.0  # CLOCK_MONOTONIC seconds, when its last word had been read
     unread: bytes = b""
     answers: dict[str, list[Any]] = field(default_factory=dict)
     tally: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +81,13 @@ class Crew:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd="/",
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(TESTS), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": str(TESTS),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                # Large buffers are given back and asked for anew, so that a limit on memory is felt.
+                "MALLOC_MMAP_THRESHOLD_": "32768",
+            },
         )
         hand = Hand(name, role, host, process)
         self.hands.append(hand)
@@ -179,6 +186,7 @@ class Crew:
                 except BlockingIOError:
                     continue
                 if not data:
+                    hand.ended = time.monotonic()
                     self._selector.unregister(key.fileobj)
                     assert hand.process.stdout is not None
                     hand.process.stdout.close()

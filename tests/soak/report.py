@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from soak.findings import Findings
 from soak.plans import EXACT
-from soak.soak import EAGER, Findings
+from soak.services import EAGER
 from soak.tally import percentile, pick
 from soak.watch import Life
 
 SCHEMA = 1
+KINDS = ("plain", "spliced")  # of connections
 STALL_BEYOND_PLAIN = 0.25  # seconds
 AROUND = 6.0  # seconds
-LATE = 5.0  # seconds after the beginning of a pause or quota
+LATE = 5.0  # seconds after the beginning of what makes readers late
+MAKE_LATE = ("pause", "quota", "memory", "restart_while_paused")
 ENDS = ("local", "remote")
 HOT_READS = 16  # of each end, before a pair is spliced: splicer's default
 LONGEST_POLICY = 6.0  # seconds that a policy of the chaos may be in force
@@ -88,11 +91,16 @@ def judge(findings: Findings) -> list[Promise]:
     entries = ", ".join(f"{name} {n}" for name, n in findings.entries.items())
     limit = plain_bound(findings) * 1000
     trouble = [*findings.daemon_deaths, *grown]
+    no_memory = {kind: sum(pick(findings.tally.counters["no_memory"], kind).values()) for kind in KINDS}
     verdicts = {
         "no byte lost, repeated, foreign or misordered": (not faults, f"{len(faults)} faults"),
         "no connection broken": (not cuts, f"{len(cuts)} broke off without a reason"),
         "no connection stuck": (not stuck and not ends, f"{len(stuck)} stuck, {ends} ends open at the end"),
         "no stall beyond plain TCP's": (not over, f"{len(over)} over {limit:.0f} ms"),
+        "no send fails for want of memory": (
+            not no_memory["plain"] and (not no_memory["spliced"] or bool(findings.chaos["socket_memory"])),
+            f"{no_memory['plain']} plain, {no_memory['spliced']} spliced",
+        ),
         "rescued is 0, or explained": (
             totals["rescued"] <= denied + late,
             f"{totals['rescued']} rescued; {denied} times FIONREAD said 0 for 30 ms or longer, "
@@ -115,7 +123,7 @@ def count_late(findings: Findings) -> int:
     """Rescued flows with a reader that pauses by plan, or that was stopped or throttled: 40 ms are enough."""
     assert findings.watch is not None
     slow = {end[name].rpartition(":")[2] for end in findings.described if end["pause"] for name in ENDS}
-    late = [when for when, what in findings.events if what in ("pause", "quota")]
+    late = [when for when, what in findings.events if what in MAKE_LATE]
     return sum(
         each.flow["local"].rpartition(":")[2] in slow or any(0 < each.time - when < LATE for when in late)
         for each in findings.watch.rescues
@@ -182,11 +190,6 @@ def _find_around(findings: Findings, stall: dict[str, Any]) -> list[str]:
     ]
 
 
-def _is_without_daemon(stall: dict[str, Any], intervals: list[tuple[float, float]]) -> bool:
-    began, ended = stall["time"] - stall["seconds"], stall["time"]
-    return any(began < until + GRACE and since < ended for since, until in intervals)
-
-
 def find_growth(life: Life) -> str:
     """In words; empty if the daemon stayed flat."""
     settled = life.settled
@@ -213,7 +216,7 @@ def to_json(findings: Findings, promises: list[Promise]) -> dict[str, Any]:
     assert watch is not None
     totals = watch.totals
     stalls = {}
-    for kind in ("plain", "spliced"):
+    for kind in KINDS:
         measured = pick(tally.counters["stalls"], kind)
         stalls[kind] = {
             "measured": sum(measured.values()),
@@ -237,10 +240,10 @@ def to_json(findings: Findings, promises: list[Promise]) -> dict[str, Any]:
                 "messages": sum(pick(tally.counters["messages"], kind).values()),
                 "connections": sum(pick(tally.counters["connections"], kind).values()),
             }
-            for kind in ("plain", "spliced")
+            for kind in KINDS
         },
-        "patterns": {kind: pick(tally.counters["connections"], kind) for kind in ("plain", "spliced")},
-        "ends": {kind: pick(tally.counters["ended"], kind) for kind in ("plain", "spliced")},
+        "patterns": {kind: pick(tally.counters["connections"], kind) for kind in KINDS},
+        "ends": {kind: pick(tally.counters["ended"], kind) for kind in KINDS},
         "refused": findings.refused,
         "splicer": {
             **{name: totals[name] for name in sorted(totals) if not name.startswith("refused ")},
@@ -254,8 +257,19 @@ def to_json(findings: Findings, promises: list[Promise]) -> dict[str, Any]:
         "chaos": dict(sorted(findings.chaos.items())),
         "not_done": findings.not_done,
         "cpu_quota": findings.cpu or "stop and continue",
+        "memory_limit": {
+            "by": findings.memory or "none",
+            "refused_allocations": findings.memory_refused,
+            "workers_killed": findings.out_of_memory,
+            "sends_failed": {kind: sum(pick(tally.counters["no_memory"], kind).values()) for kind in KINDS},
+        },
+        "stops": {
+            "orderly": findings.stops,
+            "while_workers_were_stopped": findings.stops_while_stopped,
+            "connections_left_unread": findings.unread,
+        },
         "stalls": stalls,
-        "denied": {kind: pick(tally.counters["denied"], kind) for kind in ("plain", "spliced")},
+        "denied": {kind: pick(tally.counters["denied"], kind) for kind in KINDS},
         "stalls_over": [
             each | {"around": _find_around(findings, each)} for each in find_stalls_over(findings)
         ],
@@ -292,7 +306,7 @@ def to_text(document: dict[str, Any]) -> str:
         *(
             f"{kind:8} {moved[kind]['connections']:>8} connections {moved[kind]['messages']:>10} messages "
             f"{moved[kind]['bytes'] / 1e6:>10.1f} MB"
-            for kind in ("plain", "spliced")
+            for kind in KINDS
         ),
         f"redirected {splicer.get('redirected_messages', 0)} messages, "
         f"{splicer.get('redirected_bytes', 0) / 1e6:.1f} MB; passed {splicer.get('passed_messages', 0)}",
@@ -302,14 +316,20 @@ def to_text(document: dict[str, Any]) -> str:
         f"went back (of those seen by looking every two seconds): {_list(splicer['went_back'])}",
         f"refused: {_list(splicer['refused'])}",
         f"chaos: {_list(document['chaos'])}; cpu quota by {document['cpu_quota']}",
+        "memory limited by {by}: {refused_allocations} allocations had to wait or failed, "
+        "{workers_killed} workers killed for it".format_map(document["memory_limit"]),
+        "orderly stops of splicer: {orderly}, of them while workers were stopped or throttled "
+        "{while_workers_were_stopped}; {connections_left_unread} connections left unread".format_map(
+            document["stops"]
+        ),
         *(f"not done: {kind}: {why}" for kind, why in document["not_done"].items()),
-        *(f"ends, {kind}: {_list(document['ends'][kind])}" for kind in ("plain", "spliced")),
+        *(f"ends, {kind}: {_list(document['ends'][kind])}" for kind in KINDS),
         "",
         *(
             f"stalls, {kind:8} p99 {stalls[kind]['p99_seconds'] * 1000:8.2f} ms   p99.9 "
             f"{stalls[kind]['p999_seconds'] * 1000:8.2f} ms   max "
             f"{stalls[kind]['max_seconds'] * 1000:8.2f} ms   of {stalls[kind]['measured']}"
-            for kind in ("plain", "spliced")
+            for kind in KINDS
         ),
         f"daemon: {document['daemon']['lives']} lives, resident at start, middle and end "
         f"{_series(document['daemon']['resident_kib'])} KiB, open files "

@@ -10,8 +10,9 @@ from typing import Any
 
 WORST = 8  # stalls kept with their circumstances, of each class
 STEPS = 8  # buckets for each doubling
-# "denied": readers that trust FIONREAD and were told for long that nothing is there.
-COUNTERS = ("connections", "ended", "messages", "bytes", "stalls", "denied")
+# "denied": readers that trust FIONREAD and were told for long that nothing is there. "no_memory": sends that
+# failed with ENOMEM.
+COUNTERS = ("connections", "ended", "messages", "bytes", "stalls", "denied", "no_memory")
 
 
 def bucket_of(seconds: float) -> int:

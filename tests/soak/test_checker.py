@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from support.daemon import wait_until
 
 from soak.crew import Crew, Hand
 from soak.relay import DAMAGES, Relay
@@ -14,7 +16,7 @@ from soak.tally import percentile, pick
 
 CONNECTIONS = 6
 # Orderly ends only, for judging each one that is not.
-QUIET = ["rpc", "pipeline", "burst"]
+QUIET = ("rpc", "pipeline", "burst")
 
 
 @pytest.fixture
@@ -24,15 +26,21 @@ def crew() -> Iterator[Crew]:
     made.stop()
 
 
-def begin(crew: Crew, relay: Callable[[int], Relay] | None, patience: float = 12.0) -> Hand:
+def begin(
+    crew: Crew,
+    relay: Callable[[int], Relay] | None,
+    patience: float = 12.0,
+    patterns: Sequence[str] = QUIET,
+    connections: int = CONNECTIONS,
+) -> Hand:
     """A server and its clients, with the relay in between; the client."""
     server, client = crew.spawn("server", 0), crew.spawn("client", 0)
     crew.tell(server, "listen", listeners=[{"host": "127.0.0.1", "port": 0}])
     (port,) = crew.wait(server, "listening", 5.0)
     between = port if relay is None else relay(port).port
-    crew.tell_all("settings", pace=0.05, patience=patience, patterns=QUIET, reads=[])
+    crew.tell_all("settings", pace=0.05, patience=patience, patterns=patterns, reads=[])
     targets = [{"family": 4, "host": "127.0.0.1", "port": between, "weight": 1}]
-    crew.tell(client, "dial", connections=CONNECTIONS, targets=targets)
+    crew.tell(client, "dial", connections=connections, targets=targets)
     return client
 
 
@@ -89,6 +97,28 @@ def test_a_pause_on_the_way_is_a_stall(crew: Crew) -> None:
         relays[0].close()
     assert 0.45 < worst < 1.5
     assert not [each for each in crew.complaints if each["kind"] == "fault"]
+
+
+def test_time_in_which_a_reader_is_stopped_is_no_stall(crew: Crew) -> None:
+    """Of 2 s for which bytes are on their way, the ends are stopped for 1.2 s: 0.8 s were waited for them."""
+    relays: list[Relay] = []
+
+    def hold(port: int) -> Relay:
+        relays.append(Relay(port, hold=2.0))
+        return relays[0]
+
+    begin(crew, hold, patterns=("rpc",), connections=1)
+    try:
+        wait_until("bytes are held", lambda: relays[0].done, timeout=10.0)
+        for number, pause in ((signal.SIGSTOP, 1.2), (signal.SIGCONT, 0.0)):
+            for hand in crew.hands:
+                hand.process.send_signal(number)
+            time.sleep(pause)
+        stall, *_ = wait_until("a stall", lambda: crew.stalls, timeout=10.0)
+    finally:
+        relays[0].close()
+    assert 0.4 < stall["seconds"] < 1.3
+    assert not [each for each in crew.complaints if each["kind"] != "quiet"]
 
 
 def test_a_hang_is_found(crew: Crew) -> None:

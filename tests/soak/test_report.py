@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from soak.findings import Findings, Options
 from soak.report import find_growth, find_stalls_over, is_excused, is_known, was_never_spliced
-from soak.soak import Findings, Options
 from soak.tally import Tally, add_up, bucket_of, percentile, pick, upper_bound
 from soak.watch import Life
 

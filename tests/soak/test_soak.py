@@ -7,10 +7,11 @@ import random
 
 import pytest
 
-from soak.chaos import TO_DAEMON, TO_RULES, TO_WORKERS, plan_phases
+from soak.chaos import USUAL
+from soak.findings import Options
 from soak.plans import EXACT, READS
 from soak.report import judge, to_json, to_text
-from soak.soak import Options, Soak
+from soak.soak import Soak
 
 SECONDS = 34.0  # and as long again as the daemon's starts and the end take
 CONNECTIONS = 100
@@ -32,11 +33,6 @@ def test_short_soak(_prerequisites: None, capsys: pytest.CaptureFixture[str]) ->
     print(text)
     broken = [promise for promise in promises if not promise.kept]
     assert not broken, f"make soak ARGS='--seed {seed} --minutes 1':\n{text}"
-    wanted = set(TO_RULES) | set(TO_DAEMON) | set(TO_WORKERS)
-    missing = wanted - set(findings.chaos) - set(findings.not_done)
+    missing = set(USUAL) - set(findings.chaos) - set(findings.not_done)
     assert not missing, f"did not happen: {missing}"
-
-
-def test_the_same_seed_gives_the_same_chaos() -> None:
-    assert plan_phases(5, 600.0) == plan_phases(5, 600.0)
-    assert plan_phases(5, 600.0) != plan_phases(6, 600.0)
+    assert findings.stops >= 1

@@ -97,6 +97,15 @@ class Watch:
             self.lives.append(Life(daemon.pid))
         self.lives[-1].samples.append((time.monotonic(), read_resident(daemon.pid), count_files(daemon.pid)))
 
+    def count_spliced(self) -> int:
+        """Connections that are spliced now; 0 without a daemon."""
+        if not self._host.has_run or not self._host.daemon.alive:
+            return 0
+        try:
+            return int(self._host.daemon.status()["connections"]["spliced"])
+        except (OSError, ControlError, ValueError):
+            return 0
+
     def end_generation(self) -> None:
         """The programs and their counters go, or are gone."""
         self._past += self._now

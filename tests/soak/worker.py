@@ -18,12 +18,14 @@ import select
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from soak.channel import Channel, ClientChannel, ServerChannel, name_address
 from soak.plans import PATTERNS, READS, draw_plan
 from soak.protocol import Pool
+from soak.scarcity import NO_MEMORY, insist
 from soak.tally import Tally
 
 TURN_SECONDS = 0.05  # the loop asks at least so often, so that a lost wake-up is found
@@ -32,6 +34,9 @@ REPORT_SECONDS = 0.5
 CHECK_SECONDS = 0.5
 OPEN_AT_ONCE = 8
 BACKLOG = 512
+# Longer without asking: the process was stopped or throttled, or waited for memory.
+ABSENT_NS = 250_000_000
+ABSENCES = 64  # remembered
 
 
 class Worker:
@@ -53,6 +58,7 @@ class Worker:
         self.pace = 1.0
         self.patience = 12.0
         self._entered_ns = self.turned_ns
+        self._absences: deque[tuple[int, int]] = deque(maxlen=ABSENCES)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._serials = itertools.count()
@@ -78,7 +84,11 @@ class Worker:
     def say(self, kind: str, what: Any) -> None:
         line = json.dumps({kind: what, "worker": self.name}).encode() + b"\n"
         while line:
-            line = line[os.write(1, line) :]
+            line = line[insist(os.write, 1, line) :]
+
+    def count_absent(self, since: int, until: int) -> int:
+        """Nanoseconds between two times in which this process did not ask for anything."""
+        return sum(max(0, min(until, back) - max(since, left)) for left, back in self._absences)
 
     # the loop
 
@@ -99,6 +109,8 @@ class Worker:
             timeout = min(timeout, max(0.0, self._timers[0][0] - time.monotonic()))
         self.turned_ns = self._entered_ns
         self._entered_ns = time.monotonic_ns()
+        if self._entered_ns - self.turned_ns > ABSENT_NS:
+            self._absences.append((self.turned_ns + int(TURN_SECONDS * 1e9), self._entered_ns))
         events = self.epoll.poll(timeout, MAX_EVENTS)
         self.turn += 1
         left = list(self.pending)
@@ -126,6 +138,10 @@ class Worker:
                 sock, address = listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
+            except OSError as error:
+                if error.errno not in NO_MEMORY:
+                    raise
+                return  # it is still there the next time
             sock.setblocking(False)
             ServerChannel(self, sock, name_address(address))
 
@@ -217,7 +233,8 @@ class Worker:
         slot = int(number) * 2 + (kind == "server")
         conn = (self.nonce << 48) | (self._phase["number"] & 0xFF) << 40 | slot << 32
         conn |= (int(generation) & 0xFF) << 24 | next(self._serials) & 0xFFFFFF
-        sock = socket.socket(socket.AF_INET6 if target["family"] == 6 else socket.AF_INET, socket.SOCK_STREAM)
+        family = socket.AF_INET6 if target["family"] == 6 else socket.AF_INET
+        sock = insist(socket.socket, family, socket.SOCK_STREAM)
         sock.setblocking(False)
         name = name_address((target["host"], target["port"]))
         try:

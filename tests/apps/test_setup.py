@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing is left out of `make test` because nobody had installed it: scripts/setup.sh e2e names all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from apps.catalogue import CHEAP, find_cases
+
+SETUP = Path(__file__).parents[2] / "scripts/setup.sh"
+LISTS = ("pieces", "test_pieces", "small_pieces", "e2e_pieces")
+# What need not be installed, and what comes with something of another name.
+ALWAYS_THERE = {"/usr/bin/python3"}
+COMES_WITH = {"redis-cli": "redis-benchmark"}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_setup_installs_what_it_needs(name: str) -> None:
+    lists = dict(re.findall(r"^(\w+)=\(([^)]*)\)", SETUP.read_text(), re.MULTILINE))
+    installed = {piece for each in LISTS for piece in lists[each].split()}
+    (case,) = find_cases(name)
+    wanted = {COMES_WITH.get(program, program) for program in case.programs} - ALWAYS_THERE
+    if name.startswith("cpython-"):
+        wanted.add("testsuite")
+    assert wanted <= installed
