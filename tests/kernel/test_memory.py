@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from soak.quota import find_v1
+from soak.hierarchy import find_v1
 from support.daemon import wait_until
 from support.host import SERVICES, Host
 from support.lab import Lab
