@@ -34,6 +34,9 @@ class Findings:
     complaints: list[dict[str, Any]] = field(default_factory=list)
     stalls: list[dict[str, Any]] = field(default_factory=list)  # the long ones
     killed: dict[str, float] = field(default_factory=dict)  # worker to time
+    # When workers were stopped: longer than planned where splicer takes its time to start meanwhile.
+    halts: list[tuple[str, float, float]] = field(default_factory=list)
+    patience: float = 12.0  # seconds without a byte moved until a connection counts as stuck
     chaos: Counter[str] = field(default_factory=Counter)
     events: list[tuple[float, str]] = field(default_factory=list)  # chaos, and starts and stops of the daemon
     not_done: dict[str, str] = field(default_factory=dict)  # kind of chaos: why

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Mischief:
         self._soak = soak
         self._away: set[int] = set()  # hosts that are being deleted
         self._stopped: Counter[int] = Counter()  # pids, and by how many events each is stopped
+        self._since: dict[int, float] = {}  # pids, and since when each is
         self._throttled: Counter[int] = Counter()  # hosts, in the same way
         self._restarting = False
 
@@ -67,12 +69,15 @@ class Mischief:
 
     def _stop(self, hand: Hand) -> None:
         self._stopped[hand.pid] += 1
+        self._since.setdefault(hand.pid, time.monotonic())
         hand.process.send_signal(signal.SIGSTOP)
 
     def _go_on(self, hand: Hand) -> None:
         hand.process.send_signal(signal.SIGCONT)
         self._stopped[hand.pid] -= 1
         self._stopped += Counter()  # drops what is zero
+        if hand.pid not in self._stopped and hand.pid in self._since:
+            self._soak.findings.halts.append((hand.name, self._since.pop(hand.pid), time.monotonic()))
 
     def _do_pause(self, rng: random.Random) -> None:
         hand = self._pick(rng)

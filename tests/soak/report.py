@@ -59,6 +59,21 @@ def is_excused(complaint: dict[str, Any], killed: dict[str, float]) -> bool:
     return any(role in name and born - GRACE <= died <= when + GRACE for name, died in killed.items())
 
 
+def count_halted(complaint: dict[str, Any], halts: list[tuple[str, float, float]]) -> float:
+    """Seconds of a connection's silence in which its two workers were stopped, by plan."""
+    end = float(complaint["time"])
+    begin = end - float(complaint["quiet"])
+    names = (complaint.get("worker"), complaint.get("peer"))
+    return sum(max(0.0, min(end, until) - max(begin, since)) for name, since, until in halts if name in names)
+
+
+def is_stuck(complaint: dict[str, Any], findings: Findings) -> bool:
+    """True if nothing moved for too long, the time left out in which a worker was stopped."""
+    if is_excused(complaint, findings.killed):
+        return False
+    return float(complaint["quiet"]) - count_halted(complaint, findings.halts) >= findings.patience
+
+
 def judge(findings: Findings) -> list[Promise]:
     """The promises, and whether they were kept."""
     options, watch = findings.options, findings.watch
@@ -67,8 +82,10 @@ def judge(findings: Findings) -> list[Promise]:
     for complaint in findings.complaints:
         by_kind.setdefault(complaint["kind"], []).append(complaint)
     faults = by_kind.get("fault", [])
+    given_up = {each["conn"] for each in by_kind.get("stuck", [])}  # the other end breaks off for that
     cuts = [each for each in by_kind.get("cut", []) if not is_excused(each, findings.killed)]
-    stuck = [each for each in by_kind.get("stuck", []) if not is_excused(each, findings.killed)]
+    cuts = [each for each in cuts if each["conn"] not in given_up]
+    stuck = [each for each in by_kind.get("stuck", []) if is_stuck(each, findings)]
     over = find_stalls_over(findings)
     totals = watch.totals
     messages = sum(pick(findings.tally.counters["messages"], "spliced").values())

@@ -29,8 +29,7 @@ from soak.watch import Watch
 
 BLOCKING_CONNECTIONS = 6
 LOOK_UP_PAUSE = 0.03  # seconds, between stalls whose flow is looked up
-PATIENCE = 12.0  # seconds without a byte moved until a connection counts as stuck
-# The same where readers are stopped while splicer stops and starts, or TCP itself waits for memory.
+# Of Findings, where readers are stopped while splicer stops and starts, or TCP itself waits for memory.
 MORE_PATIENCE = 24.0
 FINISH_SECONDS = 40.0  # for all connections to end
 SETTLE_SECONDS = 8.0  # for the maps to be empty afterwards
@@ -60,6 +59,8 @@ class Soak:
     def __enter__(self) -> Soak:
         options, findings = self.options, self.findings
         self._kinds = set(options.kinds or USUAL)
+        if self._kinds & set(WITHHELD):
+            findings.patience = MORE_PATIENCE
         try:
             self.host = self._stack.enter_context(Host("--stop-timeout", "3", services=BASE, start=False))
             if shutil.which("setpriv"):
@@ -219,8 +220,7 @@ class Soak:
             self.pressure.free(group)
             self.pressure.join(group, hand.pid)
         limits = {"patterns": list(self.options.patterns), "reads": list(self.options.reads)}
-        patience = MORE_PATIENCE if self._kinds & set(WITHHELD) else PATIENCE
-        self.crew.tell(hand, "settings", pace=self._pace, patience=patience, **limits)
+        self.crew.tell(hand, "settings", pace=self._pace, patience=self.findings.patience, **limits)
         if self._phase is not None:
             number, spliced = self._phase.number, self._phase.spliced
             self.crew.tell(hand, "phase", number=number, spliced=spliced, renew=False)

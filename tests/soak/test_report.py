@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from soak.findings import Findings, Options
-from soak.report import find_growth, find_stalls_over, is_excused, is_known, was_never_spliced
+from soak.report import find_growth, find_stalls_over, is_excused, is_known, is_stuck, was_never_spliced
 from soak.tally import Tally, add_up, bucket_of, percentile, pick, upper_bound
 from soak.watch import Life
 
@@ -35,6 +35,21 @@ def test_only_a_killed_peer_excuses(
     complaint: dict[str, Any], killed: dict[str, float], excused: bool
 ) -> None:
     assert is_excused(complaint, killed) is excused
+
+
+@pytest.mark.parametrize(
+    ("halts", "stuck"),
+    [
+        ([], True),
+        ([("server-1-0", 80.0, 92.0)], False),  # quiet from 85 to 100, 7 seconds of it stopped
+        ([("client-0-0", 96.0, 130.0)], False),  # itself, and told before it went on
+        ([("server-1-0", 80.0, 86.0)], True),
+        ([("server-2-0", 80.0, 100.0)], True),  # somebody else
+    ],
+)
+def test_a_stopped_worker_is_not_stuck(halts: list[tuple[str, float, float]], stuck: bool) -> None:
+    findings = Findings(Options(seed=1, seconds=1.0), halts=halts)
+    assert is_stuck(cut(kind="stuck", worker="client-0-0", quiet=15.0), findings) is stuck
 
 
 def life(*resident: int, files: int = 30, more_files: int = 0) -> Life:
