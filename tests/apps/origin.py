@@ -15,7 +15,8 @@ from apps.case import Failed, Outcome
 from apps.stage import Running, Stage, hash_file
 
 SIZES = (1, 17, 1000, 4096, 65535, 65536, 1_000_000, 5_000_000, 50_000_000)
-# So many small requests come first that the connection is hot and spliced when the large bodies follow.
+# So many small requests come first that the connection is hot and spliced when the large bodies follow; fewer
+# where load is to last shorter than two seconds.
 SMALL_REQUESTS = 3000
 PORT, PLAIN_PORT, H2C_PORT, TCP_PORT, TLS_PORT = 8080, 8081, 8082, 8083, 8443
 
@@ -114,13 +115,14 @@ def fetch(
     url: str,
     *options: str,
     host: str = "b",
-    small: int = SMALL_REQUESTS,
+    small: int = 0,
     order: Sequence[int] = (),
 ) -> Transfer:
     """Ask for `small` small bodies, then one of each size, and all of it again; or for the sizes in `order`.
 
     All on one connection. Raises Failed.
     """
+    small = small or int(min(SMALL_REQUESTS, SMALL_REQUESTS * origin.stage.seconds / 2))
     order = order or ([1, 17, 1000] * (small // 3) + list(SIZES)) * 2
     lines = [f'url = "{url}/{size}"\noutput = "-"' for size in order]
     file = origin.stage.write("fetch.curl", "\n".join(lines))

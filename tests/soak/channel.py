@@ -77,6 +77,7 @@ class Channel:
         self._buffer = bytearray(1)
         self._events = 0
         self._mask = 0  # what epoll said last
+        self._stalled = 0.0  # seconds, the longest stall
         self._denied_since = 0  # epoll said that there are bytes, FIONREAD that there are none
         self._watch()
 
@@ -110,6 +111,7 @@ class Channel:
             "unsent": len(self._queue),
             "sends": self._sends,
             "paused": self._paused,
+            "stalled": round(self._stalled, 4),
             "age": round((time.monotonic_ns() - self.born) / 1e9, 3),
             "quiet": round((time.monotonic_ns() - self.moved) / 1e9, 3),
             "born": self.born / 1e9,
@@ -385,6 +387,7 @@ class Channel:
             min(self._idle_us, frame.blocked_us) * 1000,
         )
         seconds = waited / 1e9
+        self._stalled = max(self._stalled, seconds)
         if self.worker.tally.stall(self.plan.spliced, seconds) or seconds > LONG_STALL:
             record = {"seconds": round(seconds, 6), "time": time.monotonic_ns() / 1e9, **self.describe()}
             self.worker.tally.remember(self.plan.spliced, record)

@@ -111,7 +111,7 @@ class Mischief:
         group = soak.groups[host]
         # Where the OOM killer is off, a worker waits instead. It is on now and then.
         killer = rng.random() < 0.25
-        soak.pressure.limit(group, rng.choice((0, 256 << 10, 1 << 20)), killer)
+        soak.pressure.limit(group, rng.choice((0, 0, 256 << 10)), killer)
         soak.later(rng.uniform(1.0, 3.0), lambda: soak.pressure.free(group))
 
     def _do_socket_memory(self, rng: random.Random) -> None:

@@ -19,6 +19,8 @@ KINDS = ("plain", "spliced")  # of connections
 STALL_BEYOND_PLAIN = 0.25  # seconds
 AROUND = 6.0  # seconds
 LATE = 5.0  # seconds after the beginning of what makes readers late
+RESCUED_AFTER = 0.04  # seconds in which a reader has not moved
+WAITED = 0.06  # seconds; more than a delayed acknowledgement: it was asked, and said that there is nothing
 MAKE_LATE = ("pause", "quota", "memory", "restart_while_paused")
 ENDS = ("local", "remote")
 HOT_READS = 16  # of each end, before a pair is spliced: splicer's default
@@ -121,7 +123,7 @@ def judge(findings: Findings) -> list[Promise]:
         "rescued is 0, or explained": (
             totals["rescued"] <= denied + late,
             f"{totals['rescued']} rescued; {denied} times FIONREAD said 0 for 30 ms or longer, "
-            f"{late} readers were slow, stopped or throttled",
+            f"{late} readers were slow, stopped, throttled or busy",
         ),
         "the daemon stays up and flat": (not trouble, "; ".join(trouble) or "no deaths, no growth"),
         "maps are empty afterwards": (
@@ -137,9 +139,15 @@ def judge(findings: Findings) -> list[Promise]:
 
 
 def count_late(findings: Findings) -> int:
-    """Rescued flows with a reader that pauses by plan, or that was stopped or throttled: 40 ms are enough."""
+    """Rescued flows with a reader that pauses by plan, that was stopped or throttled, or that was not asked,
+    because its process was busy with others."""
     assert findings.watch is not None
-    slow = {end[name].rpartition(":")[2] for end in findings.described if end["pause"] for name in ENDS}
+    slow = {
+        end[name].rpartition(":")[2]
+        for end in findings.described
+        if end["pause"] or (end["lag"] > RESCUED_AFTER and end["stalled"] < WAITED)
+        for name in ENDS
+    }
     late = [when for when, what in findings.events if what in MAKE_LATE]
     return sum(
         each.flow["local"].rpartition(":")[2] in slow or any(0 < each.time - when < LATE for when in late)
@@ -300,7 +308,14 @@ def to_json(findings: Findings, promises: list[Promise]) -> dict[str, Any]:
             for each in findings.complaints
         ],
         "described": findings.described,
-        "rescues": [{"flow": each.flow, "before": each.before} for each in watch.rescues],
+        "rescues": [
+            {
+                "flow": each.flow,
+                "before": each.before,
+                "around": _find_around(findings, {"time": each.time, "seconds": 0.0}),
+            }
+            for each in watch.rescues
+        ],
         "daemon": {
             "lives": len(lives),
             "resident_series_kib": [[each[1] for each in life.samples] for life in lives],
@@ -355,7 +370,7 @@ def to_text(document: dict[str, Any]) -> str:
         "",
     ]
     for each in document["rescues"][:SHOWN]:
-        lines += [f"rescued: {each['flow']}", f"  before: {each['before']}"]
+        lines += [f"rescued: {each['flow']}", f"  before: {each['before']}, around: {each['around']}"]
     lines += [f"an end of a rescued flow: {each}" for each in document["described"][:SHOWN]]
     excused = sum(each["excused"] for each in document["long_stalls"])
     if excused:

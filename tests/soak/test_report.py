@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from soak.findings import Findings, Options
-from soak.report import find_growth, find_stalls_over, is_excused, is_known, is_stuck, was_never_spliced
+from soak.report import (
+    count_late,
+    find_growth,
+    find_stalls_over,
+    is_excused,
+    is_known,
+    is_stuck,
+    was_never_spliced,
+)
 from soak.tally import Tally, add_up, bucket_of, percentile, pick, upper_bound
-from soak.watch import Life
+from soak.watch import Life, Rescue
 
 
 def cut(**changes: Any) -> dict[str, Any]:
@@ -102,6 +111,35 @@ def test_only_readers_that_trust_fionread_are_excused_without_a_daemon() -> None
     assert not is_known(stall, [(40.0, 46.0)])
     assert not is_known(stall, [])
     assert not is_known(stall | {"read": "recv"}, [(47.5, 49.0)])
+
+
+@pytest.mark.parametrize(
+    ("end", "event", "late"),
+    [
+        ({}, (90.0, "pause"), 0),
+        ({}, (97.0, "pause"), 1),
+        ({}, (97.0, "memory"), 1),
+        ({}, (97.0, "restart_while_paused"), 1),
+        ({}, (97.0, "drain"), 0),
+        ({"pause": 0.02}, (0.0, ""), 1),
+        ({"lag": 0.06}, (0.0, ""), 1),
+        ({"lag": 0.06, "stalled": 0.3}, (0.0, ""), 0),  # it did ask
+        ({"lag": 0.03}, (0.0, ""), 0),
+        ({"lag": 0.06, "local": "10.79.0.1:9", "remote": "10.79.0.2:7000"}, (0.0, ""), 0),  # another's
+    ],
+)
+def test_readers_that_could_not_read_are_late(
+    end: dict[str, Any], event: tuple[float, str], late: int
+) -> None:
+    findings = Findings(Options(seed=1, seconds=1.0), events=[event])
+    findings.described.append(
+        {"pause": 0.0, "lag": 0.0, "stalled": 0.0}
+        | {"local": "10.79.0.1:40000", "remote": "10.79.0.2:7000"}
+        | end
+    )
+    flow = {"local": "10.79.0.1:40000", "remote": "10.79.0.2:7000"}
+    findings.watch = SimpleNamespace(rescues=[Rescue(100.0, flow, None)])
+    assert count_late(findings) == late
 
 
 def test_tallies_add_up() -> None:

@@ -37,6 +37,9 @@ BACKLOG = 512
 # Longer without asking: the process was stopped or throttled, or waited for memory.
 ABSENT_NS = 250_000_000
 ABSENCES = 64  # remembered
+LAG_NS = 20_000_000  # busy for longer: worth remembering
+LAGS = 64
+LOOK_BACK_NS = 4_000_000_000
 
 
 class Worker:
@@ -59,6 +62,8 @@ class Worker:
         self.patience = 12.0
         self._entered_ns = self.turned_ns
         self._absences: deque[tuple[int, int]] = deque(maxlen=ABSENCES)
+        self._returned_ns = self.turned_ns
+        self._lags: deque[tuple[int, int]] = deque(maxlen=LAGS)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._serials = itertools.count()
@@ -90,6 +95,10 @@ class Worker:
         """Nanoseconds between two times in which this process did not ask for anything."""
         return sum(max(0, min(until, back) - max(since, left)) for left, back in self._absences)
 
+    def find_lag(self, since: int) -> int:
+        """The longest time, in nanoseconds, for which the loop was busy and did not ask."""
+        return max((lag for when, lag in self._lags if when > since), default=0)
+
     # the loop
 
     def run(self) -> None:
@@ -111,7 +120,10 @@ class Worker:
         self._entered_ns = time.monotonic_ns()
         if self._entered_ns - self.turned_ns > ABSENT_NS:
             self._absences.append((self.turned_ns + int(TURN_SECONDS * 1e9), self._entered_ns))
+        if self._entered_ns - self._returned_ns > LAG_NS:
+            self._lags.append((self._entered_ns, self._entered_ns - self._returned_ns))
         events = self.epoll.poll(timeout, MAX_EVENTS)
+        self._returned_ns = time.monotonic_ns()
         self.turn += 1
         left = list(self.pending)
         for fd, mask in events:
@@ -208,7 +220,8 @@ class Worker:
 
     def do_describe(self, port: int) -> None:
         """What ends there are of connections whose client has this port."""
-        found = [channel.describe() for channel in self.channels.values()]
+        lag = self.find_lag(time.monotonic_ns() - LOOK_BACK_NS) / 1e9
+        found = [channel.describe() | {"lag": lag} for channel in self.channels.values()]
         ends = [each for each in found if f":{port}" in (each["local"] + "|" + each["remote"])]
         self.say("described", ends)
 
