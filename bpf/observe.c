@@ -61,7 +61,7 @@ static __always_inline void remember_splicer(u32 tgid)
 	events.ringbuf_output(&e, sizeof(e), 0);
 }
 
-static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32 tgid)
+static __always_inline u32 refuse_reader(struct pair *p, enum reader reader)
 {
 	switch (reader) {
 	case READER_RECV:
@@ -69,7 +69,6 @@ static __always_inline u32 refuse_reader(struct pair *p, enum reader reader, u32
 	case READER_WAITALL:	/* means nothing on a non-blocking socket */
 		return p->allow_blocking ? REASON_WAITALL : REASON_NONE;
 	case READER_SPLICE:
-		remember_splicer(tgid);
 		return REASON_SPLICE;
 	case READER_KERNEL:
 		return REASON_KERNEL;
@@ -124,16 +123,16 @@ int observe(u64 *ctx)
 	if (!tp || !(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)) ||
 	    (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp)))
 		return 0;
+	/* Whether its pair waits, is off, cools down, is too young, or is of another host. */
 	tgid = bpf_get_current_pid_tgid() >> 32;
+	reader = get_reader();
+	if (reader == READER_SPLICE)
+		remember_splicer(tgid);
 	p = find_pair_of(tp, &id, &side);
 	if (!p)
 		p = grow_seed(tp, &id, &side);
-	if (!p) {
-		/* Too young, or to another host. The next one of this process may not be. */
-		if (get_reader() == READER_SPLICE)
-			remember_splicer(tgid);
+	if (!p)
 		return 0;
-	}
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (e->sk != (u64)tp) {
 		/*
@@ -153,7 +152,7 @@ int observe(u64 *ctx)
 		p->policy = 0;	/* it may be about the address */
 	}
 	if (p->state != STATE_PAIRED) {
-		reason = refuse_reader(p, get_reader(), tgid);
+		reason = refuse_reader(p, reader);
 		if (!is_redirecting(p->state))
 			return 0;
 		if (reason) {
@@ -167,9 +166,6 @@ int observe(u64 *ctx)
 			p->dir[CLIENT].primed = 1;
 		return 0;
 	}
-	reader = get_reader();
-	if (reader == READER_SPLICE)
-		remember_splicer(tgid);	/* whether this pair waits, is off or cools down */
 	s = get_settings();
 	if (!s)
 		return 0;
@@ -177,7 +173,7 @@ int observe(u64 *ctx)
 		decide_again(p, s);
 	if (p->mode == MODE_OFF || !s->splicing)
 		return 0;
-	reason = refuse_reader(p, reader, tgid);
+	reason = refuse_reader(p, reader);
 	if (reason) {
 		if (p->announced && p->reason != REASON_PENDING)
 			return 0;	/* known already, for this reason or another */
