@@ -28,12 +28,6 @@ UNPRIVILEGED = {
 }
 
 
-def _hot_pair(host: Host, lab: Lab) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
-    return pair
-
-
 def _refusal(outcome: Outcome, code: int) -> tuple[str, str]:
     """The message and the hint of a failed command, which must be all that it says."""
     assert outcome.code == code, outcome
@@ -72,7 +66,7 @@ def test_stop_under_load(lab: Lab, number: int) -> None:
 def test_stop_while_a_reader_does_not_read(lab: Lab) -> None:
     """Unread redirected bytes do not keep the daemon beyond its timeout, and are all there afterwards."""
     with Host("--stop-timeout", "1") as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         pair.client.send(50_000, chunk=500)
         assert pair.server.fionread() > 0
         started = time.monotonic()
@@ -88,7 +82,7 @@ def test_stop_while_a_reader_does_not_read(lab: Lab) -> None:
 def test_second_signal_does_not_wait(lab: Lab) -> None:
     """A second signal ends the waiting for connections at once; the state left is clean all the same."""
     with Host("--stop-timeout", "30") as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         pair.client.send(5_000, chunk=500)
         host.daemon.send_signal(signal.SIGTERM)
         time.sleep(0.5)
@@ -125,7 +119,7 @@ def test_stopped_and_started_again_under_load(lab: Lab) -> None:
             assert host.daemon.stop() == 0
             host.start()
         load.finish()
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         pair.verify()
 
 
@@ -136,7 +130,7 @@ def test_killed_under_load_and_taken_over(lab: Lab) -> None:
     """SIGKILL loses nothing: splices go on without a daemon, and the next start takes them over."""
     with Host() as host:
         load = Load(host, lab, seconds=3.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         before = host.find_flow(quiet)
         assert before is not None
         time.sleep(0.3)
@@ -154,7 +148,7 @@ def test_killed_under_load_and_taken_over(lab: Lab) -> None:
         load.finish()
         quiet.verify()
         assert host.daemon.totals()["redirected_messages"] >= after["redirected_messages"]
-        fresh = _hot_pair(host, lab)
+        fresh = host.hot_pair(lab)
         fresh.verify()
         host.stop_peers()
         host.stop()
@@ -163,7 +157,7 @@ def test_killed_under_load_and_taken_over(lab: Lab) -> None:
 def test_taken_over_pairs_can_be_drained(lab: Lab) -> None:
     """A daemon that took over drains what an earlier one has spliced, when it is told to stop."""
     with Host() as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         host.daemon.kill()
         host.start()
         pair.client.send(3000)
@@ -177,12 +171,12 @@ def test_taken_over_pairs_can_be_drained(lab: Lab) -> None:
 def test_new_settings_replace_what_was_left(lab: Lab) -> None:
     """A start with another capacity drains what a killed daemon left, and loads anew."""
     with Host() as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         host.daemon.kill()
         host.start("--max-connections", "1000")
         pair.pingpong(100)
         pair.verify()
-        fresh = _hot_pair(host, lab)
+        fresh = host.hot_pair(lab)
         fresh.verify()
 
 
@@ -212,7 +206,7 @@ def test_unload_after_a_crash_under_load(lab: Lab) -> None:
 def test_second_instance(lab: Lab) -> None:
     """A second instance refuses and names the first, which is not disturbed; `unload` refuses too."""
     with Host() as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         message, hint = _refusal(_run(host), FAILURE)
         assert message.startswith(f"splicer: already running (pid {host.daemon.pid}, ")
         assert str(host.cgroup.path) in message
@@ -229,7 +223,7 @@ def test_second_instance(lab: Lab) -> None:
 def test_second_instance_with_the_same_pins(lab: Lab) -> None:
     """A run directory of its own does not let a second instance take the pins of a living one."""
     with Host() as host:
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         other = host.directory / "other"
         message, _ = _refusal(_run(host, f"--run-dir={other}"), FAILURE)
         assert str(host.pin_dir) in message or f"pid {host.daemon.pid}" in message
@@ -431,7 +425,7 @@ def test_daemon_keeps_no_compiler() -> None:
 def test_idle_daemon_is_idle(lab: Lab) -> None:
     """With spliced connections that say nothing the daemon takes next to no CPU time."""
     with Host() as host:
-        _hot_pair(host, lab)
+        host.hot_pair(lab)
         wait_until("it is settled", lambda: host.daemon.status()["connections"]["spliced"] == 1)
         time.sleep(0.3)
         started = _cpu_seconds(host.daemon.pid)

@@ -15,22 +15,8 @@ from support.daemon import REPOSITORY, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
-from support.players import Pair
 
 CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t4")
-
-
-def _hot_pair(host: Host, lab: Lab) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
-    return pair
-
-
-def _check_alive(host: Host, lab: Lab) -> None:
-    """The daemon is well, and splices what is new."""
-    assert host.daemon.status()["healthy"]
-    fresh = _hot_pair(host, lab)
-    fresh.verify()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +43,8 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
     connection goes on as plain TCP, and new ones are spliced by the new build."""
     with Host("--stop-timeout", "0.5") as host:
         load = Load(host, lab, seconds=4.0)
-        quiet = _hot_pair(host, lab)
-        waiting = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
+        waiting = host.hot_pair(lab)
         waiting.client.send(5000, chunk=500)
         for number, tree in enumerate((other_build, None)):
             if ending == "killed":
@@ -79,7 +65,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
             assert host.count_spliced() == 0
             assert host.daemon.flows() == []
             quiet.pingpong(50)
-            fresh = _hot_pair(host, lab)
+            fresh = host.hot_pair(lab)
             assert host.count_spliced() == 2
             fresh.verify()
             fresh.close()
@@ -88,7 +74,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
         load.finish()
         for pair in (quiet, waiting):
             pair.verify()
-        _check_alive(host, lab)
+        host.check_alive(lab)
 
 
 def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other_build: Path) -> None:
@@ -110,7 +96,7 @@ def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other
         server.finish()
         wait_until("no record is left", lambda: not host.daemon.flows())
         wait_until("no end is left", lambda: host.count_spliced() == 0)
-        _check_alive(host, lab)
+        host.check_alive(lab)
 
 
 def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
@@ -120,4 +106,4 @@ def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
             host.daemon.kill()
             (host.pin_dir / missing).unlink()
             host.start()
-            _check_alive(host, lab)
+            host.check_alive(lab)

@@ -16,22 +16,8 @@ from support.daemon import call, command_line, environment
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
-from support.players import Pair
 
 LINKS = {"register", "guard", "observe", "adopt", "watch"}
-
-
-def _hot_pair(host: Host, lab: Lab) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
-    return pair
-
-
-def _check_alive(host: Host, lab: Lab) -> None:
-    """The daemon is well, and splices what is new."""
-    assert host.daemon.status()["healthy"]
-    fresh = _hot_pair(host, lab)
-    fresh.verify()
 
 
 def _places(host: Host) -> list[str]:
@@ -55,7 +41,7 @@ def test_killed_again_and_again_under_load(lab: Lab) -> None:
     chance = random.Random(7)
     with Host() as host:
         load = Load(host, lab, seconds=10.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         host.daemon.kill()
         started = time.monotonic()
         lives = 0
@@ -71,7 +57,7 @@ def test_killed_again_and_again_under_load(lab: Lab) -> None:
         quiet.pingpong(50)
         quiet.verify()
         load.finish()
-        _check_alive(host, lab)
+        host.check_alive(lab)
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.5, 0.7, 0.9])
@@ -82,7 +68,7 @@ def test_killed_while_it_loads(lab: Lab, delay: float) -> None:
         time.sleep(delay)
         _kill(process)
         host.start()
-        _check_alive(host, lab)
+        host.check_alive(lab)
         # Nothing has been pinned beside the daemon's own.
         time.sleep(0.5)
         assert {each.name for each in (host.pin_dir / "links").iterdir()} == LINKS
@@ -94,7 +80,7 @@ def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
     told to stop or half drained, and splices again."""
     with Host() as host:
         load = Load(host, lab, seconds=8.0)
-        stuck = _hot_pair(host, lab)
+        stuck = host.hot_pair(lab)
         stuck.client.send(3000, chunk=300)
         for milliseconds in (0, 5, 20, 100):
             if number is None:
@@ -108,7 +94,7 @@ def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
         host.make_hot(stuck, timeout=10.0)
         stuck.verify()
         load.finish()
-        _check_alive(host, lab)
+        host.check_alive(lab)
 
 
 @pytest.mark.parametrize("milliseconds", [300, 380, 500])
@@ -116,7 +102,7 @@ def test_unload_is_killed(lab: Lab, milliseconds: int) -> None:
     """`splicer unload` dies at work: another one, or a start, finishes what it began."""
     with Host() as host:
         load = Load(host, lab, seconds=3.0)
-        unread = _hot_pair(host, lab)
+        unread = host.hot_pair(lab)
         unread.client.send(2000, chunk=200)
         host.daemon.kill()
         unload = subprocess.Popen(
@@ -138,4 +124,4 @@ def test_unload_is_killed(lab: Lab, milliseconds: int) -> None:
         unread.pingpong(10)
         unread.verify()
         load.finish()
-        _check_alive(host, lab)
+        host.check_alive(lab)

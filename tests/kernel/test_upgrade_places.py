@@ -27,12 +27,6 @@ FAILURE, NOT_RUNNING = 1, 3
 STARTS = 6
 
 
-def _hot_pair(host: Host, lab: Lab) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
-    return pair
-
-
 def _places(host: Host) -> list[str]:
     return [f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}"]
 
@@ -64,7 +58,7 @@ def test_bpffs_is_unmounted_while_it_runs(lab: Lab) -> None:
     """A lazy umount takes the pins away, not the programs: splices go on, and a stop leaves nothing."""
     with Host() as host:
         load = Load(host, lab, seconds=3.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         subprocess.run(["umount", "--lazy", str(host.bpffs.path)], check=True)
         assert not host.pin_dir.exists()
         time.sleep(0.5)
@@ -74,7 +68,7 @@ def test_bpffs_is_unmounted_while_it_runs(lab: Lab) -> None:
         after = host.find_flow(quiet)
         assert after is not None
         assert after["redirected_messages"] - before["redirected_messages"] == 100
-        fresh = _hot_pair(host, lab)
+        fresh = host.hot_pair(lab)
         host.daemon.drain()
         host.make_hot(fresh)
         fresh.verify()
@@ -93,7 +87,7 @@ def test_bpffs_is_unmounted_and_the_daemon_killed(lab: Lab) -> None:
     daemon starts beside what the living sockets still hold."""
     with Host() as host:
         load = Load(host, lab, seconds=3.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         subprocess.run(["umount", "--lazy", str(host.bpffs.path)], check=True)
         host.daemon.kill()
         wait_until("it is detached", lambda: list_attached(host.cgroup.path) == [])
@@ -101,7 +95,7 @@ def test_bpffs_is_unmounted_and_the_daemon_killed(lab: Lab) -> None:
         subprocess.run(["mount", "-t", "bpf", "bpf", str(host.bpffs.path)], check=True)
         host.start()
         quiet.pingpong(50)
-        fresh = _hot_pair(host, lab)
+        fresh = host.hot_pair(lab)
         fresh.verify()
         quiet.verify()
         load.finish()
@@ -115,7 +109,7 @@ def test_control_socket_is_removed(lab: Lab) -> None:
     stops."""
     with Host() as host:
         load = Load(host, lab, seconds=2.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         (host.run_dir / "control.sock").unlink()
         assert call("status", f"--run-dir={host.run_dir}").code == NOT_RUNNING
         outcome = _run(host)
@@ -140,7 +134,7 @@ def test_run_directory_is_removed(lab: Lab) -> None:
     """The lock goes with the directory, and the pins keep a second daemon out all the same."""
     with Host() as host:
         load = Load(host, lab, seconds=2.0)
-        quiet = _hot_pair(host, lab)
+        quiet = host.hot_pair(lab)
         shutil.rmtree(host.run_dir)
         assert call("status", f"--run-dir={host.run_dir}").code == NOT_RUNNING
         for outcome in (_run(host), call("unload", *_places(host))):
@@ -275,7 +269,7 @@ def test_log_that_cannot_be_written(lab: Lab, log: str) -> None:
     with Host(start=False) as host:
         host.prefix = ("bash", "-c", f'exec "$@" {LOGS[log]}', "bash")
         host.start()
-        pair = _hot_pair(host, lab)
+        pair = host.hot_pair(lab)
         host.daemon.drain()
         host.daemon.send_signal(signal.SIGHUP)
         host.make_hot(pair)
@@ -294,7 +288,7 @@ def test_running_on_a_disk_that_fills(small_disk: Path, lab: Lab) -> None:
             host.run_dir = small_disk / "run"
             host.start()
             wait_until("they are known", lambda: host.daemon.status()["docker"]["containers"] == 2)
-            pair = _hot_pair(host, lab)
+            pair = host.hot_pair(lab)
             host.daemon.command("set", container="one", mode="off")
             kept = (host.run_dir / "overrides.json").read_text()
             ballast = _fill(small_disk)

@@ -218,6 +218,17 @@ class Host:
             assert time.monotonic() < deadline, f"{pair.label} was not spliced within {timeout} s: {flow}"
             time.sleep(0.02)
 
+    def hot_pair(self, lab: Lab) -> Pair:
+        """A new connection between two hosts, spliced."""
+        pair = self.connect(self.peer(lab, "a"), self.peer(lab, "b"), lab.address("b"))
+        self.make_hot(pair)
+        return pair
+
+    def check_alive(self, lab: Lab) -> None:
+        """The daemon is well, and splices what is new."""
+        assert self.daemon.status()["healthy"]
+        self.hot_pair(lab).verify()
+
     def watch_cold(self, pair: Pair, reason: str, seconds: float = 0.6) -> None:
         """Ping-pong for some time; the connection must stay plain throughout and end up with `reason`."""
         end = time.monotonic() + seconds
