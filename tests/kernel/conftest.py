@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.disk import mount_small
 from support.host import Host
 from support.lab import Lab
 from support.running import mark_kernel_tests, prepare_kernel_tests
@@ -70,6 +71,12 @@ def host(shared_host: Host) -> Iterator[Host]:
     shared_host.stop_peers()
     rescued = shared_host.daemon.totals()["rescued"] - rescued
     assert rescued <= shared_host.expected_rescues, "a connection had to be rescued"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mount_small(tmp_path / "disk") as place:
+        yield place
 
 
 @pytest.fixture(params=["plain", "spliced"])

@@ -24,6 +24,7 @@ from types import TracebackType
 import pytest
 from support.bpf import list_attached
 from support.daemon import REPOSITORY, call, command_line, environment, wait_until
+from support.disk import fill
 from support.engine import FakeEngine
 from support.host import EAGER, Host
 from support.lab import Lab
@@ -244,24 +245,6 @@ def test_starts_race(lab: Lab, left: str) -> None:
 # no room
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for a few files."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=0755", "small", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def _fill(place: Path) -> Path:
-    ballast = place / "ballast"
-    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(512))
-    return ballast
-
-
 def test_disk_is_full(small_disk: Path, lab: Lab) -> None:
     """The disk with log, lock and socket fills while it runs; then it is killed, and a start without room for
     its ready file refuses. Neither these nor the next start that has room are noticed by the traffic."""
@@ -269,7 +252,7 @@ def test_disk_is_full(small_disk: Path, lab: Lab) -> None:
         host.run_dir = small_disk / "run"
         host.start()
         with Traffic(host, lab) as traffic:
-            _fill(small_disk)
+            fill(small_disk)
             host.daemon.drain()
             host.daemon.send_signal(signal.SIGHUP)
             laps = traffic.laps
@@ -277,7 +260,7 @@ def test_disk_is_full(small_disk: Path, lab: Lab) -> None:
             assert host.daemon.status()["healthy"]
             host.daemon.kill()
             host.daemon.ready_file.unlink()
-            ballast = _fill(small_disk)
+            ballast = fill(small_disk)
             own = [f"--cgroup={host.cgroup.path}", *_places(host), "--docker=off"]
             refused = call("run", *own, f"--ready-file={host.daemon.ready_file}")
             assert refused.code == 1, refused

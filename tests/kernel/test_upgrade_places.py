@@ -4,19 +4,18 @@ on, what is said is clear, and nothing is left behind (promise 5)."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.bpf import list_attached
 from support.daemon import ControlError, Outcome, ask, call, command_line, environment, wait_until
+from support.disk import fill
 from support.engine import FakeEngine
 from support.host import Host
 from support.lab import Lab
@@ -214,29 +213,11 @@ def test_many_starts_at_once(lab: Lab, left: str) -> None:
 # no room
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for a few files."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k,mode=0755", "small", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def _fill(place: Path) -> Path:
-    ballast = place / "ballast"
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(b"x" * 512)
-    return ballast
-
-
 def test_start_on_a_full_disk(small_disk: Path) -> None:
     """Said in one line that names the file and the reason; nothing is left, and with room it starts."""
     with Host(start=False) as host:
         host.run_dir = small_disk / "run"
-        ballast = _fill(small_disk)
+        ballast = fill(small_disk)
         outcome = _run(host)
         assert outcome.code == FAILURE
         message = _last_line(outcome)
@@ -251,7 +232,7 @@ def test_start_on_a_full_disk(small_disk: Path) -> None:
 def test_ready_file_on_a_full_disk(small_disk: Path) -> None:
     """The same for a ready file that cannot be written: no half started daemon."""
     with Host(start=False) as host:
-        _fill(small_disk)
+        fill(small_disk)
         outcome = _run(host, f"--ready-file={small_disk / 'ready'}")
         assert outcome.code == FAILURE
         assert "No space left on device" in _last_line(outcome)
@@ -278,9 +259,10 @@ def test_log_that_cannot_be_written(lab: Lab, log: str) -> None:
         host.check_clean()
 
 
-def test_running_on_a_disk_that_fills(small_disk: Path, lab: Lab) -> None:
+def test_running_on_a_disk_that_fills(tmp_path: Path, small_disk: Path, lab: Lab) -> None:
     """`splicer set` that cannot be kept fails, says why, and changes nothing; everything else works."""
-    engine = FakeEngine(str(small_disk / "engine.sock"))
+    # Not on the disk: what was accepted on a socket file keeps the file system busy until it is closed.
+    engine = FakeEngine(str(tmp_path / "engine.sock"))
     engine.run(1, name="one")
     engine.run(2, name="two")
     try:
@@ -291,7 +273,7 @@ def test_running_on_a_disk_that_fills(small_disk: Path, lab: Lab) -> None:
             pair = host.hot_pair(lab)
             host.daemon.command("set", container="one", mode="off")
             kept = (host.run_dir / "overrides.json").read_text()
-            ballast = _fill(small_disk)
+            ballast = fill(small_disk)
             with pytest.raises(ControlError) as refused:
                 host.daemon.command("set", container="two", mode="eager")
             assert "No space left on device" in str(refused.value)
