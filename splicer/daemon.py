@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import select
@@ -69,6 +70,7 @@ class Daemon:
         self._drain_pause = _DRAIN_PAUSE_S
         self._watch_at = 0.0
         self._signals = 0
+        self._untold: collections.deque[int] = collections.deque()
         self._held = 0
         # Set by other threads and by signals, each with a byte in the pipe that wakes the loop.
         self._drain_requested = False
@@ -156,11 +158,16 @@ class Daemon:
             )
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._log.info("signal", name=signal.Signals(number).name)
+        # Between any two steps of this very thread, which may hold the lock of the log: say nothing here.
+        self._untold.append(number)
         if number == signal.SIGHUP:
             self._reload_requested = True
         else:
             self._signals += 1
+
+    def _tell_signals(self) -> None:
+        while self._untold:
+            self._log.info("signal", name=signal.Signals(self._untold.popleft()).name)
 
     @contextlib.contextmanager
     def _ready(self) -> Any:
@@ -191,8 +198,10 @@ class Daemon:
 
     def _stop(self) -> None:
         """Drain for up to stop_timeout seconds; a second signal ends the waiting."""
+        self._tell_signals()
         self._sweeper.change_settings(registering=False)
         left = self._sweeper.drain(self._settings.stop_timeout, lambda: self._signals > 1)
+        self._tell_signals()
         self._log.info("drained", unread_connections=left)
 
     # -- policy --------------------------------------------------------------------------------------------
@@ -295,6 +304,7 @@ class Daemon:
 
     def _work(self) -> None:
         now = self._heartbeat = time.monotonic()
+        self._tell_signals()
         if self._reload_requested:
             self._reload_requested = False
             self._reload()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, Protocol, TextIO, cast
@@ -18,6 +19,8 @@ from typing import Any, Literal, Protocol, TextIO, cast
 from splicer.text import is_terminal, printable
 
 LogFormat = Literal["auto", "console", "json"]
+
+_PATIENCE_S = 0.02
 
 
 class Logger(Protocol):
@@ -31,7 +34,8 @@ class Logger(Protocol):
 
 
 class _Unfailing:
-    """A stream that never fails: a full disk or a closed pipe is no reason to let go of connections."""
+    """A stream that never fails: a full disk or a closed pipe is no reason to let go of connections. Nor does
+    it wait for long: what finds no room in a pipe that nobody reads is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,7 +49,10 @@ class _Unfailing:
         with contextlib.suppress(OSError, ValueError):
             if self._fd is None:
                 return self._stream.write(text)
-            os.write(self._fd, text.encode(errors="backslashreplace"))
+            data = text.encode(errors="backslashreplace")
+            # As much as fits into a pipe that can be written to, so this does not block (pipe(7)).
+            while data and select.select([], [self._fd], [], _PATIENCE_S)[1]:
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
         return len(text)
 
     def flush(self) -> None:

@@ -110,6 +110,19 @@ def test_stop_while_starting(delay: float) -> None:
         host.check_clean()
 
 
+def test_signals_at_any_moment(lab: Lab) -> None:
+    """Signals that come while it writes its log, reads its configuration or sweeps are obeyed afterwards, and
+    none of them stops it where it is."""
+    with Host() as host:
+        for number in range(1500):
+            host.daemon.send_signal(signal.SIGHUP)
+            time.sleep(0.0001 * (number % 13))
+        wait_until("the configuration was read", lambda: host.count_reloads() > 10)
+        host.check_alive(lab)
+        assert host.daemon.stop() == 0
+        assert '"name": "SIGTERM"' in host.daemon.log.read_text()
+
+
 def test_stopped_and_started_again_under_load(lab: Lab) -> None:
     """Traffic survives several lives of the daemon, and the last one splices as the first did."""
     with Host() as host:

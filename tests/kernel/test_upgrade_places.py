@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -240,15 +241,34 @@ def test_ready_file_on_a_full_disk(small_disk: Path) -> None:
         host.check_clean()
 
 
-LOGS = {"full": "2>/dev/full", "pipe": "2> >(exec true)", "closed": "2>&-"}
+# Becomes the command that follows, with a full pipe for stderr whose reading end stays open.
+FULL_PIPE = """
+import os, sys
+reading, writing = os.pipe()
+os.set_inheritable(reading, True)
+os.set_blocking(writing, False)
+try:
+    while True:
+        os.write(writing, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(writing, True)
+os.dup2(writing, 2)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+LOGS = {
+    "full": ("bash", "-c", 'exec "$@" 2>/dev/full', "bash"),
+    "pipe": ("bash", "-c", 'exec "$@" 2> >(exec true)', "bash"),
+    "full-pipe": (sys.executable, "-c", FULL_PIPE),
+    "closed": ("bash", "-c", 'exec "$@" 2>&-', "bash"),
+}
 
 
 @pytest.mark.parametrize("log", LOGS)
 def test_log_that_cannot_be_written(lab: Lab, log: str) -> None:
-    """No line of the log is worth a splice: with stderr on a full disk, a pipe that nobody reads, or none at
-    all, it starts, serves, drains and stops."""
+    """No line of the log is worth a splice: with stderr on a full disk, a pipe that nobody reads any more, or
+    one that nobody empties, or none at all, it starts, serves, drains and stops."""
     with Host(start=False) as host:
-        host.prefix = ("bash", "-c", f'exec "$@" {LOGS[log]}', "bash")
+        host.prefix = LOGS[log]
         host.start()
         pair = host.hot_pair(lab)
         host.daemon.drain()
