@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from programs import Cost, counting, read_costs
 from testbed import Interrupted, Testbed, TestbedError, interrupt_on_signals
 from workloads import WRK_WORKLOADS, Load, Metric, Sample, Workload, matrix, missing_programs
 
@@ -37,6 +38,7 @@ class Splicing:
     rescued: int
     cpu_percent: float
     rss_kib: int
+    programs: dict[str, Cost]  # with --programs
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ class Pair:
 class Splicer:
     """The daemon under test, on the test bed's own cgroup, run directory and bpffs."""
 
-    def __init__(self, bed: Testbed, command: str, arguments: Sequence[str]) -> None:
+    def __init__(self, bed: Testbed, command: str, arguments: Sequence[str], timed: bool) -> None:
         self._bed = bed
         self._command = command
         self._arguments = arguments
+        self._timed = timed
         self._run_dir = bed.directory / "run"
         self.failures: list[str] = []
 
@@ -81,6 +84,19 @@ class Splicer:
             if (status := self._bed.stop(daemon)) != OK:
                 # Not an exception: it would hide the one that may be on its way.
                 self.failures.append(f"splicer run ended with {status}: {_tail(log_path)}")
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[dict[str, Cost]]:
+        """What each program cost in the context, known when it is left; nothing without --programs."""
+        costs: dict[str, Cost] = {}
+        if not self._timed:
+            yield costs
+            return
+        with counting():
+            before = read_costs(self._bed.bpffs)
+            yield costs
+            after = read_costs(self._bed.bpffs)
+        costs.update({name: cost - before[name] for name, cost in after.items()})
 
     def status(self) -> dict[str, Any]:
         command = [self._command, "status", "--json", "--run-dir", str(self._run_dir)]
@@ -110,12 +126,16 @@ def measure_spliced(
 ) -> tuple[Sample, Splicing]:
     with splicer.running() as daemon:
         before, cpu, begin = splicer.status()["totals"], _cpu_seconds(daemon.pid), time.monotonic()
-        sample = workload.measure(bed, load)
+        with splicer.timed() as programs:
+            sample = workload.measure(bed, load)
         busy = (_cpu_seconds(daemon.pid) - cpu) / (time.monotonic() - begin)
         totals = splicer.status()["totals"]
         keys = ("spliced", "redirected_messages", "passed_messages", "rescued")
         counts = {key: totals[key] - before[key] for key in keys}
-        return sample, Splicing(**counts, cpu_percent=round(100 * busy, 1), rss_kib=_rss_kib(daemon.pid))
+        percent = round(100 * busy, 1)
+        return sample, Splicing(
+            **counts, cpu_percent=percent, rss_kib=_rss_kib(daemon.pid), programs=programs
+        )
 
 
 def measure_pair(splicer: Splicer | None, workload: Workload, bed: Testbed, load: Load, number: int) -> Pair:
@@ -210,6 +230,10 @@ class Result:
             "name": self.workload.name,
             "title": self.workload.title,
             "metrics": metrics,
+            "requests": {
+                "plain": [pair.plain.requests for pair in self.pairs],
+                "spliced": [pair.spliced.requests for pair in self.pairs],
+            },
             "errors": {leg: self.errors(leg) for leg in ("plain", "spliced")},
             "splicing": [asdict(splicing) for splicing in self.splicings],
             "failures": self.failures(check),
@@ -238,12 +262,31 @@ class Result:
             if errors := self.errors(leg):
                 lines.append(f"  ERRORS {leg}: " + ", ".join(f"{kind} {n}" for kind, n in errors.items()))
         lines.append(f"  spliced legs: {self._splicing_text()}")
+        if text := self._programs_text():
+            lines.append(f"  programs, for a request: {text}")
         return "\n".join(lines)
+
+    def _programs_text(self) -> str:
+        """Calls of each program for a request, and the time of one: medians of the legs."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for pair in self.pairs:
+            for name, cost in (pair.splicing.programs if pair.splicing else {}).items():
+                if cost.calls:
+                    each = cost.calls / pair.spliced.requests, cost.nanoseconds / cost.calls
+                    found.setdefault(name, []).append(each)
+        parts, total = [], 0.0
+        for name, costs in found.items():
+            calls, nanoseconds = median(c for c, _ in costs), median(n for _, n in costs)
+            total += calls * nanoseconds / 1000
+            if calls >= 0.05:
+                parts.append(f"{name} {calls:.1f} x {nanoseconds:.0f} ns")
+        return ", ".join(parts) + f";\n    {total:.2f} us in all" if parts else ""
 
     def _splicing_text(self) -> str:
         if not self.splicings:
             return "plain as well (--baseline)"
-        middle = {key: median(asdict(s)[key] for s in self.splicings) for key in asdict(self.splicings[0])}
+        keys = [key for key in asdict(self.splicings[0]) if key != "programs"]
+        middle = {key: median(asdict(s)[key] for s in self.splicings) for key in keys}
         rescued = sum(s.rescued for s in self.splicings)
         return (
             f"{_number(middle['redirected_messages'])} messages redirected, "
@@ -274,13 +317,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="list the workloads and stop")
     add("--check", action="store_true", help="fail where a ratio is worse than the workload's bound")
     add("--baseline", action="store_true", help="both legs plain: shows the noise of the ratios")
+    add("--programs", action="store_true", help="time the BPF programs as well (wrk only; some 40 ns a call)")
     add("--json", action="store_true", help="the result as JSON")
     add("--splicer", metavar="PATH", help="the command to test (the repository's .venv/bin/splicer)")
     add("--mode", choices=("adaptive", "eager"), help="passed on to splicer run")
     add("--connections", type=_positive_int, default=16, metavar="N", help="wrk's connections (16)")
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
     add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.programs and (options.matrix or options.baseline):
+        parser.error("--programs is for wrk's workloads, and not for --baseline")
+    return options
 
 
 def _positive(text: str) -> float:
@@ -347,7 +394,9 @@ def run(options: argparse.Namespace) -> int:
         if not options.baseline:
             command = find_splicer(options.splicer)
             refuse_company(command)
-            splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [])
+            splicer = Splicer(
+                bed, command, ["--mode", options.mode] if options.mode else [], options.programs
+            )
         if not options.json:
             print(
                 f"Linux {machine['kernel']}, {machine['cpus']} CPUs, nginx {machine['nginx']}; "

@@ -87,10 +87,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Sample:
-    """One leg: metrics by key, and what went wrong by kind (wrk's own kinds)."""
+    """One leg: metrics by key, what went wrong by kind (wrk's own kinds), and wrk's number of requests."""
 
     metrics: dict[str, float]
     errors: dict[str, int] = field(default_factory=dict)
+    requests: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Wrk:
             "max_us": float(report["max"]),
             "cpu_us": busy / max(report["requests"], 1) * 1e6,
         }
-        return Sample(metrics, {kind: count for kind, count in errors.items() if count})
+        return Sample(metrics, {kind: count for kind, count in errors.items() if count}, report["requests"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs, and shows in counts what does not depend on the machine's speed (promise 2)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+from support.daemon import REPOSITORY
+
+# Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
+# of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.
+CALLS = {"register": 13, "observe": 2, "guard": 1, "verdict": 0, "adopt": 0, "watch": 0}
+# Some of wrk's connections are cut off at the end of a leg, and others on the host may call as well.
+TOLERANCE = 0.5
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    command = [str(REPOSITORY / "examples/netns-benchmark/run"), "--only=close", "--only=keep-alive"]
+    command += ["--alternations=1", "--seconds=1", "--programs", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def _find(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(each for each in result["workloads"] if each["name"] == name)
+
+
+def test_requests_on_connections_that_stay_are_redirected(result: dict[str, Any]) -> None:
+    found = _find(result, "keep-alive")
+    assert found["errors"] == {"plain": {}, "spliced": {}}
+    splicing = found["splicing"][0]
+    assert splicing["spliced"] >= 16
+    assert splicing["redirected_messages"] > 10 * splicing["passed_messages"]
+    assert splicing["rescued"] == 0
+    assert found["metrics"]["cpu_us"]["plain"] > 0
+
+
+def test_a_connection_for_each_request_is_left_alone(result: dict[str, Any]) -> None:
+    """It never enters the SOCKHASH, and pays a fixed number of short looks."""
+    found = _find(result, "close")
+    assert found["errors"] == {"plain": {}, "spliced": {}}
+    splicing = found["splicing"][0]
+    assert splicing["spliced"] == splicing["redirected_messages"] == splicing["passed_messages"] == 0
+    requests = found["requests"]["spliced"][0]
+    per_request = {name: cost["calls"] / requests for name, cost in splicing["programs"].items()}
+    for name, calls in CALLS.items():
+        assert per_request[name] <= calls + TOLERANCE, per_request
