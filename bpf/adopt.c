@@ -476,7 +476,7 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	if (!s)
 		return 0;
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
-	if (e->sk != (u64)tp)
+	if (!is_end(e, tp))
 		return 0;	/* a forged name */
 	count_sweep(SWEEP_SEEN);
 	peer = other_end(p, side);

@@ -134,7 +134,7 @@ int observe(u64 *ctx)
 	if (!p)
 		return 0;
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
-	if (e->sk != (u64)tp) {
+	if (!is_end(e, tp)) {
 		/*
 		 * Two sockets with one name: somebody forges. Once spliced, the
 		 * pair holds the true ones, for both have read.

@@ -51,6 +51,15 @@ find_pair_of(void *tp, struct pair_id *id, int *side)
 			 local_port(tp) > remote_port(tp), id, side);
 }
 
+/*
+ * Is this socket the end that the pair means, or another one that was given its
+ * memory? A new socket starts without a cookie.
+ */
+static __always_inline int is_end(struct end *e, void *tp)
+{
+	return e->sk == (u64)tp && e->cookie == FIELD(tp, u64, sock_skc_cookie);
+}
+
 static __always_inline struct end *other_end(struct pair *p, int side)
 {
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];

@@ -74,11 +74,11 @@ int verdict(struct sk_msg_md *msg)
 {
 	u32 progress, state, size, reason, copied_seq = 0, queued = 0;
 	struct direction *d, *back;
-	u64 own, peer_sk, cookie = 0;
+	u64 peer_sk, cookie = 0;
 	struct settings *s;
 	struct pair_id id;
 	struct end_key to;
-	struct end *peer;
+	struct end *own, *peer;
 	u8 shutdown = 0;
 	struct pair *p;
 	int side;
@@ -99,12 +99,12 @@ int verdict(struct sk_msg_md *msg)
 		return SK_PASS;
 	}
 	if (side == CLIENT) {
-		own = p->end[CLIENT].sk;
+		own = &p->end[CLIENT];
 		d = &p->dir[CLIENT];
 		back = &p->dir[SERVER];
 		peer = &p->end[SERVER];
 	} else {
-		own = p->end[SERVER].sk;
+		own = &p->end[SERVER];
 		d = &p->dir[SERVER];
 		back = &p->dir[CLIENT];
 		peer = &p->end[CLIENT];
@@ -113,7 +113,7 @@ int verdict(struct sk_msg_md *msg)
 	 * A name tells connections apart and is no secret: ISNs have no part in
 	 * them that differs by network namespace, and TCP_REPAIR sets any.
 	 */
-	if (own != (u64)tp)
+	if (!is_end(own, tp))
 		return SK_PASS;
 	s = get_settings();
 	progress = READ_ONCE(p->state);

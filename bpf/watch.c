@@ -42,10 +42,10 @@ int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
 			tell_orphan(key);
 		return 0;
 	}
-	if (p->end[CLIENT].sk == (u64)ctx->sk) {
+	if (is_end(&p->end[CLIENT], tp)) {
 		e = &p->end[CLIENT];
 		inbound = &p->dir[SERVER];
-	} else if (p->end[SERVER].sk == (u64)ctx->sk) {
+	} else if (is_end(&p->end[SERVER], tp)) {
 		e = &p->end[SERVER];
 		inbound = &p->dir[CLIENT];
 	} else {

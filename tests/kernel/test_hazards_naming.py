@@ -16,6 +16,8 @@ from support.lab import Lab
 from support.meddler import callbacks_forgotten
 from support.players import End, Pair, Peer
 
+from splicer import layout, libbpf
+
 HABITS = Path(__file__).parents[1] / "support" / "habits.py"
 ROUNDS, SIZE = 30, 10
 
@@ -116,6 +118,43 @@ def test_forged_client_after_another_one(host: Host, lab: Lab, reads: bool) -> N
         assert pair.client.recv(ROUNDS * SIZE) == ROUNDS * SIZE
         assert pair.client.attempt("recv_once", count=1) == "EAGAIN"
         assert pair.client.report()["first_wrong"] is None
+
+
+# row 6
+
+COOKIE = 18  # among the fields of layout.PAIR: the client's
+
+
+def _set_cookie(host: Host, cookie: int) -> int:
+    """Another cookie for the client of the only pair there is; returns the one it had."""
+    pairs = libbpf.Map.open(str(host.pin_dir / "maps" / "pairs"))
+    try:
+        ((key, value),) = pairs.items()
+        fields = list(layout.PAIR.unpack(value))
+        before: int = fields[COOKIE]
+        fields[COOKIE] = cookie
+        pairs.set(key, layout.PAIR.pack(*fields))
+        return before
+    finally:
+        pairs.close()
+
+
+def test_another_socket_in_the_memory_of_an_end(host: Host, lab: Lab) -> None:
+    """The record names the address of a socket and the cookie of an earlier one: the socket sends under a
+    name that is not its own, and nothing is redirected for it, or to it."""
+    pair = host.hot_pair(lab)
+    cookie = _set_cookie(host, 1)
+    before = host.find_flow(pair)
+    pair.pingpong(40)
+    after = host.find_flow(pair)
+    assert before is not None and after is not None
+    assert after["redirected_messages"] == before["redirected_messages"]
+    _set_cookie(host, cookie)
+    pair.pingpong(40)
+    pair.verify()
+    last = host.find_flow(pair)
+    assert last is not None
+    assert last["redirected_messages"] > after["redirected_messages"]
 
 
 # row 8
