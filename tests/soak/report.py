@@ -16,6 +16,7 @@ from soak.watch import Life
 
 SCHEMA = 1
 KINDS = ("plain", "spliced")  # of connections
+DENIED_AT_MOST = 5.0  # seconds
 STALL_BEYOND_PLAIN = 0.25  # seconds
 AROUND = 6.0  # seconds
 LATE = 5.0  # seconds after the beginning of what makes readers late
@@ -88,7 +89,7 @@ def judge(findings: Findings) -> list[Promise]:
     cuts = [each for each in by_kind.get("cut", []) if not is_excused(each, findings.killed)]
     cuts = [each for each in cuts if each["conn"] not in given_up]
     stuck = [each for each in by_kind.get("stuck", []) if is_stuck(each, findings)]
-    over = find_stalls_over(findings)
+    over, denied_long = find_stalls_over(findings), find_denied_stalls(findings)
     totals = watch.totals
     messages = sum(pick(findings.tally.counters["messages"], "spliced").values())
     everything = not (options.patterns or options.kinds)
@@ -109,6 +110,7 @@ def judge(findings: Findings) -> list[Promise]:
     )
     entries = ", ".join(f"{name} {n}" for name, n in findings.entries.items())
     limit = plain_bound(findings) * 1000
+    longest_denied = max((each["seconds"] for each in denied_long), default=0.0)
     trouble = [*findings.daemon_deaths, *grown]
     no_memory = {kind: sum(pick(findings.tally.counters["no_memory"], kind).values()) for kind in KINDS}
     verdicts = {
@@ -116,6 +118,10 @@ def judge(findings: Findings) -> list[Promise]:
         "no connection broken": (not cuts, f"{len(cuts)} broke off without a reason"),
         "no connection stuck": (not stuck and not ends, f"{len(stuck)} stuck, {ends} ends open at the end"),
         "no stall beyond plain TCP's": (not over, f"{len(over)} over {limit:.0f} ms"),
+        "class B: who trusts FIONREAD waits for seconds at most": (
+            longest_denied <= DENIED_AT_MOST,
+            f"{len(denied_long)} over {limit:.0f} ms, eager or backed up; longest {longest_denied:.2f} s",
+        ),
         "no send fails for want of memory": (
             not no_memory["plain"] and (not no_memory["spliced"] or bool(findings.chaos["socket_memory"])),
             f"{no_memory['plain']} plain, {no_memory['spliced']} spliced",
@@ -169,13 +175,34 @@ def find_longest(findings: Findings, kind: str) -> float:
 
 
 def find_stalls_over(findings: Findings) -> list[dict[str, Any]]:
-    """The stalls of spliced connections that are too long, those that are excused left out."""
+    """The stalls of spliced connections that are too long, those that are known left out."""
+    known = find_denied_stalls(findings)
+    return [each for each in _find_long(findings) if each not in known]
+
+
+def find_denied_stalls(findings: Findings) -> list[dict[str, Any]]:
+    """Those of them that a kernel of class B is known for (KNOWN_ISSUES.md: FIONREAD, while it goes back)."""
+    if findings.watch is None or findings.watch.kernel_class != "B":
+        return []
+    return [each for each in _find_long(findings) if was_denied(each)]
+
+
+def _find_long(findings: Findings) -> list[dict[str, Any]]:
     bound = plain_bound(findings)
     return [
         each
         for each in findings.stalls
         if each["spliced"] and each["seconds"] > bound and not is_known(each, findings.no_daemon)
     ]
+
+
+def was_denied(stall: dict[str, Any]) -> bool:
+    """True for readers that trust FIONREAD, on connections whose TCP bytes it does not count for longer than
+    a moment: eager ones, and those that went back because too much was waiting."""
+    port = f":{EAGER}"
+    eager = stall["local"].endswith(port) or stall["remote"].endswith(port)
+    reason = (stall.get("flow") or {}).get("reason")
+    return bool(stall["read"] == EXACT and (eager or reason in ("unaccepted", "backpressure")))
 
 
 def was_never_spliced(stall: dict[str, Any], events: list[tuple[float, str]]) -> bool:

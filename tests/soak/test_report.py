@@ -11,6 +11,7 @@ import pytest
 from soak.findings import Findings, Options
 from soak.report import (
     count_late,
+    find_denied_stalls,
     find_growth,
     find_stalls_over,
     is_excused,
@@ -111,6 +112,23 @@ def test_only_readers_that_trust_fionread_are_excused_without_a_daemon() -> None
     assert not is_known(stall, [(40.0, 46.0)])
     assert not is_known(stall, [])
     assert not is_known(stall | {"read": "recv"}, [(47.5, 49.0)])
+
+
+def test_what_class_b_denies_is_judged_apart() -> None:
+    stall = {"seconds": 1.0, "time": 50.0, "spliced": True, "read": "exact", "flow": None}
+    stall |= {"local": "10.79.0.1:7002", "remote": "10.79.0.2:40000", "sends": 99, "age": 9.0}
+    plain_port = stall | {"local": "10.79.0.1:7000"}
+    late = plain_port | {
+        "flow": {"state": "paired", "reason": "backpressure", "redirected_messages": 1, "passed_messages": 0}
+    }
+    others = [plain_port, stall | {"read": "recv"}]
+    findings = Findings(Options(seed=1, seconds=1.0), stalls=[stall, late, *others])
+    findings.watch = SimpleNamespace(kernel_class="B")
+    assert find_denied_stalls(findings) == [stall, late]
+    assert find_stalls_over(findings) == others
+    findings.watch = SimpleNamespace(kernel_class="C")
+    assert find_denied_stalls(findings) == []
+    assert find_stalls_over(findings) == findings.stalls
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class Watch:
         self.lives: list[Life] = []
         self.silent = 0
         self.most_spliced = 0
+        self.kernel_class = ""
         self.shares: list[float] = []
         self._flows: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._flows_at = 0.0
@@ -88,6 +89,7 @@ class Watch:
         if any(now[name] < n for name, n in self._now.items()):
             self.end_generation()
         self._now = now
+        self.kernel_class = status["kernel_class"]
         connections = status["connections"]
         self.most_spliced = max(self.most_spliced, connections["spliced"])
         known = sum(connections.values())
