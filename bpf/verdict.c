@@ -70,6 +70,31 @@ static __always_inline void note_settled(struct direction *d, void *tp)
 		WRITE_ONCE(d->settled, 1);
 }
 
+/*
+ * A reader whose buffer ends in memory that is not there gets EFAULT in the
+ * middle of a message. If that message has several elements, sk_msg_recvmsg()
+ * forgets then that it has let go of the pages of the first ones: the
+ * connection is stuck in EFAULT, and closing it lets go of them once more, while
+ * they may be somebody else's. (Linux up to 7.2 at least.) So nothing with more
+ * than one element is queued. What fits into one page fragment is copied into
+ * one; of more than that, each element goes by itself, with a verdict of its
+ * own. Returns the bytes that this one is about, or 0.
+ */
+#define PAGE_FRAGMENT		32768
+
+static __always_inline u32 take_one_element(struct sk_msg_md *msg)
+{
+	u32 size = msg->size, first = (u64)msg->data_end - (u64)msg->data;
+
+	if (first == size)
+		return size;
+	if (size <= PAGE_FRAGMENT && !bpf_msg_pull_data(msg, 0, size, 0))
+		return size;
+	if (first)
+		bpf_msg_apply_bytes(msg, first);
+	return first;
+}
+
 int verdict(struct sk_msg_md *msg)
 {
 	u32 progress, state, size, reason, copied_seq = 0, queued = 0;
@@ -84,6 +109,8 @@ int verdict(struct sk_msg_md *msg)
 	int side;
 	void *sk = msg->sk, *tp;
 
+	/* What the verdict on the element before has said holds until it is taken back. */
+	bpf_msg_apply_bytes(msg, 0);
 	if (!sk)
 		return SK_PASS;
 	tp = to_tcp_sock(sk);
@@ -174,7 +201,9 @@ int verdict(struct sk_msg_md *msg)
 			goto pass_watched;
 		d->fit = 1;
 	}
-	size = msg->size;
+	size = take_one_element(msg);
+	if (!size)
+		goto pass_watched;
 	if (is_overfull(s, d, queued, size)) {
 		start_draining(p, REASON_BACKPRESSURE);
 		goto pass;

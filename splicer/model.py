@@ -147,7 +147,10 @@ class Connections:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts since the programs were loaded; they survive a restart of the daemon."""
+    """Counts since the programs were loaded; they survive a restart of the daemon.
+
+    A message is what one send(2) has sent, or up to 32 KiB of it.
+    """
 
     paired: int = 0
     spliced: int = 0

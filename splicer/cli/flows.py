@@ -66,7 +66,7 @@ def _make_epilog() -> str:
         "REMOTE": "what the client connected to; under DNAT the server's own is another (JSON: peer)",
         "STATE": "see below",
         "REASON": "why it is not spliced; empty when it is",
-        "MESSAGES": "messages redirected since pairing, both directions; not on a narrow terminal",
+        "MESSAGES": "messages of up to 32 KiB redirected since pairing, both ways; not on a narrow terminal",
         "BYTES": "bytes redirected since pairing, both directions",
         "AGE": "time since pairing",
     }

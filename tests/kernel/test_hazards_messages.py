@@ -19,6 +19,7 @@ from support.wire import Wire
 
 JUGGLER = Path(__file__).parents[1] / "support" / "juggler.py"
 TCP_KEEPALIVE_S = 2  # TCP_KEEPIDLE
+PAGE_FRAGMENT = 32768  # sk_page_frag_refill()
 
 
 def _juggler(host: Host, lab: Lab, place: str, *, inside: bool = True) -> Peer:
@@ -75,6 +76,30 @@ def test_sender_waits_for_a_held_reader(wire: Wire) -> None:
     assert pair.server.release() == 100
     assert pair.client.finish_send() == 200
     assert pair.server.recv(200) == 200
+    pair.verify()
+
+
+# memory that is not there
+
+
+@pytest.mark.parametrize(("size", "waiting"), [(3000, 12), (100_000, 1)])
+def test_buffer_that_ends_within_a_message(wire: Wire, size: int, waiting: int) -> None:
+    """A reader whose memory is not there in the middle of a message gets the rest of it later. (The kernel
+    cannot do that for a message of several elements, and frees the pages of the first ones twice.)"""
+    pair = wire.hot_pair()
+    for _ in range(4):
+        before = wire.redirected_messages(pair)
+        # More than a page fragment; as long as it is in use the next message begins where the last one ends.
+        pair.client.send(size * waiting, chunk=size)
+        assert pair.server.wait_fionread(count=size * waiting) == size * waiting
+        for _ in range(waiting):
+            taken = pair.server.recv_cut_short(count=size, room=size - 1)
+            assert pair.server.recv(size - taken) == size - taken
+        if wire.spliced:
+            # Small ones in one piece wherever they begin, large ones in pieces of one element.
+            pieces = wire.redirected_messages(pair) - before
+            assert pieces == waiting if size < PAGE_FRAGMENT else pieces > size / PAGE_FRAGMENT
+    pair.pingpong(20)
     pair.verify()
 
 

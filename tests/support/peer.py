@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
 import random
 import select
@@ -413,6 +414,23 @@ class Peer:
     def recv_once(self, conn: str, count: int, flags: int = 0) -> int:
         """A single recv(2) of stream bytes; how many came."""
         return len(self._connections[conn].take(count, flags))
+
+    def recv_cut_short(self, conn: str, count: int, room: int) -> int:
+        """A single recv(2) of `count` stream bytes into memory of which only `room` bytes are there; how many
+        came, 0 after EFAULT."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        size = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
+        with mmap.mmap(-1, size + mmap.PAGESIZE) as area:
+            start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+            libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0)
+            connection, at = self._connections[conn], size - room
+            taken = libc.recv(
+                connection.sock.fileno(), ctypes.c_void_p(start + at), ctypes.c_size_t(count), 0
+            )
+            if taken < 0 and ctypes.get_errno() != errno.EFAULT:
+                raise OSError(ctypes.get_errno(), "recv")
+            connection.note_received(area[at : at + max(taken, 0)])
+        return max(taken, 0)
 
     def hear(self, conn: str, count: int, flags: int = 0, timeout: float = 10.0) -> str:
         """Receive exactly `count` literal bytes, fewer before the end of the stream; a peek looks once."""

@@ -42,8 +42,15 @@ class Wire:
 
     def redirected_bytes(self, pair: Pair) -> int:
         """How much of the connection has been redirected."""
+        return self._count(pair, "redirected_bytes")
+
+    def redirected_messages(self, pair: Pair) -> int:
+        """In how many messages."""
+        return self._count(pair, "redirected_messages")
+
+    def _count(self, pair: Pair, what: str) -> int:
         flow = self.host.find_flow(pair) if self.spliced else None
-        return 0 if flow is None else int(flow["redirected_bytes"])
+        return 0 if flow is None else int(flow[what])
 
 
 def _places(client: str, server: str) -> tuple[str, str]:

@@ -11,6 +11,9 @@ from socket import MSG_DONTWAIT, MSG_PEEK, MSG_TRUNC, MSG_WAITALL
 from conformance.probes import probe
 from conformance.scene import Scene, pattern
 
+# Enough for all that a probe sends at once.
+_ROOM = (socket.SOL_SOCKET, socket.SO_SNDBUF, 400_000)
+
 
 @probe()
 def byte_stream(s: Scene) -> None:
@@ -330,19 +333,30 @@ def _recv_at(fd: int, address: int, count: int) -> int:
 @probe()
 def partly_bad_buffer(s: Scene) -> None:
     """A buffer that ends in the middle of what is read: no byte is lost or read twice."""
+    _read_beyond(s, pattern(300), 100)
+
+
+@probe(options=((_ROOM,), ()))
+def partly_bad_buffer_for_much(s: Scene) -> None:
+    """The same in a send(2) of several page fragments."""
+    _read_beyond(s, pattern(100_000), 50_000)
+
+
+def _read_beyond(s: Scene, data: bytes, room: int) -> None:
     import mmap
 
-    area = s.keep(mmap.mmap(-1, 2 * mmap.PAGESIZE))
+    area = s.keep(mmap.mmap(-1, 16 * mmap.PAGESIZE))
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    _libc.munmap(ctypes.c_void_p(start + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE))
-    s.client.send(pattern(300))
+    end = start + 15 * mmap.PAGESIZE
+    _libc.munmap(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE))
+    s.client.send(data)
     s.settle()
     with s.quiet():
-        got = s.server.call("recv", _recv_at, s.server.fd, start + mmap.PAGESIZE - 100, 300)
-    read = ctypes.string_at(start + mmap.PAGESIZE - 100, got) if isinstance(got, int) else b""
+        got = s.server.call("recv", _recv_at, s.server.fd, end - room, len(data))
+    read = ctypes.string_at(end - room, got) if isinstance(got, int) else b""
     with s.quiet():
         left = s.server.rest()
-    s.note(f"all there: {(read + left) == pattern(300)}, after {'EFAULT' if got == 'EFAULT' else 'some'}")
+    s.note(f"all there: {(read + left) == data}, after {'EFAULT' if got == 'EFAULT' else 'some'}")
     # The mapping is half gone; Python must not unmap it again.
     s._open.remove(area)
     _kept.append(area)
