@@ -67,11 +67,17 @@ class Field:
 
     def unplug(self, host: int) -> None:
         """Delete the host's link, as if somebody had pulled the cable."""
-        _run("ip", "-n", f"{self._prefix}-router", "link", "del", f"to-h{host}x{self._generations[host]}")
+        name = f"to-h{host}x{self._generations[host]}"
+        command = ["ip", "-n", f"{self._prefix}-router", "link", "del", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode and "Cannot find device" not in done.stderr:
+            raise RuntimeError(f"{name}: {done.stderr.strip()}")
 
     def delete_host(self, host: int) -> None:
-        """Delete the namespace. It lives on as long as a process or socket is in it."""
+        """Delete the namespace. It lives on for a while; its link does not, or the next host with the same
+        addresses would share them with it, and connections to that one be reset by this one."""
         self._delete(f"h{host}x{self._generations[host]}")
+        self.unplug(host)
         self._generations[host] += 1
 
     def remove(self) -> None:
