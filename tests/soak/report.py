@@ -17,6 +17,7 @@ from soak.watch import Life
 SCHEMA = 1
 KINDS = ("plain", "spliced")  # of connections
 DENIED_AT_MOST = 5.0  # seconds
+WENT_BACK = ("backpressure", "busy", "policy_off", "request", "rescue", "stream", "unaccepted")
 STALL_BEYOND_PLAIN = 0.25  # seconds
 AROUND = 6.0  # seconds
 LATE = 5.0  # seconds after the beginning of what makes readers late
@@ -120,7 +121,7 @@ def judge(findings: Findings) -> list[Promise]:
         "no stall beyond plain TCP's": (not over, f"{len(over)} over {limit:.0f} ms"),
         "class B: who trusts FIONREAD waits for seconds at most": (
             longest_denied <= DENIED_AT_MOST,
-            f"{len(denied_long)} over {limit:.0f} ms, eager or backed up; longest {longest_denied:.2f} s",
+            f"{len(denied_long)} over {limit:.0f} ms, eager or gone back; longest {longest_denied:.2f} s",
         ),
         "no send fails for want of memory": (
             not no_memory["plain"] and (not no_memory["spliced"] or bool(findings.chaos["socket_memory"])),
@@ -197,12 +198,13 @@ def _find_long(findings: Findings) -> list[dict[str, Any]]:
 
 
 def was_denied(stall: dict[str, Any]) -> bool:
-    """True for readers that trust FIONREAD, on connections whose TCP bytes it does not count for longer than
-    a moment: eager ones, and those that went back because too much was waiting."""
+    """True for readers that trust FIONREAD, on connections whose TCP bytes it may not count for longer than a
+    moment: eager ones, and those that went back."""
     port = f":{EAGER}"
     eager = stall["local"].endswith(port) or stall["remote"].endswith(port)
-    reason = (stall.get("flow") or {}).get("reason")
-    return bool(stall["read"] == EXACT and (eager or reason in ("unaccepted", "backpressure")))
+    flow = stall.get("flow") or {}
+    back = bool(flow) and flow["state"] != "spliced" and flow["reason"] in WENT_BACK
+    return bool(stall["read"] == EXACT and (eager or back))
 
 
 def was_never_spliced(stall: dict[str, Any], events: list[tuple[float, str]]) -> bool:

@@ -121,7 +121,8 @@ def test_what_class_b_denies_is_judged_apart() -> None:
     late = plain_port | {
         "flow": {"state": "paired", "reason": "backpressure", "redirected_messages": 1, "passed_messages": 0}
     }
-    others = [plain_port, stall | {"read": "recv"}]
+    spliced = plain_port | {"flow": late["flow"] | {"state": "spliced", "reason": ""}}
+    others = [plain_port, spliced, stall | {"read": "recv"}]
     findings = Findings(Options(seed=1, seconds=1.0), stalls=[stall, late, *others])
     findings.watch = SimpleNamespace(kernel_class="B")
     assert find_denied_stalls(findings) == [stall, late]
