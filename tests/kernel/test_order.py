@@ -74,23 +74,29 @@ def test_coming_and_going_while_adopting_and_draining(host: Host, lab: Lab, port
     address = lab.address("b")
     server.call("listen", name="door", family=AF_INET, host=address, port=port)
     before = host.daemon.totals()
-    server.begin("serve", listener="door", seconds=2.5)
     # Long enough to become hot, and not so many together that no quiet moment is left for adoption.
     size = {"together": 12, "rounds": 80} if port == EAGER else {"together": 3, "rounds": 1500}
-    client.begin("churn", family=AF_INET, host=address, port=port, seconds=2.0, seed=port, **size)
     chance = random.Random(port)
-    while client.is_waiting(chance.uniform(0.02, 0.1)):
-        host.daemon.drain()
-        _wait_adopted(host)
-    done = client.finish()
-    assert server.finish() == done["connections"]
-    assert (done["wrong"], done["broken"]) == (0, 0)
-    assert done["connections"] > 10
-    after = host.daemon.totals()
-    spliced = after["spliced"] - before["spliced"]
-    print(f"{spliced} spliced of {done['connections']}")
-    assert spliced >= 6
-    assert after["paired"] - before["paired"] == done["connections"]
+    connections = spliced = 0
+    # Whether enough of them are adopted between two drains in one go is a matter of luck.
+    for seed in range(5):
+        server.begin("serve", listener="door", seconds=2.5)
+        client.begin("churn", family=AF_INET, host=address, port=port, seconds=2.0, seed=seed, **size)
+        while client.is_waiting(chance.uniform(0.02, 0.1)):
+            host.daemon.drain()
+            _wait_adopted(host)
+        done = client.finish()
+        assert server.finish() == done["connections"]
+        assert (done["wrong"], done["broken"]) == (0, 0)
+        connections += done["connections"]
+        after = host.daemon.totals()
+        spliced = after["spliced"] - before["spliced"]
+        if spliced >= 10:
+            break
+    print(f"{spliced} spliced of {connections}")
+    assert spliced >= 10
+    assert connections > 10
+    assert after["paired"] - before["paired"] == connections
     wait_until("closed connections are gone", lambda: not host.daemon.flows())
     wait_until("the SOCKHASH is empty", lambda: host.count_spliced() == 0)
 
