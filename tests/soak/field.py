@@ -21,6 +21,7 @@ class Field:
         # Runs that were killed outright are known by this form of name: support/leftovers.py.
         self._prefix = f"spltest-{os.getpid()}-soak{next(_numbers)}"
         self._made: set[str] = set()
+        self._plugged: set[int] = set()
         self._generations = [0] * hosts
         try:
             self._add("router")
@@ -52,6 +53,7 @@ class Field:
             f" netns {self.namespace(host)}",
             f"link set {port} master br0 up",
         )
+        self._plugged.add(host)
         self._batch(
             inside,
             "link set lo up",
@@ -67,17 +69,15 @@ class Field:
 
     def unplug(self, host: int) -> None:
         """Delete the host's link, as if somebody had pulled the cable."""
-        name = f"to-h{host}x{self._generations[host]}"
-        command = ["ip", "-n", f"{self._prefix}-router", "link", "del", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode and "Cannot find device" not in done.stderr:
-            raise RuntimeError(f"{name}: {done.stderr.strip()}")
+        _run("ip", "-n", f"{self._prefix}-router", "link", "del", f"to-h{host}x{self._generations[host]}")
+        self._plugged.discard(host)
 
     def delete_host(self, host: int) -> None:
         """Delete the namespace. It lives on for a while; its link does not, or the next host with the same
         addresses would share them with it, and connections to that one be reset by this one."""
+        if host in self._plugged:
+            self.unplug(host)
         self._delete(f"h{host}x{self._generations[host]}")
-        self.unplug(host)
         self._generations[host] += 1
 
     def remove(self) -> None:

@@ -177,15 +177,12 @@ def find_longest(findings: Findings, kind: str) -> float:
 
 def find_stalls_over(findings: Findings) -> list[dict[str, Any]]:
     """The stalls of spliced connections that are too long, those that are known left out."""
-    known = find_denied_stalls(findings)
-    return [each for each in _find_long(findings) if each not in known]
+    return [each for each in _find_long(findings) if not was_denied(each, findings)]
 
 
 def find_denied_stalls(findings: Findings) -> list[dict[str, Any]]:
     """Those of them that a kernel of class B is known for (KNOWN_ISSUES.md: FIONREAD, while it goes back)."""
-    if findings.watch is None or findings.watch.kernel_class != "B":
-        return []
-    return [each for each in _find_long(findings) if was_denied(each)]
+    return [each for each in _find_long(findings) if was_denied(each, findings)]
 
 
 def _find_long(findings: Findings) -> list[dict[str, Any]]:
@@ -197,14 +194,18 @@ def _find_long(findings: Findings) -> list[dict[str, Any]]:
     ]
 
 
-def was_denied(stall: dict[str, Any]) -> bool:
-    """True for readers that trust FIONREAD, on connections whose TCP bytes it may not count for longer than a
-    moment: eager ones, and those that went back."""
-    port = f":{EAGER}"
-    eager = stall["local"].endswith(port) or stall["remote"].endswith(port)
-    flow = stall.get("flow") or {}
-    back = bool(flow) and flow["state"] != "spliced" and flow["reason"] in WENT_BACK
-    return bool(stall["read"] == EXACT and (eager or back))
+def was_denied(stall: dict[str, Any], findings: Findings) -> bool:
+    """True on class B for readers that trust FIONREAD, on connections whose TCP bytes it may not count for
+    longer than a moment: eager ones, and those that went back."""
+    if findings.watch is None or findings.watch.kernel_class != "B" or stall["read"] != EXACT:
+        return False
+    flow = stall.get("flow")
+    back = flow and flow["state"] != "spliced" and flow["reason"] in WENT_BACK
+    return bool(back or _is_at_eager_port(stall))
+
+
+def _is_at_eager_port(stall: dict[str, Any]) -> bool:
+    return any(stall[name].endswith(f":{EAGER}") for name in ENDS)
 
 
 def was_never_spliced(stall: dict[str, Any], events: list[tuple[float, str]]) -> bool:
@@ -222,9 +223,7 @@ def was_never_spliced(stall: dict[str, Any], events: list[tuple[float, str]]) ->
         return bool(untouched and plain and flow["state"] == "paired")
     since = stall["time"] - stall["age"] - LONGEST_POLICY
     eager = any("eager" in what and since < when < stall["time"] for when, what in events)
-    port = f":{EAGER}"
-    eager = eager or stall["local"].endswith(port) or stall["remote"].endswith(port)
-    return bool(stall["sends"] < HOT_READS and not eager)
+    return bool(stall["sends"] < HOT_READS and not eager and not _is_at_eager_port(stall))
 
 
 def is_known(stall: dict[str, Any], no_daemon: list[tuple[float, float]]) -> bool:
