@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,11 +28,13 @@ TARGETS = {"web": "http://web:8080/", "proxy, web": "http://proxy:8080/"}
 
 @dataclass(frozen=True)
 class Leg:
-    """One run of wrk. `p50` is in microseconds."""
+    """One run of wrk. `p50` is in microseconds; `redirected` are messages of the host that went past TCP."""
 
+    requests: int
     rate: float
     p50: float
     errors: int
+    redirected: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,16 @@ def run_wrk(url: str, seconds: int, connections: int) -> Leg:
     if done.returncode:
         sys.exit(f"wrk {url}: {done.stderr.strip() or done.stdout.strip()}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    return Leg(found["requests"] * 1e6 / found["duration"], found["p50"], found["errors"])
+    requests = found["requests"]
+    return Leg(requests, requests * 1e6 / found["duration"], found["p50"], found["errors"])
 
 
 def run_leg(url: str, spliced: bool, options: argparse.Namespace) -> Leg:
     switch(spliced)
     before = count_redirected()
     leg = run_wrk(url, options.seconds, options.connections)
-    redirected = count_redirected() - before
-    if spliced and not redirected:
+    leg = replace(leg, redirected=count_redirected() - before)
+    if spliced and not leg.redirected:
         sys.exit(f"nothing was spliced on the way to {url}; splicer flows says why")
     return leg
 
@@ -122,14 +125,17 @@ def tabulate(results: dict[str, list[Pair]]) -> list[str]:
 
 def summarize(results: dict[str, list[Pair]]) -> dict[str, object]:
     """The same for programs."""
+
+    def show(leg: Leg) -> dict[str, object]:
+        return {
+            "requests": leg.requests,
+            "rate": round(leg.rate),
+            "p50_us": leg.p50,
+            "redirected_messages": leg.redirected,
+        }
+
     return {
-        name: [
-            {
-                "plain": {"rate": round(pair.plain.rate), "p50_us": pair.plain.p50},
-                "spliced": {"rate": round(pair.spliced.rate), "p50_us": pair.spliced.p50},
-            }
-            for pair in pairs
-        ]
+        name: [{"plain": show(pair.plain), "spliced": show(pair.spliced)} for pair in pairs]
         for name, pairs in results.items()
     }
 
