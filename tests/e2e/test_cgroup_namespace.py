@@ -34,10 +34,10 @@ def test_containers_are_found_all_the_same(engine: Engine, confined: Stack) -> N
         network.serve("unwilling", "--label=splicer.mode=off")
         wait_until("found", lambda: confined.policy("unwilling").get("mode") == "off", pause=0.1)
         assert confined.policy("web")["cgroup"].endswith(engine.inspect("web")["Id"])
-        network.start_load("load", "http://web:8080/", 3, connections=CONNECTIONS)
+        network.start_load("load", "http://web:8080/", connections=CONNECTIONS)
         wait_until("spliced", lambda: confined.count_spliced("web") == CONNECTIONS, pause=0.1)
         assert network.finish_load("load")["errors"] == 0
-        network.start_load("load", "http://unwilling:8080/", 2, connections=CONNECTIONS)
+        network.start_load("load", "http://unwilling:8080/", connections=CONNECTIONS)
         assert network.finish_load("load")["errors"] == 0
         assert confined.count_spliced("unwilling") == 0
     finally:

@@ -29,7 +29,7 @@ def test_only_what_is_labelled_is_spliced(engine: Engine, everywhere: Stack) -> 
     network = Network(engine, "web")
     try:
         network.serve("labelled", "--label=splicer.enable=true")
-        network.start_load("load", "http://web:8080/", 3, connections=CONNECTIONS)
+        network.start_load("load", "http://web:8080/", connections=CONNECTIONS)
         wait_until("connections", lambda: len(everywhere.flows("load")) >= CONNECTIONS, pause=0.1)
         in_map = 0
         for _ in range(10):
@@ -39,7 +39,7 @@ def test_only_what_is_labelled_is_spliced(engine: Engine, everywhere: Stack) -> 
         totals = everywhere.status()["totals"]
         assert (totals["spliced"], totals["redirected_messages"]) == (0, 0)
 
-        network.start_load("load", "http://labelled:8080/", 3, connections=CONNECTIONS)
+        network.start_load("load", "http://labelled:8080/", connections=CONNECTIONS)
         wait_until("spliced", lambda: everywhere.count_spliced("labelled") == CONNECTIONS, pause=0.1)
         assert everywhere.count_in_sockhash() == 2 * CONNECTIONS
         assert network.finish_load("load")["errors"] == 0

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import pytest
 from support.daemon import wait_until
 from support.docker import Engine
-from support.images import DEMO
 from support.stack import Network, Stack
 
-SECONDS = 3
 CONNECTIONS = 8
 
 
@@ -22,13 +20,9 @@ def network(engine: Engine, stack: Stack) -> Iterator[Network]:
     made.remove()
 
 
-def _load(network: Network, url: str, *options: str) -> None:
-    """wrk from the network of the host."""
-    network.engine.run_container(
-        DEMO,
-        *("wrk", "-t1", f"-c{CONNECTIONS}", f"-d{SECONDS}", "-s", "/usr/lib/splicer-demo/report.lua", url),
-        options=["--name", "load", *(options or ("--network=host",))],
-    )
+def _load(network: Network, url: str, *options: str, where: str = "host") -> None:
+    """wrk from the network of the host, or another."""
+    network.start_load("load", url, *options, connections=CONNECTIONS, network=where)
 
 
 def _count(stack: Stack, name: str) -> int:
@@ -65,7 +59,7 @@ def test_a_published_port_from_another_container(stack: Stack, network: Network)
     gateway = network.engine.inspect("web")["NetworkSettings"]["Networks"]["web"]["Gateway"]
     network.engine.docker("network", "create", "elsewhere")
     try:
-        _load(network, f"http://{gateway}:18080/", "--network=elsewhere")
+        _load(network, f"http://{gateway}:18080/", where="elsewhere")
         wait_until("connections", lambda: len(stack.flows("load")) >= CONNECTIONS, pause=0.1)
         assert network.finish_load("load")["errors"] == 0
     finally:
@@ -74,14 +68,14 @@ def test_a_published_port_from_another_container(stack: Stack, network: Network)
 
 def test_a_shared_namespace(stack: Stack, network: Network) -> None:
     """network_mode: container. Each has a policy of its own all the same: it goes by cgroup."""
-    _load(network, "http://127.0.0.1:8080/", "--network=container:web")
+    _load(network, "http://127.0.0.1:8080/", where="container:web")
     wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
     assert {flow["client"]["container"] for flow in stack.flows("web")} == {"load"}
     assert {flow["server"]["container"] for flow in stack.flows("web")} == {"web"}
     assert stack.policy("load")["netns"] == stack.policy("web")["netns"]
     stack.splicer("set", "load", "off")
     try:
-        wait_until("drained", lambda: _count(stack, "web") == 0, timeout=2)
+        wait_until("drained", lambda: _count(stack, "web") == 0, timeout=2.0)
         assert stack.policy("web")["mode"] == "adaptive"
     finally:
         stack.splicer("unset", "load")
@@ -90,12 +84,12 @@ def test_a_shared_namespace(stack: Stack, network: Network) -> None:
 
 def test_the_network_of_the_host(stack: Stack, network: Network) -> None:
     address = network.engine.inspect("web")["NetworkSettings"]["Networks"]["web"]["IPAddress"]
-    _load(network, f"http://{address}:8080/", "--network=host", "--label=splicer.mode=off")
+    _load(network, f"http://{address}:8080/", "--label=splicer.mode=off")
     wait_until("connections", lambda: len(stack.flows("load")) >= CONNECTIONS, pause=0.1)
     assert stack.policy("load")["network_mode"] == "host"
     assert stack.policy("load")["mode"] == "off"
     assert network.finish_load("load")["errors"] == 0
     assert stack.count_spliced() == 0
-    _load(network, f"http://{address}:8080/", "--network=host")
+    _load(network, f"http://{address}:8080/")
     wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
     assert network.finish_load("load")["errors"] == 0

@@ -33,6 +33,7 @@ def _wait_spliced(stack: Stack, count: int = CONNECTIONS, timeout: float = 5.0) 
 
 
 def test_it_is_healthy_with_little(stack: Stack) -> None:
+    stack.wait_healthy()
     found = stack.engine.inspect(stack.sidecar)
     host = found["HostConfig"]
     assert found["State"]["Health"]["Status"] == "healthy"
@@ -52,7 +53,7 @@ def test_the_host_can_ask_it(stack: Stack) -> None:
 
 
 def test_containers_are_spliced(stack: Stack, network: Network) -> None:
-    network.start_load("load", "http://web:8080/", 3)
+    network.start_load("load", "http://web:8080/")
     _wait_spliced(stack)
     flows = stack.flows("web")
     assert {flow["state"] for flow in flows} == {"spliced"}
@@ -64,7 +65,7 @@ def test_containers_are_spliced(stack: Stack, network: Network) -> None:
 
 
 def test_stop_drains_and_leaves_nothing(engine: Engine, stack: Stack, network: Network) -> None:
-    network.start_load("load", "http://web:8080/", 8)
+    network.start_load("load", "http://web:8080/")
     _wait_spliced(stack)
     ours = list_pinned(engine.bpffs.path)
     assert {kind for kind, _ in ours} == {"prog", "map", "link"}
@@ -82,15 +83,15 @@ def test_stop_drains_and_leaves_nothing(engine: Engine, stack: Stack, network: N
     stack.wait_answering()
     assert stack.is_attached()
     stack.wait_healthy()
-    network.start_load("again", "http://web:8080/", 2)
+    network.start_load("again", "http://web:8080/")
     _wait_spliced(stack)
     assert network.finish_load("again")["errors"] == 0
 
 
 def test_a_crash_disturbs_nobody(engine: Engine, stack: Stack, network: Network) -> None:
     """SIGKILL under load: splices go on, Docker restarts the sidecar, and it takes them over."""
-    network.start_load("load", "http://web:8080/", 10)
-    network.start_client("client", 10, "web")
+    network.start_load("load", "http://web:8080/")
+    network.start_client("client", "web")
     _wait_spliced(stack)
     before = engine.inspect(stack.sidecar)["State"]["Pid"]
     messages = stack.status()["totals"]["redirected_messages"]

@@ -4,14 +4,15 @@ connection breaks. Runs inside a container, with the standard library alone.
 
     keepalive.py SECONDS CONNECTIONS URL_HOST...
 
-Ends with one line of JSON: for each host {"requests", "retries", "failed", "longest_s"}. Failed means that
-the answer was wrong, or did not come within 15 seconds of trying.
+SIGINT ends it earlier. The end is one line of JSON: for each host {"requests", "retries", "failed",
+"longest_s"}. Failed means that the answer was wrong, or did not come within 15 seconds of trying.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -56,9 +57,9 @@ class Connection:
             self._streams = None
 
 
-async def request(host: str, port: int, end: float, tally: Tally) -> None:
+async def request(host: str, port: int, end: float, told: asyncio.Event, tally: Tally) -> None:
     connection = Connection(host, port)
-    while time.monotonic() < end:
+    while time.monotonic() < end and not told.is_set():
         began = time.monotonic()
         while True:
             try:
@@ -81,11 +82,13 @@ async def request(host: str, port: int, end: float, tally: Tally) -> None:
 async def main() -> None:
     end = time.monotonic() + float(sys.argv[1])
     tallies = {host: Tally() for host in sys.argv[3:]}
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, told.set)
     async with asyncio.TaskGroup() as group:
         for host, tally in tallies.items():
             name, _, port = host.partition(":")
             for _ in range(int(sys.argv[2])):
-                group.create_task(request(name, int(port or 8080), end, tally))
+                group.create_task(request(name, int(port or 8080), end, told, tally))
     print(json.dumps({host: asdict(tally) for host, tally in tallies.items()}), flush=True)
 
 

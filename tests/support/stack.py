@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.requirements import find_compose
 PROJECT = "splicertest"
 CLIENT = Path(__file__).with_name("keepalive.py")
 HEALTHY_TIMEOUT = 45.0  # seconds
+LONGEST_LOAD = 300  # seconds after which load ends that nobody has ended
 
 
 class Stack:
@@ -71,9 +73,9 @@ class Stack:
         return found[0]
 
     def up(self, *services: str, **changes: str) -> None:
-        """Start services; returns when the sidecar is healthy."""
+        """Start services; returns when the sidecar answers."""
         self.compose("--profile", "demo", "up", "--detach", "--no-build", *services, **changes)
-        self.wait_healthy()
+        self.wait_answering()
 
     def down(self) -> None:
         self.compose("--profile", "demo", "down", "--timeout", "20", timeout=180)
@@ -94,7 +96,7 @@ class Stack:
 
         wait_until("the sidecar is healthy", is_healthy, timeout=HEALTHY_TIMEOUT, pause=0.25)
 
-    def wait_answering(self, timeout: float = 20.0) -> None:
+    def wait_answering(self, timeout: float = 45.0) -> None:
         """Sooner than health, which is looked at every ten seconds."""
 
         def answers() -> bool:
@@ -179,29 +181,36 @@ class Network:
         wait_until("nginx listens", lambda: _listens(pid, 8080), timeout=10)
         return identifier
 
-    def start_load(self, name: str, url: str, seconds: int, *options: str, connections: int = 8) -> str:
-        """wrk in the background; the container's id."""
+    def start_load(
+        self, name: str, url: str, *options: str, connections: int = 8, network: str | None = None
+    ) -> str:
+        """wrk in the background, until finish_load(); the container's id."""
         return self.engine.run_container(
             DEMO,
-            *("wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10s"),
+            *("wrk", "-t1", f"-c{connections}", f"-d{LONGEST_LOAD}", "--timeout", "10s"),
             *("-s", "/usr/lib/splicer-demo/report.lua", url),
-            options=["--name", name, "--network", self.name, *options],
+            options=["--name", name, "--network", network or self.name, *options],
         )
 
-    def start_client(self, name: str, seconds: float, *hosts: str, connections: int = 4) -> str:
-        """A keep-alive client that tries again (support/keepalive.py), in the background; its id."""
+    def start_client(self, name: str, *hosts: str, connections: int = 4) -> str:
+        """A keep-alive client that tries again (support/keepalive.py), in the background and until
+        finish_load(); its id."""
         return self.engine.run_container(
             DEMO,
-            *("python3", "/keepalive.py", f"{seconds:g}", str(connections), *hosts),
+            *("python3", "/keepalive.py", str(LONGEST_LOAD), str(connections), *hosts),
             options=["--name", name, "--network", self.name, f"--volume={CLIENT}:/keepalive.py:ro"],
         )
 
-    def finish_load(self, name: str) -> dict[str, Any]:
-        """Wait for wrk or the client; the JSON it ends with. The container is removed.
+    def finish_load(self, name: str, seconds: float = 1.0) -> dict[str, Any]:
+        """Have wrk or the client go on for some seconds and end; the JSON it ends with. The container is
+        removed.
 
         wrk: requests, duration and p50 (microseconds), errors. The client: see support/keepalive.py.
         """
-        self.engine.docker("wait", name, timeout=120)
+        time.sleep(seconds)
+        with contextlib.suppress(DockerError):  # it has ended; its last line says why
+            self.engine.docker("kill", "--signal", "INT", name)
+        self.engine.docker("wait", name, timeout=60)
         text = self.engine.docker("logs", name)
         self.engine.remove_containers(name)
         return dict(json.loads(text.strip().splitlines()[-1]))
