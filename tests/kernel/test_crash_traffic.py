@@ -28,6 +28,7 @@ from support.disk import fill
 from support.engine import FakeEngine
 from support.host import EAGER, Host
 from support.lab import Lab
+from support.pauses import Stopwatch
 
 ROUNDS = 100  # of request and response in a lap
 BULK = 1_500_000  # bytes in a lap
@@ -313,9 +314,9 @@ def test_clocks_jump_between_two_lives(lab: Lab, which: str) -> None:
                 host.make_hot(quiet)
                 quiet.verify()
         _check_alive(host, lab)
-        started = time.monotonic()
-        assert host.daemon.stop() == 0
-        assert time.monotonic() - started < 5.0
+        with Stopwatch() as watch:
+            assert host.daemon.stop() == 0
+        assert watch.seconds < 5.0
 
 
 WALL_CLOCK = """
@@ -342,7 +343,6 @@ def test_wall_clock_jumps_at_each_look(lab: Lab, tmp_path: Path) -> None:
                     wait_until(
                         "it is known",
                         lambda: host.daemon.status()["docker"]["containers"] == number,  # noqa: B023
-                        timeout=5.0,
                     )
                     host.daemon.drain()
                     time.sleep(0.2)
@@ -350,8 +350,8 @@ def test_wall_clock_jumps_at_each_look(lab: Lab, tmp_path: Path) -> None:
                         break
                 assert host.daemon.status()["docker"]["state"] == "connected"
             _check_alive(host, lab)
-            started = time.monotonic()
-            assert host.daemon.stop() == 0
-            assert time.monotonic() - started < 8.0
+            with Stopwatch() as watch:
+                assert host.daemon.stop() == 0
+            assert watch.seconds < 8.0
     finally:
         engine.stop()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from support.cgroup import find_v2_root
 from support.host import Host
 from support.lab import Lab
 from support.leftovers import NETNS, remove_orphans
+from support.pauses import Stopwatch
 from support.players import PeerError
 
 
@@ -75,3 +78,15 @@ def test_wrong_bytes_are_found(lab: Lab) -> None:
             pair.verify()
         with pytest.raises(PeerError, match="TIMEOUT"):
             pair.server.recv(1, timeout=0.1)
+
+
+def test_a_pause_of_the_machine_is_not_measured() -> None:
+    """Seconds in which no CPU ran us do not count; those in which somebody else had us wait do."""
+    stop_us = f"kill -STOP {os.getpid()}; sleep 0.6; kill -CONT {os.getpid()}"
+    with Stopwatch() as watch:
+        subprocess.run(["sh", "-c", stop_us], check=True)
+    assert watch.paused > 0.5
+    assert watch.seconds < 0.5
+    with Stopwatch() as watch:
+        time.sleep(0.3)
+    assert watch.seconds + watch.paused > 0.29

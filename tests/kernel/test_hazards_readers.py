@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import statistics
 import struct
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from support.host import ALLOW, Host
 from support.hostile import read_map
 from support.lab import Lab
 from support.meddler import in_foreign_sockhash
+from support.pauses import Stopwatch
 from support.players import Pair, Peer
 from support.wire import Wire
 
@@ -185,16 +187,16 @@ def test_splice_on_several_connections_at_once(host: Host, lab: Lab) -> None:
 
 def test_others_of_a_process_that_begins_to_splice(host: Host, lab: Lab) -> None:
     """Its other connections go back at once, and not when the daemon looks at them anyway, once a second:
-    four processes in a row have theirs back after half as long as that would take."""
-    client, waited = host.peer(lab, "a"), 0.0
-    for _ in range(4):
+    of seven processes most have theirs back after half as long as that would take."""
+    client, waited = host.peer(lab, "a"), []
+    for _ in range(7):
         first, other = _hot_pairs(host, lab, client, 2)
-        started = time.monotonic()
-        assert first.server.attempt("splice_nothing") == "EAGAIN"
-        host.wait_flow(other, "paired", "splice_reader")
-        waited += time.monotonic() - started
+        with Stopwatch() as watch:
+            assert first.server.attempt("splice_nothing") == "EAGAIN"
+            host.wait_flow(other, "paired", "splice_reader")
+        waited.append(watch.seconds)
         _read_with_splice([first, other])
-    assert waited < 1.0
+    assert statistics.median(waited) < 0.25, waited
 
 
 # row 26

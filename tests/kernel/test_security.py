@@ -257,7 +257,7 @@ def test_four_tuple_used_again_at_once_under_load(host: Host, lab: Lab, port: in
     """The same addresses and ports hundreds of times in a row, while other connections work: no byte of an
     old connection, redirected or not, comes out of a new one, and each can be spliced."""
     connections = 200 if port else 100
-    load = Load(host, lab, seconds=6.0)
+    load = Load(host, lab)
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     source = (lab.address("a"), USED_AGAIN)
     spliced = host.daemon.totals()["spliced"]

@@ -42,7 +42,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
     """Upgrade and downgrade: the old generation is drained and gone before the new one is attached, each
     connection goes on as plain TCP, and new ones are spliced by the new build."""
     with Host("--stop-timeout", "0.5") as host:
-        load = Load(host, lab, seconds=4.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         waiting = host.hot_pair(lab)
         waiting.client.send(5000, chunk=500)

@@ -40,7 +40,7 @@ def test_killed_again_and_again_under_load(lab: Lab) -> None:
     """SIGKILL at random moments, most of them in the middle of a start or of an adoption."""
     chance = random.Random(7)
     with Host() as host:
-        load = Load(host, lab, seconds=10.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         host.daemon.kill()
         started = time.monotonic()
@@ -79,7 +79,7 @@ def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
     """SIGKILL some milliseconds after SIGTERM, or after `splicer drain`: the next daemon finds the kernel
     told to stop or half drained, and splices again."""
     with Host() as host:
-        load = Load(host, lab, seconds=8.0)
+        load = Load(host, lab)
         stuck = host.hot_pair(lab)
         stuck.client.send(3000, chunk=300)
         for milliseconds in (0, 5, 20, 100):
@@ -101,7 +101,7 @@ def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
 def test_unload_is_killed(lab: Lab, milliseconds: int) -> None:
     """`splicer unload` dies at work: another one, or a start, finishes what it began."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         unread = host.hot_pair(lab)
         unread.client.send(2000, chunk=200)
         host.daemon.kill()

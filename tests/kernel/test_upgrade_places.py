@@ -57,7 +57,7 @@ def _is_spliced(host: Host, pair: Pair) -> bool:
 def test_bpffs_is_unmounted_while_it_runs(lab: Lab) -> None:
     """A lazy umount takes the pins away, not the programs: splices go on, and a stop leaves nothing."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         subprocess.run(["umount", "--lazy", str(host.bpffs.path)], check=True)
         assert not host.pin_dir.exists()
@@ -86,7 +86,7 @@ def test_bpffs_is_unmounted_and_the_daemon_killed(lab: Lab) -> None:
     """Without pins nothing outlives the daemon: all is detached at once, the connections go on, and a new
     daemon starts beside what the living sockets still hold."""
     with Host() as host:
-        load = Load(host, lab, seconds=3.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         subprocess.run(["umount", "--lazy", str(host.bpffs.path)], check=True)
         host.daemon.kill()
@@ -108,7 +108,7 @@ def test_control_socket_is_removed(lab: Lab) -> None:
     """Without its socket the daemon cannot be asked and does the rest: splices, refuses a second one,
     stops."""
     with Host() as host:
-        load = Load(host, lab, seconds=2.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         (host.run_dir / "control.sock").unlink()
         assert call("status", f"--run-dir={host.run_dir}").code == NOT_RUNNING
@@ -133,7 +133,7 @@ def test_control_socket_is_removed(lab: Lab) -> None:
 def test_run_directory_is_removed(lab: Lab) -> None:
     """The lock goes with the directory, and the pins keep a second daemon out all the same."""
     with Host() as host:
-        load = Load(host, lab, seconds=2.0)
+        load = Load(host, lab)
         quiet = host.hot_pair(lab)
         shutil.rmtree(host.run_dir)
         assert call("status", f"--run-dir={host.run_dir}").code == NOT_RUNNING
@@ -157,7 +157,7 @@ def test_many_starts_at_once(lab: Lab, left: str) -> None:
     with Host(start=left == "pins") as host:
         load = None
         if left == "pins":
-            load = Load(host, lab, seconds=4.0)
+            load = Load(host, lab)
             host.daemon.kill()
         if left == "run-directory":
             host.run_dir.mkdir(mode=0o700)

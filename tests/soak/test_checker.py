@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from support.daemon import wait_until
+from support.pauses import Stopwatch
 
 from soak.crew import Crew, Hand
 from soak.relay import DAMAGES, Relay
@@ -90,12 +91,13 @@ def test_a_pause_on_the_way_is_a_stall(crew: Crew) -> None:
     try:
         deadline = time.monotonic() + 10.0
         worst = 0.0
-        while worst < 0.45 and time.monotonic() < deadline:
-            time.sleep(0.2)
-            worst = max((each["seconds"] for each in crew.sum_tallies().worst["plain"]), default=0.0)
+        with Stopwatch() as watch:
+            while worst < 0.45 and time.monotonic() < deadline:
+                time.sleep(0.2)
+                worst = max((each["seconds"] for each in crew.sum_tallies().worst["plain"]), default=0.0)
     finally:
         relays[0].close()
-    assert 0.45 < worst < 1.5
+    assert 0.45 < worst < 1.5 + watch.paused
     assert not [each for each in crew.complaints if each["kind"] == "fault"]
 
 
@@ -109,15 +111,16 @@ def test_time_in_which_a_reader_is_stopped_is_no_stall(crew: Crew) -> None:
 
     begin(crew, hold, patterns=("rpc",), connections=1)
     try:
-        wait_until("bytes are held", lambda: relays[0].done, timeout=10.0)
-        for number, pause in ((signal.SIGSTOP, 1.2), (signal.SIGCONT, 0.0)):
-            for hand in crew.hands:
-                hand.process.send_signal(number)
-            time.sleep(pause)
-        stall, *_ = wait_until("a stall", lambda: crew.stalls, timeout=10.0)
+        with Stopwatch() as watch:
+            wait_until("bytes are held", lambda: relays[0].done, timeout=10.0)
+            for number, pause in ((signal.SIGSTOP, 1.2), (signal.SIGCONT, 0.0)):
+                for hand in crew.hands:
+                    hand.process.send_signal(number)
+                time.sleep(pause)
+            stall, *_ = wait_until("a stall", lambda: crew.stalls, timeout=10.0)
     finally:
         relays[0].close()
-    assert 0.4 < stall["seconds"] < 1.3
+    assert 0.4 - watch.paused < stall["seconds"] < 1.3 + watch.paused
     assert not [each for each in crew.complaints if each["kind"] != "quiet"]
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.pauses import Stopwatch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 60.0  # seconds
 STOP_TIMEOUT = 15.0  # seconds
@@ -169,11 +171,12 @@ class Daemon:
 
 
 def wait_until(what: str, condition: Any, timeout: float = 5.0, pause: float = 0.02) -> Any:
-    """The first true value of `condition()`. Raises AssertionError naming `what` after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
-        time.sleep(pause)
+    """The first true value of `condition()`. Raises AssertionError naming `what` after `timeout` seconds, not
+    counting pauses of the machine."""
+    with Stopwatch() as watch:
+        while True:
+            value = condition()
+            if value:
+                return value
+            assert watch.seconds < timeout, f"not within {timeout} s: {what}"
+            time.sleep(pause)

@@ -11,6 +11,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -39,6 +40,7 @@ class FakeEngine:
         """Called when a request whose path ends so comes in."""
         self.history: list[bytes] = []
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
+        self._held: list[bytes] | None = None
         self._connections: set[socket.socket] = set()
         self._released = threading.Event()
         self._server: socketserver.ThreadingUnixStreamServer | None = None
@@ -151,8 +153,24 @@ class FakeEngine:
     def send(self, raw: bytes) -> None:
         """Send anything to all streams."""
         self.history.append(raw)
+        if self._held is None:
+            self._put(raw)
+        else:
+            self._held.append(raw)
+
+    def _put(self, raw: bytes) -> None:
         for stream in list(self.streams):
             stream.put(raw)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent inside the block is sent at its end, in one piece, however long the block takes."""
+        self._held = held = []
+        try:
+            yield
+        finally:
+            self._held = None
+        self._put(b"".join(held))
 
     def count(self, ending: str) -> int:
         """Requests so far whose path ends so."""

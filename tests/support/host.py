@@ -18,6 +18,7 @@ from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, lis
 from support.cgroup import Cgroup
 from support.daemon import Daemon, wait_until
 from support.lab import Lab
+from support.pauses import Stopwatch
 from support.players import End, Pair, Peer
 
 HOT_TIMEOUT = 5.0  # seconds
@@ -197,26 +198,26 @@ class Host:
     ) -> dict[str, Any]:
         """The row of a connection once it is in `state` (and has `reason`, if one is named)."""
         seen: dict[str, Any] | None = None
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            seen = self.find_flow(pair)
-            if seen is not None and seen["state"] == state and reason in (None, seen["reason"]):
-                return seen
-            time.sleep(0.02)
+        with Stopwatch() as watch:
+            while watch.seconds < timeout:
+                seen = self.find_flow(pair)
+                if seen is not None and seen["state"] == state and reason in (None, seen["reason"]):
+                    return seen
+                time.sleep(0.02)
         raise AssertionError(f"{pair.label} not {state} {reason or ''} within {timeout} s, last seen: {seen}")
 
     def make_hot(self, pair: Pair, rounds: int = 40, timeout: float = HOT_TIMEOUT) -> dict[str, Any]:
         """Ping-pong until the connection is spliced; its row."""
-        deadline = time.monotonic() + timeout
-        while True:
-            pair.pingpong(rounds)
-            flow = self.find_flow(pair)
-            if flow is not None and flow["state"] == "spliced":
-                # The first messages after adoption may still go through TCP; leave none of them behind.
-                pair.pingpong(4)
-                return flow
-            assert time.monotonic() < deadline, f"{pair.label} was not spliced within {timeout} s: {flow}"
-            time.sleep(0.02)
+        with Stopwatch() as watch:
+            while True:
+                pair.pingpong(rounds)
+                flow = self.find_flow(pair)
+                if flow is not None and flow["state"] == "spliced":
+                    # The first messages after adoption may still go through TCP; leave none of them behind.
+                    pair.pingpong(4)
+                    return flow
+                assert watch.seconds < timeout, f"{pair.label} was not spliced within {timeout} s: {flow}"
+                time.sleep(0.02)
 
     def hot_pair(self, lab: Lab) -> Pair:
         """A new connection between two hosts, spliced."""

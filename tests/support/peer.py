@@ -25,6 +25,7 @@ import mmap
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import sys
@@ -214,6 +215,11 @@ class Peer:
         self._listeners: dict[str, socket.socket] = {}
         self._connections: dict[str, Connection] = {}
         self._epolls: dict[str, select.epoll] = {}
+        self._told_to_end = False
+        signal.signal(signal.SIGUSR1, self._note_signal)
+
+    def _note_signal(self, *_: object) -> None:
+        self._told_to_end = True
 
     # making connections
 
@@ -605,7 +611,8 @@ class Peer:
         edge: bool = False,
         timeout: float = 20.0,
     ) -> dict[str, int]:
-        """Bursts of messages of random sizes on every connection while reading random amounts.
+        """Bursts of messages of random sizes on every connection while reading random amounts, for so many
+        seconds or until SIGUSR1.
 
         Afterwards each connection is shut down for writing and read to its end. Non-blocking, with epoll;
         with `edge` the socket is read until EAGAIN whenever an edge says so.
@@ -621,8 +628,9 @@ class Peer:
         writing = True
         while open_fds or writing:
             now = time.monotonic()
-            if writing and now >= end:
-                writing = False
+            if writing and (now >= end or self._told_to_end):
+                writing, self._told_to_end = False, False
+                end = now
                 for connection in by_fd.values():
                     connection.sock.shutdown(socket.SHUT_WR)
             if now >= end + timeout:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -106,6 +107,10 @@ class Peer:
         if not answer["ok"]:
             raise PeerError(operation, answer)
         return answer["value"]
+
+    def tell_to_end(self) -> None:
+        """Have an operation that goes on for some time end now, in good order."""
+        self._process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
         """End the process at once, as a crash would."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support.engine import FakeEngine, name_id
+from support.pauses import Stopwatch
 
 from splicer.engine import Engine, Inspected
 from splicer.model import Container
@@ -175,10 +176,10 @@ def watcher(bench: Bench) -> Watcher:
 
 def test_a_start_is_known_at_once(bench: Bench, watcher: Watcher) -> None:
     for number in range(10, 15):
-        began = time.monotonic()
-        bench.fake.run(number)
-        wait_until(lambda: bench.agrees(watcher))
-        assert time.monotonic() - began < 1.0
+        with Stopwatch() as watch:
+            bench.fake.run(number)
+            wait_until(lambda: bench.agrees(watcher))
+        assert watch.seconds < 1.0
 
 
 def test_a_death_is_known_at_once(bench: Bench, watcher: Watcher) -> None:
@@ -259,10 +260,11 @@ def test_what_says_nothing_new_costs_nothing(bench: Bench, watcher: Watcher) -> 
 
 def test_a_burst_of_a_thousand(bench: Bench, watcher: Watcher) -> None:
     before = bench.inspects()
-    for number in range(1000):
-        identifier = bench.fake.run(10 + number)
-        if number % 100:
-            bench.fake.remove(identifier)
+    with bench.fake.together():
+        for number in range(1000):
+            identifier = bench.fake.run(10 + number)
+            if number % 100:
+                bench.fake.remove(identifier)
     bench.settle(watcher)
     assert len(bench.truth()) == 11
     assert bench.inspects() - before < 200
@@ -271,8 +273,9 @@ def test_a_burst_of_a_thousand(bench: Bench, watcher: Watcher) -> None:
 
 def test_a_thousand_events_of_one(bench: Bench, watcher: Watcher) -> None:
     before = bench.inspects()
-    for _ in range(1000):
-        bench.fake.emit("start", name_id(1))
+    with bench.fake.together():
+        for _ in range(1000):
+            bench.fake.emit("start", name_id(1))
     time.sleep(0.2)
     assert bench.inspects() - before < 30
 
@@ -491,9 +494,15 @@ def test_gone_half_way_through_the_list(bench: Bench, watcher: Watcher) -> None:
     bench.fake.hang.add(f"{name_id(35)}/json")
     inventory = watcher.read_inventory()
     assert inventory is not None
-    for number in range(500, 540):
-        bench.fake.emit("die", name_id(number))
-    wait_until(lambda: watcher.describe()["state"] == "lost")
+
+    def is_lost() -> bool:
+        # Whether so many hints are taken together, and lead to the list, is a matter of luck.
+        for number in range(500, 540):
+            bench.fake.emit("die", name_id(number))
+        time.sleep(0.1)
+        return watcher.describe()["state"] == "lost"
+
+    wait_until(is_lost)
     after = watcher.read_inventory()
     assert after is not None
     assert inventory.items() <= after.items(), "nothing is lost with the engine"
@@ -548,9 +557,9 @@ def test_what_nobody_thought_of_does_not_end_the_thread(bench: Bench, watcher: W
 
 
 def test_stop(bench: Bench, watcher: Watcher) -> None:
-    began = time.monotonic()
-    watcher.stop()
-    assert time.monotonic() - began < 1.0
+    with Stopwatch() as watch:
+        watcher.stop()
+    assert watch.seconds < 1.0
     assert not any(each.name.startswith("watcher") for each in threading.enumerate())
     changes = bench.changes
     bench.fake.run(2)
@@ -564,18 +573,18 @@ def test_stop_without_an_engine(bench: Bench) -> None:
     bench.fake.stop()
     watcher = bench.start(timing=Timing(shortest_backoff=30))
     assert watcher.wait_first(15)
-    began = time.monotonic()
-    watcher.stop()
-    assert time.monotonic() - began < 1.0
+    with Stopwatch() as watch:
+        watcher.stop()
+    assert watch.seconds < 1.0
 
 
 def test_stop_does_not_wait_for_an_engine_that_hangs(bench: Bench) -> None:
     bench.fake.hang.add("/version")
     watcher = bench.start(connect=lambda url, environ: Engine(url, environ, timeout=3.0))
     time.sleep(0.1)
-    began = time.monotonic()
-    watcher.stop()
-    assert time.monotonic() - began < 1.5
+    with Stopwatch() as watch:
+        watcher.stop()
+    assert watch.seconds < 1.5
     assert not watcher.wait_first(0) or watcher.read_inventory() is None
     assert bench.log.events == []
 

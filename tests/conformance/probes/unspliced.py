@@ -86,7 +86,7 @@ def blocking_receive_timeout(s: Scene) -> None:
     s.server.set("RCVTIMEO", SOL, socket.SO_RCVTIMEO, struct.pack("ll", 0, 200_000))
     started = time.monotonic()
     s.server.recv(10)
-    s.note(f"in time: {0.18 < time.monotonic() - started < 0.6}")
+    s.note(f"in time: {0.18 < time.monotonic() - started < 2.0}")
     s.client.send(b"x")
     s.server.recv(10)
 
