@@ -60,3 +60,10 @@ class Stopwatch:
             paused += max(now - before - TICK - USUAL, 0.0)
             self._paused[cpu] = paused
             before = now
+
+
+def sleep(seconds: float) -> None:
+    """Until the machine has run for so many seconds: whoever may run has got somewhere."""
+    with Stopwatch() as watch:
+        while (left := seconds - watch.seconds) > 0:
+            time.sleep(left)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from select import EPOLLET, EPOLLOUT
 from typing import Any
 
+from support import pauses
 from support.peer import FaultingMemory
 
 from conformance.probes import probe
@@ -21,7 +22,7 @@ from conformance.scene import Scene, error_name, pattern
 SOL, TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
 TCP_REPAIR = 19
 LARGE = 1_000_000
-HELD = 0.03  # seconds that a thread is given to get as far as it can
+HELD = 0.05  # seconds that a thread is given to get as far as it can
 _CLOSED = 7
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,7 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _begin(work: Callable[..., Any], *arguments: Any) -> threading.Thread:
     thread = threading.Thread(target=work, args=arguments)
     thread.start()
-    time.sleep(HELD)
+    pauses.sleep(HELD)
     return thread
 
 
@@ -54,7 +55,7 @@ def large_sends_side_by_side(s: Scene) -> None:
     threads.append(_begin(_libc.send, s.client.fd, ctypes.c_void_p(sending.address), 100, 0))
     for memory in (reading, sending):
         memory.provide()
-        time.sleep(HELD)
+        pauses.sleep(HELD)
     for thread in threads:
         thread.join()
     for memory in (reading, sending):
