@@ -35,7 +35,10 @@ def test_requests_on_connections_that_stay_are_redirected(result: dict[str, Any]
     found = _find(result, "keep-alive")
     assert found["errors"] == {"plain": {}, "spliced": {}}
     splicing = found["splicing"][0]
-    assert splicing["spliced"] >= 16
+    # Not all: a connection is plain at first, and one for which adoption finds no quiet moment waits for a
+    # quarter of a second, then for half a second and so on, which may be all of the leg.
+    messages = 2 * found["requests"]["spliced"][0]
+    assert splicing["redirected_messages"] > 0.5 * messages
     assert splicing["redirected_messages"] > 10 * splicing["passed_messages"]
     assert splicing["rescued"] == 0
     assert found["metrics"]["cpu_us"]["plain"] > 0
