@@ -187,7 +187,9 @@ class Governor:
         self.apply()
         self._sweeper.change_settings(
             splicing=True,
+            # What a daemon that was killed could not take back.
             stopping=0,
+            finishing=False,
             registering=True,
             hot_reads=self._settings.hot_reads,
             queue_messages=QUEUE_MESSAGES,

@@ -10,12 +10,16 @@ import random
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 from support.daemon import call, command_line, environment
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+
+from splicer import libbpf
+from splicer.layout import KernelSettings
 
 LINKS = {"register", "guard", "observe", "adopt", "watch"}
 
@@ -94,6 +98,24 @@ def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
         host.make_hot(stuck, timeout=10.0)
         stuck.verify()
         load.finish()
+        host.check_alive(lab)
+
+
+def test_killed_while_it_finishes_adoptions(lab: Lab) -> None:
+    """The kernel had been told to begin no adoption until those begun are through, and nobody took that back:
+    the next daemon does."""
+    with Host() as host:
+        quiet = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+        host.daemon.kill()
+        settings = libbpf.Map.open(str(host.pin_dir / "maps" / "settings"))
+        try:
+            [(key, value)] = settings.items()
+            settings.set(key, replace(KernelSettings.unpack(value), finishing=True).pack())
+        finally:
+            settings.close()
+        host.start()
+        host.make_hot(quiet)
+        quiet.verify()
         host.check_alive(lab)
 
 
