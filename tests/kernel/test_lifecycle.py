@@ -440,13 +440,9 @@ def test_idle_daemon_is_idle(lab: Lab) -> None:
         host.hot_pair(lab)
         wait_until("it is settled", lambda: host.daemon.status()["connections"]["spliced"] == 1)
         time.sleep(0.3)
-        taken = []
-        for _ in range(3):
-            started = _cpu_seconds(host.daemon.pid)
-            time.sleep(1.5)
-            taken.append(_cpu_seconds(host.daemon.pid) - started)
-        # What a hypervisor takes from a CPU may be counted as the daemon's.
-        assert min(taken) <= 0.07, taken
+        started = _cpu_seconds(host.daemon.pid)
+        time.sleep(2.0)
+        assert _cpu_seconds(host.daemon.pid) - started <= 0.1
 
 
 def _cpu_seconds(pid: int) -> float:

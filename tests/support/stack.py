@@ -75,7 +75,7 @@ class Stack:
     def up(self, *services: str, **changes: str) -> None:
         """Start services; returns when the sidecar answers."""
         self.compose("--profile", "demo", "up", "--detach", "--no-build", *services, **changes)
-        self.wait_answering()
+        self.wait_answering(HEALTHY_TIMEOUT)
 
     def down(self) -> None:
         self.compose("--profile", "demo", "down", "--timeout", "20", timeout=180)
@@ -96,7 +96,7 @@ class Stack:
 
         wait_until("the sidecar is healthy", is_healthy, timeout=HEALTHY_TIMEOUT, pause=0.25)
 
-    def wait_answering(self, timeout: float = 45.0) -> None:
+    def wait_answering(self, timeout: float = 20.0) -> None:
         """Sooner than health, which is looked at every ten seconds."""
 
         def answers() -> bool:
