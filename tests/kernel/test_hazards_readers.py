@@ -6,7 +6,6 @@ from __future__ import annotations
 import socket
 import statistics
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,8 +63,7 @@ def test_fewer_reads_than_needed(host: Host, lab: Lab) -> None:
     flow = host.find_flow(pair)
     assert flow is not None
     assert (flow["state"], flow["reason"]) == ("paired", "cold")
-    pair.pingpong(5)
-    host.wait_flow(pair, "spliced")
+    host.talk_until(pair, "spliced", rounds=5)
     pair.verify()
 
 
@@ -254,15 +252,16 @@ def test_foreign_psock(host: Host, lab: Lab, at: str) -> None:
     pair = host.connect(_quirky(host, lab, "a"), _quirky(host, lab, "b"), lab.address("b"))
     taken = pair.client if at == "client" else pair.server
     with in_foreign_sockhash(taken.peer.pid, taken.fileno()):
-        deadline, seen = time.monotonic() + 5.0, ("", "")
-        # The other end may go in first, and out again.
-        while seen != ("paired", "foreign_psock"):
+
+        def is_refused() -> bool:
             pair.pingpong(40)
             flow = host.find_flow(pair)
             assert flow is not None
             assert flow["redirected_messages"] == 0
-            seen = (flow["state"], flow["reason"])
-            assert time.monotonic() < deadline, flow
+            return (flow["state"], flow["reason"]) == ("paired", "foreign_psock")
+
+        # The other end may go in first, and out again.
+        wait_until("it is refused", is_refused)
         assert host.count_spliced() == 0
         pair.verify()
     host.make_hot(pair)

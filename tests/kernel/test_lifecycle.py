@@ -252,13 +252,12 @@ def test_beside_another_one(lab: Lab) -> None:
         try:
             pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
             # Each may have put one end in first; then both go back, and one of them tries again sooner.
-            deadline = time.monotonic() + 10.0
-            states: list[str] = []
-            while states != ["paired", "spliced"] and time.monotonic() < deadline:
+
+            def states() -> list[str]:
                 pair.pingpong(40)
-                time.sleep(0.02)
-                states = sorted(flow["state"] for daemon in (host.daemon, other) for flow in daemon.flows())
-            assert states == ["paired", "spliced"]
+                return sorted(flow["state"] for daemon in (host.daemon, other) for flow in daemon.flows())
+
+            wait_until("one has it", lambda: states() == ["paired", "spliced"], timeout=10.0)
             pair.verify()
             assert other.stop() == 0
         finally:

@@ -47,26 +47,14 @@ def below_root(host: Host, *names: str) -> str:
     return str(host.cgroup.path.joinpath(*names).relative_to(root))
 
 
-def keep_talking(host: Host, pair: Pair, state: str, reason: str | None = None) -> dict[str, Any]:
-    """Ping-pong until the connection is in `state`; its row. Fails after FLIP seconds."""
-    with Stopwatch() as watch:
-        while True:
-            pair.pingpong(20)
-            flow = host.find_flow(pair)
-            if flow is not None and flow["state"] == state and reason in (None, flow["reason"]):
-                return flow
-            assert watch.seconds < FLIP, f"not {state} {reason} within {FLIP} s: {flow}"
-            time.sleep(0.01)
-
-
 def stays(host: Host, pair: Pair, state: str, reason: str | None = None, seconds: float = 0.5) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pair.pingpong(40)
-        flow = host.find_flow(pair)
-        assert flow is not None
-        assert flow["state"] == state, flow
-        assert reason in (None, flow["reason"]), flow
+    with Stopwatch() as watch:
+        while watch.seconds < seconds:
+            pair.pingpong(40)
+            flow = host.find_flow(pair)
+            assert flow is not None
+            assert flow["state"] == state, flow
+            assert reason in (None, flow["reason"]), flow
 
 
 @pytest.mark.parametrize("end", ["client", "server"])
@@ -92,7 +80,7 @@ def test_a_cgroup_is_switched_off_and_on(host: Host, lab: Lab, end: str, depth: 
     assert seen is not None
 
     host.reload(table(cgroup=below_root(host, "web"), mode="off"))
-    flow = keep_talking(host, pair, "paired", "policy_off")
+    flow = host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     messages = flow["redirected_messages"]
     stays(host, pair, "paired", "policy_off")
     after = host.find_flow(pair)
@@ -106,7 +94,7 @@ def test_a_cgroup_is_switched_off_and_on(host: Host, lab: Lab, end: str, depth: 
     assert host.daemon.totals()["drained"] == drained + 1
 
     host.reload("")
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     pair.verify()
     bystander.verify()
 
@@ -123,7 +111,7 @@ def test_a_new_connection_of_a_cgroup_that_is_off(host: Host, lab: Lab) -> None:
         assert host.count_spliced() == 0
     stays(host, pair, "paired", "policy_off", 0.2)
     host.reload("")
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     pair.verify()
 
 
@@ -164,9 +152,9 @@ def test_a_network_is_switched_off_and_on(host: Host, lab: Lab, family: int, cid
     host.make_hot(pair)
     host.reload(table(cidr=cidr, mode="off"))
     if state == "paired":
-        keep_talking(host, pair, "paired", "policy_off")
+        host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
         host.reload("")
-        keep_talking(host, pair, "spliced")
+        host.talk_until(pair, "spliced", timeout=FLIP)
     else:
         stays(host, pair, "spliced")
     pair.verify()
@@ -178,9 +166,9 @@ def test_a_network_within_a_network(host: Host, lab: Lab) -> None:
     host.make_hot(pair)
     wide, narrow = "10.0.0.0/8", "10.77.0.0/16"
     host.reload(table(cidr=wide, mode="off") + table(cidr=narrow, mode="adaptive"))
-    keep_talking(host, pair, "paired", "policy_off")
+    host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     host.reload(table(cidr=narrow, mode="adaptive") + table(cidr=wide, mode="off"))
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     pair.verify()
 
 
@@ -193,11 +181,11 @@ def test_a_port_is_switched_off_and_on(host: Host, lab: Lab) -> None:
     host.make_hot(pair)
     host.make_hot(other)
     host.reload(table(ports=port, mode="off"))
-    keep_talking(host, pair, "paired", "policy_off")
+    host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     stays(host, other, "spliced", seconds=0.2)
     client_port = other.client.local[1]
     host.reload(table(ports=client_port, mode="off"))
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     stays(host, other, "spliced")
     for each in (pair, other):
         each.verify()
@@ -212,9 +200,9 @@ def test_off_wins_over_the_other_end(host: Host, lab: Lab) -> None:
     app_off = table(cgroup=below_root(host, "app"), mode="off")
     for rules in (web_on + app_off, app_off + web_on):
         host.reload(rules)
-        keep_talking(host, pair, "paired", "policy_off")
+        host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
         host.reload("")
-        keep_talking(host, pair, "spliced")
+        host.talk_until(pair, "spliced", timeout=FLIP)
     pair.verify()
 
 
@@ -228,16 +216,16 @@ def test_only_what_is_switched_on(host: Host, lab: Lab, end: str) -> None:
     other = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
     host.make_hot(other)
     host.reload('default = "off"\n')
-    keep_talking(host, pair, "paired", "policy_off")
-    keep_talking(host, other, "paired", "policy_off")
+    host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
+    host.talk_until(other, "paired", "policy_off", timeout=FLIP)
     wait_until("the SOCKHASH is empty", lambda: host.count_spliced() == 0)
     assert host.daemon.status()["default"] == "off"
     host.reload('default = "off"\n' + table(cgroup=below_root(host, "web"), mode="adaptive"))
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     stays(host, other, "paired", "policy_off", 0.3)
     assert host.count_spliced() == 2
     host.reload("")
-    keep_talking(host, other, "spliced")
+    host.talk_until(other, "spliced", timeout=FLIP)
     for each in (pair, other):
         each.verify()
 
@@ -251,9 +239,9 @@ def test_blocking_readers_are_allowed_and_refused(host: Host, lab: Lab) -> None:
     pair.pingpong(100)
     host.wait_flow(pair, "paired", "blocking_reader")
     host.reload(table(ports=port, blocking="allow"))
-    keep_talking(host, pair, "spliced")
+    host.talk_until(pair, "spliced", timeout=FLIP)
     host.reload("")
-    keep_talking(host, pair, "paired", "blocking_reader")
+    host.talk_until(pair, "paired", "blocking_reader", timeout=FLIP)
 
 
 def test_eager_at_run_time(host: Host, lab: Lab) -> None:
@@ -263,7 +251,7 @@ def test_eager_at_run_time(host: Host, lab: Lab) -> None:
     pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
     assert host.find_flow(pair)["state"] == "spliced"  # type: ignore[index]
     host.reload(table(ports=port, mode="off"))
-    keep_talking(host, pair, "paired", "policy_off")
+    host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     pair.verify()
 
 
@@ -321,5 +309,5 @@ def test_a_taken_over_generation_gets_the_policy_of_its_new_daemon(lab: Lab) -> 
         host.config.write_text(table(ports=port, mode="off"))
         pair.pingpong(20)
         host.start()
-        keep_talking(host, pair, "paired", "policy_off")
+        host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
         pair.verify()

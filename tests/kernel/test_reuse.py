@@ -7,6 +7,7 @@ from __future__ import annotations
 import socket
 import time
 
+from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
 from support.wire import Wire
@@ -37,10 +38,7 @@ def test_socket_in_its_second_life_is_not_in_the_sockhash(host: Host, lab: Lab) 
     port = pair.server.peer.call("listen", name="second", family=socket.AF_INET, host=address)
     pair.client.reconnect(host=address, port=port)
     pair.server.close()
-    deadline = time.monotonic() + 3
-    while host.count_spliced() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert host.count_spliced() == 0
+    wait_until("it is out of the SOCKHASH", lambda: host.count_spliced() == 0, timeout=3.0)
 
 
 def test_last_bytes_through_tcp_behind_redirected_ones(wire: Wire) -> None:

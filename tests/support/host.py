@@ -206,18 +206,34 @@ class Host:
                 time.sleep(0.02)
         raise AssertionError(f"{pair.label} not {state} {reason or ''} within {timeout} s, last seen: {seen}")
 
-    def make_hot(self, pair: Pair, rounds: int = 40, timeout: float = HOT_TIMEOUT) -> dict[str, Any]:
-        """Ping-pong until the connection is spliced; its row."""
+    def talk_until(
+        self,
+        pair: Pair,
+        state: str,
+        reason: str | None = None,
+        rounds: int = 20,
+        timeout: float = HOT_TIMEOUT,
+    ) -> dict[str, Any]:
+        """Ping-pong until the connection is in `state` (and has `reason`, if one is named); its row.
+
+        An adoption that found bytes in flight is tried again only while the connection is in use, so no
+        fixed number of messages makes a connection spliced."""
+        told = f"{pair.label} not {state} {reason or ''} within {timeout} s of talking"
         with Stopwatch() as watch:
             while True:
                 pair.pingpong(rounds)
                 flow = self.find_flow(pair)
-                if flow is not None and flow["state"] == "spliced":
-                    # The first messages after adoption may still go through TCP; leave none of them behind.
-                    pair.pingpong(4)
+                if flow is not None and flow["state"] == state and reason in (None, flow["reason"]):
                     return flow
-                assert watch.seconds < timeout, f"{pair.label} was not spliced within {timeout} s: {flow}"
+                assert watch.seconds < timeout, f"{told}, last seen: {flow}"
                 time.sleep(0.02)
+
+    def make_hot(self, pair: Pair, rounds: int = 40, timeout: float = HOT_TIMEOUT) -> dict[str, Any]:
+        """Ping-pong until the connection is spliced; its row."""
+        flow = self.talk_until(pair, "spliced", rounds=rounds, timeout=timeout)
+        # The first messages after adoption may still go through TCP; leave none of them behind.
+        pair.pingpong(4)
+        return flow
 
     def hot_pair(self, lab: Lab) -> Pair:
         """A new connection between two hosts, spliced."""
@@ -232,13 +248,15 @@ class Host:
 
     def watch_cold(self, pair: Pair, reason: str, seconds: float = 0.6) -> None:
         """Ping-pong for some time; the connection must stay plain throughout and end up with `reason`."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            pair.pingpong(40)
-            flow = self.find_flow(pair)
-            assert flow is not None, f"{pair.label} is not known"
-            assert flow["state"] == "paired", flow
-        self.wait_flow(pair, "paired", reason)
+        with Stopwatch() as watch:
+            while True:
+                pair.pingpong(40)
+                flow = self.find_flow(pair)
+                assert flow is not None, f"{pair.label} is not known"
+                assert flow["state"] == "paired", flow
+                if watch.seconds >= seconds and flow["reason"] == reason:
+                    return
+                assert watch.seconds < seconds + HOT_TIMEOUT, f"not {reason}: {flow}"
 
     # the end
 
