@@ -364,10 +364,10 @@ static __always_inline int is_at_rest(void *tp, struct end *peer)
 	return has_been_read(tp, peer);
 }
 
-/* Watch how the reader of the end visited gets on with what was redirected to it. */
-static __always_inline void note_reading(void *tp, struct end *e)
+/* Watch how an end's reader gets on with what was redirected to it. */
+static __always_inline void note_reading(u64 psock, struct end *e)
 {
-	u64 psock = own_psock(tp), first = 0;
+	u64 first = 0;
 
 	PROBE(first, psock, sk_psock_ingress_msg);
 	if (e->waiting_ms && e->waiting_for != (u32)first) {
@@ -402,20 +402,20 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	  struct end *peer)
 {
 	u64 patience = p->reason == REASON_STREAM ? LEAVE_STREAM_NS : LEAVE_NS;
+	int both = e->flags & peer->flags & END_IN_MAP;
 
 	if (p->reason == REASON_STOP) {
-		note_reading(tp, e);
+		/* Both: the visit of the peer may come when patience has ended. */
+		note_reading(own_psock(tp), e);
+		note_reading(psock_of(peer->sk), peer);
 		if (is_idle(e) || is_idle(peer))
 			patience = ~0ULL;
 	}
-	if (!(e->flags & peer->flags & END_IN_MAP) ||
-	    bpf_ktime_get_ns() - p->changed_ns > patience) {
-		WRITE_ONCE(p->state, STATE_DRAINING);
-		count_sweep(SWEEP_TO_DRAIN);
-		tell(p, EVENT_DRAIN, p->reason);	/* urgent from here on */
-		return;
-	}
-	if (!is_at_rest(tp, peer)) {
+	if (!both || !is_at_rest(tp, peer)) {
+		if (!both || bpf_ktime_get_ns() - p->changed_ns > patience) {
+			WRITE_ONCE(p->state, STATE_DRAINING);
+			tell(p, EVENT_DRAIN, p->reason);	/* urgent from here on */
+		}
 		count_sweep(SWEEP_TO_DRAIN);
 		return;
 	}

@@ -29,6 +29,7 @@ from splicer.logs import Logger
 from splicer.sweep import Sweeper
 
 LINKS = ("register", "guard", "observe", "adopt", "watch")
+_CGROUP_LINKS = LINKS[:2]
 _LOAD_TIMEOUT_S = 120
 # The loader of a daemon that was killed holds the lock until it has died too.
 _LOCK_TIMEOUT_S = 3.0
@@ -48,6 +49,12 @@ class Generation:
     def sweeper(self) -> Sweeper:
         return Sweeper(self.links["adopt"], self.links["watch"], self.maps)
 
+    def detach(self) -> None:
+        """Detach from the cgroup: when this returns, no socket runs what the links attached."""
+        for name in _CGROUP_LINKS:
+            with contextlib.suppress(libbpf.KernelError):  # unpinning does it too, a moment later
+                libbpf.detach(self.links[name])
+
     def close(self) -> None:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
@@ -65,6 +72,7 @@ class Generation:
 
     def remove(self) -> list[str]:
         """Detach and unpin. Ends still in the SOCKHASH keep it alive until they are closed."""
+        self.detach()
         self.close()
         removed = bpffs.remove_tree(self.pin_dir)
         self.release()
@@ -260,6 +268,7 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
         sweeper.change_settings(registering=False)
         left = sweeper.drain(timeout)
         sweeper.close()
+        generation.detach()
     finally:
         generation.close()
     return left, bpffs.remove_tree(pin_dir, keep_root=True)

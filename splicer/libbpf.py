@@ -284,6 +284,11 @@ def link_cgroup(program_fd: int, cgroup_fd: int, attach_type: int) -> int:
     )
 
 
+def detach(link_fd: int) -> None:
+    """Detach a cgroup link at once; closing its last descriptor leaves that to a worker of the kernel."""
+    check(get_library().bpf_link_detach(link_fd), "detach from the cgroup")
+
+
 def link_tracepoint(program_fd: int) -> int:
     """Attach a BTF-typed raw tracepoint program to the tracepoint it was loaded for."""
     return check(get_library().bpf_raw_tracepoint_open(None, program_fd), "attach to the tracepoint")

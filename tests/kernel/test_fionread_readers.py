@@ -18,6 +18,9 @@ from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import Pair, Peer
 
+from splicer.generation import open_pinned
+from splicer.sweep import Counts
+
 HABITS = Path(__file__).parents[1] / "support" / "habits.py"
 CONNECTIONS = 3
 SIZE = 500  # bytes of a message
@@ -76,14 +79,36 @@ def _unload(host: Host, pairs: list[Pair]) -> None:
     host.daemon.ready_file.unlink(missing_ok=True)
 
 
+def _unload_late(host: Host, pairs: list[Pair]) -> None:
+    """The same by somebody who is held up between the beginning of the stop and the first look at a socket,
+    for longer than a pair has to find rest."""
+    host.daemon.kill()
+    generation = open_pinned(str(host.pin_dir))
+    sweeper = generation.sweeper()
+    try:
+        watch = sweeper.watch
+
+        def watch_and_pause() -> Counts:
+            counts = watch()
+            time.sleep(0.3)
+            return counts
+
+        sweeper.watch = watch_and_pause  # type: ignore[method-assign]
+        assert sweeper.drain(0.5) == CONNECTIONS
+    finally:
+        sweeper.close()
+        generation.close()
+    _unload(host, pairs)
+
+
 @pytest.mark.parametrize("edge", [False, True], ids=["level", "edge"])
-@pytest.mark.parametrize("leave", [_stop, _unload], ids=["stop", "unload"])
+@pytest.mark.parametrize("leave", [_stop, _unload, _unload_late], ids=["stop", "unload", "late"])
 def test_reader_that_is_stopped_while_splicer_stops(
     lab: Lab, leave: Callable[[Host, list[Pair]], None], edge: bool
 ) -> None:
     """Redirected bytes wait for a process that does not run until splicer has gone, and its peers go on
     sending. When it runs again it gets all of them, and what comes later."""
-    with Host("--stop-timeout", "1") as host:
+    with Host("--stop-timeout", "5") as host:
         sender, reader = host.peer(lab, "a"), _habitual(host, lab, "b")
         pairs = [host.connect(sender, reader, lab.address("b")) for _ in range(CONNECTIONS)]
         for pair in pairs:
