@@ -45,14 +45,19 @@ class Pair:
     spliced: Leg
 
 
-def splicer(*arguments: str) -> str:
-    """Call the command line; what it prints. Ends the program with its message when it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "splicer", *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"splicer {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr.strip()}")
-    return done.stdout
+def splicer(*arguments: str, patience: float = 0.0) -> str:
+    """Call the command line; what it prints. Ends the program with its message when it fails, and goes on
+    failing for `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-m", "splicer", *arguments], capture_output=True, text=True, check=False
+        )
+        if not done.returncode:
+            return done.stdout
+        if time.monotonic() >= deadline:
+            sys.exit(f"splicer {' '.join(arguments)}: exit code {done.returncode}\n{done.stderr.strip()}")
+        time.sleep(0.2)
 
 
 def switch(spliced: bool) -> None:
@@ -67,7 +72,10 @@ def count_redirected() -> int:
 
 def run_wrk(url: str, seconds: int, connections: int) -> Leg:
     done = subprocess.run(
-        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", str(HERE / "report.lua"), url],
+        [
+            *("wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10s"),
+            *("-s", str(HERE / "report.lua"), url),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -159,6 +167,9 @@ def main() -> int:
     options = parse()
     results: dict[str, list[Pair]] = {}
     failed = 0
+    for service in SERVICES:
+        # The sidecar hears of containers a moment after they have started.
+        splicer("policy", service, patience=30.0)
     try:
         for name, url in TARGETS.items():
             wait_for(url)

@@ -125,9 +125,9 @@ def test_relay_that_splices_under_eager(quiet_host: Host, lab: Lab, front: int, 
         for _ in range(4):
             pair = _connect(host, lab, front, back)
             pair.client.send(100)
-            assert pair.server.attempt("recv", count=100, timeout=2.0) == 100
+            assert pair.server.attempt("recv", count=100, timeout=10.0) == 100
             pair.server.send(100)
-            assert pair.client.attempt("recv", count=100, timeout=2.0) == 100
+            assert pair.client.attempt("recv", count=100, timeout=10.0) == 100
             _mixed_traffic(pair)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from support import pauses
 from support.daemon import wait_until
 from support.docker import Engine
 from support.stack import Network, Stack
@@ -38,7 +39,9 @@ def test_containers_are_found_all_the_same(engine: Engine, confined: Stack) -> N
         wait_until("spliced", lambda: confined.count_spliced("web") == CONNECTIONS, pause=0.1)
         assert network.finish_load("load")["errors"] == 0
         network.start_load("load", "http://unwilling:8080/", connections=CONNECTIONS)
-        assert network.finish_load("load")["errors"] == 0
+        wait_until("connections", lambda: len(confined.flows("unwilling")) >= CONNECTIONS, pause=0.1)
+        pauses.sleep(1.0)  # long enough for them to be spliced, were they to be
         assert confined.count_spliced("unwilling") == 0
+        assert network.finish_load("load")["errors"] == 0
     finally:
         network.remove()

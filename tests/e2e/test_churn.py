@@ -109,6 +109,7 @@ def _live(stack: Stack, number: int) -> float:
     return watch.seconds
 
 
+@pytest.mark.timeout(600)
 def test_two_hundred_containers(engine: Engine, stack: Stack, network: Network) -> None:
     pid = engine.inspect(stack.sidecar)["State"]["Pid"]
     with ThreadPoolExecutor(PARALLEL) as pool:

@@ -16,7 +16,7 @@ import pytest
 from support.docker import Engine
 from support.stack import Stack
 
-PAIRS, SECONDS = 3, 1
+PAIRS, SECONDS = 3, 3
 # Connections on the way, each of which carries a request and its answer.
 HOPS = {"web": 1, "proxy, web": 2}
 
@@ -38,7 +38,7 @@ def _share_redirected(legs: list[dict[str, Any]], hops: int) -> float:
 
 def test_plain_and_spliced_by_turns(engine: Engine, demo: Stack) -> None:
     load = demo.container("load")
-    code = int(engine.docker("wait", load, timeout=150))
+    code = int(engine.docker("wait", load, timeout=180))
     said = demo.logs("load")
     assert code == 0, said
     assert "failed requests: 0" in said

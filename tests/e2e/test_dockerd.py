@@ -27,10 +27,10 @@ def _state(stack: Stack) -> str:
 
 
 def test_restarted_under_load(engine: Engine, stack: Stack, network: Network) -> None:
-    network.start_client("client", "web", connections=CONNECTIONS)
-    wait_until("spliced", lambda: stack.count_spliced("web") == CONNECTIONS, pause=0.1)
-    before = {flow["local"]: flow for flow in stack.flows("web")}
     with Stopwatch() as watch:
+        network.start_client("client", "web", connections=CONNECTIONS)
+        wait_until("spliced", lambda: stack.count_spliced("web") == CONNECTIONS, pause=0.1)
+        before = {flow["local"]: flow for flow in stack.flows("web")}
         engine.stop_dockerd()
         wait_until("it says so", lambda: _state(stack) == "lost", timeout=NOTICE_S)
         # What was known of the containers stays known.
@@ -38,13 +38,13 @@ def test_restarted_under_load(engine: Engine, stack: Stack, network: Network) ->
         assert stack.policy("web")["mode"] == "adaptive"
         engine.start_dockerd()
         wait_until("connected again", lambda: _state(stack) == "connected", timeout=NOTICE_S)
-    after = {flow["local"]: flow for flow in stack.flows("web")}
-    assert after.keys() == before.keys()
-    for key, flow in after.items():
-        assert flow["state"] == "spliced"
-        assert flow["passed_messages"] == before[key]["passed_messages"]
-        assert flow["redirected_messages"] > before[key]["redirected_messages"]
-    tally = network.finish_load("client")["web"]
+        after = {flow["local"]: flow for flow in stack.flows("web")}
+        assert after.keys() == before.keys()
+        for key, flow in after.items():
+            assert flow["state"] == "spliced"
+            assert flow["passed_messages"] == before[key]["passed_messages"]
+            assert flow["redirected_messages"] > before[key]["redirected_messages"]
+        tally = network.finish_load("client")["web"]
     assert (tally["failed"], tally["retries"]) == (0, 0)
     assert tally["longest_s"] < 1 + watch.paused
 

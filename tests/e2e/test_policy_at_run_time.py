@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support import pauses
 from support.daemon import wait_until
 from support.docker import Engine
 from support.pauses import Stopwatch
@@ -16,6 +17,7 @@ from support.stack import Network, Stack
 CONNECTIONS = 4
 # The promise, from the command to the last connection.
 SECONDS = 2.0
+HEADERS = 14 + 20 + 20  # bytes
 PAYLOAD = "tcp port 8080 and (ip[2:2] - ((ip[0] & 0xf) << 2) - ((tcp[12] & 0xf0) >> 2)) != 0"
 
 
@@ -36,14 +38,24 @@ def _count_payload(engine: Engine, container: str, seconds: float = 1.0) -> int:
     """How many packets with data tcpdump sees in a container's namespace."""
     pid = engine.inspect(container)["State"]["Pid"]
     enter = ["nsenter", f"--net=/proc/{pid}/ns/net"]
-    command = [*enter, "tcpdump", "-nn", "-i", "eth0", "-w", "-", "-U", PAYLOAD]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as capture:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            capture.wait(seconds)
-        capture.terminate()
+    # Immediately: otherwise packets wait in the kernel, and are lost at the end. Cut off: its buffer holds a
+    # number of slots, each for the longest packet.
+    options = ["-nn", "-i", "eth0", "--immediate-mode", "-s", str(HEADERS), "-w", "-", "-U"]
+    command = [*enter, "tcpdump", *options, PAYLOAD]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as capture,
+    ):
         assert capture.stdout is not None
-        # A file header, then at least 16 + 14 + 20 + 20 bytes for each packet.
-        return max(0, len(capture.stdout.read()) - 24) // 70
+        # The header of the file: it captures from here on.
+        assert len(capture.stdout.read(24)) == 24
+        # A pipe that is full would stop it.
+        packets = pool.submit(capture.stdout.read)
+        try:
+            pauses.sleep(seconds)
+        finally:
+            capture.terminate()
+        return len(packets.result()) // (16 + HEADERS)
 
 
 def _start(stack: Stack, network: Network) -> None:
@@ -55,12 +67,15 @@ def _start(stack: Stack, network: Network) -> None:
         )
 
 
-def _finish(network: Network, paused: float) -> None:
+def _finish(network: Network) -> float:
+    """Have both clients end; seconds that the longest of their requests took."""
+    longest = 0.0
     for name in ("web", "other"):
         tally = network.finish_load(f"to-{name}")[name]
         assert tally["requests"] > 500
         assert (tally["failed"], tally["retries"]) == (0, 0), (name, tally)
-        assert tally["longest_s"] < 1 + paused
+        longest = max(longest, tally["longest_s"])
+    return longest
 
 
 def _in_sockhash(stack: Stack, name: str) -> list[str]:
@@ -71,7 +86,7 @@ def _check_flip(stack: Stack, network: Network, off: Callable[[], object], on: C
     engine = stack.engine
     with Stopwatch() as watch:
         _start(stack, network)
-        assert _count_payload(engine, "web") <= 5
+        assert _count_payload(engine, "web") <= 2
         others = {flow["local"]: flow for flow in stack.flows("other")}
 
         off()
@@ -83,14 +98,15 @@ def _check_flip(stack: Stack, network: Network, off: Callable[[], object], on: C
 
         on()
         wait_until("adopted", lambda: stack.count_spliced("web") == CONNECTIONS, timeout=SECONDS)
-        assert _count_payload(engine, "web") <= 5
-    # The other's connections are the same as ever, and were never out.
-    after = {flow["local"]: flow for flow in stack.flows("other")}
-    assert after.keys() == others.keys()
-    for key, flow in after.items():
-        assert flow["state"] == "spliced"
-        assert flow["passed_messages"] == others[key]["passed_messages"]
-    _finish(network, watch.paused)
+        assert _count_payload(engine, "web") <= 2
+        # The other's connections are the same as ever, and were never out.
+        after = {flow["local"]: flow for flow in stack.flows("other")}
+        assert after.keys() == others.keys()
+        for key, flow in after.items():
+            assert flow["state"] == "spliced"
+            assert flow["passed_messages"] == others[key]["passed_messages"]
+        longest = _finish(network)
+    assert longest < 1 + watch.paused
 
 
 def test_set_and_unset(stack: Stack, network: Network) -> None:
@@ -109,6 +125,7 @@ def test_a_rule_in_the_configuration_file(stack: Stack, network: Network) -> Non
 
 
 def test_an_override_survives_the_sidecar(engine: Engine, stack: Stack, network: Network) -> None:
+    wait_until("web is known", lambda: stack.policy("web"))
     stack.splicer("set", "web", "off")
     engine.docker("restart", stack.sidecar)
     stack.wait_answering()
@@ -122,7 +139,7 @@ def test_a_container_is_restarted_under_load(engine: Engine, stack: Stack, netwo
     """Whoever spoke to it tries again and is spliced again; nobody else notices."""
     _start(stack, network)
     engine.docker("restart", "--time", "2", "web")
-    wait_until("spliced again", lambda: stack.count_spliced("web") == CONNECTIONS, timeout=6)
+    wait_until("spliced again", lambda: stack.count_spliced("web") == CONNECTIONS, timeout=20)
     to_web = network.finish_load("to-web")["web"]
     to_other = network.finish_load("to-other")["other"]
     assert to_web["failed"] == 0

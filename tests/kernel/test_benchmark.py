@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.daemon import REPOSITORY
+from support.pauses import Stopwatch
 
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
 # of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.
@@ -20,11 +21,12 @@ TOLERANCE = 0.5
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     command = [str(REPOSITORY / "examples/netns-benchmark/run"), "--only=close", "--only=keep-alive"]
-    command += ["--alternations=1", "--seconds=1", "--programs", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
+    command += ["--alternations=1", "--seconds=2", "--programs", "--json"]
+    with Stopwatch() as watch:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
-    return document
+    return {**document, "pauses": len(watch.pauses)}
 
 
 def _find(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -40,7 +42,8 @@ def test_requests_on_connections_that_stay_are_redirected(result: dict[str, Any]
     messages = 2 * found["requests"]["spliced"][0]
     assert splicing["redirected_messages"] > 0.5 * messages
     assert splicing["redirected_messages"] > 10 * splicing["passed_messages"]
-    assert splicing["rescued"] == 0
+    # But for readers that the machine did not let run.
+    assert splicing["rescued"] <= result["pauses"]
     assert found["metrics"]["cpu_us"]["plain"] > 0
 
 

@@ -32,19 +32,20 @@ def _sleepy_rounds(sleeper: End, waker: End, rounds: int) -> None:
     sleeper.finish()
 
 
-def _is_spliced(host: Host, pair: Pair) -> bool:
+def _find_state(host: Host, pair: Pair) -> tuple[str, str]:
+    """State and reason."""
     flow = host.find_flow(pair)
-    return flow is not None and flow["state"] == "spliced"
+    assert flow is not None
+    return flow["state"], flow["reason"]
 
 
 def _expect_policy(host: Host, pair: Pair, policy: str, sleeper: End, waker: End) -> None:
     """Spliced, if need be after some more rounds, or plain, as the policy has it."""
-    if policy in ALLOWED:
-        wait_until(
-            "it is spliced", lambda: _is_spliced(host, pair) or _sleepy_rounds(sleeper, waker, rounds=2)
-        )
-    else:
-        host.wait_flow(pair, "paired", "blocking_reader")
+    expected = ("spliced", "") if policy in ALLOWED else ("paired", "blocking_reader")
+    wait_until(
+        f"it is {expected}",
+        lambda: _find_state(host, pair) == expected or _sleepy_rounds(sleeper, waker, rounds=2),
+    )
 
 
 @pytest.mark.parametrize("asleep", ["client", "server"])
@@ -112,7 +113,10 @@ def test_asleep_when_the_peer_resets(host: Host, lab: Lab, policy: str) -> None:
     program there has to try again."""
     pair = _connect(host, lab, policy, (False, True))
     pair.pingpong(60)
-    time.sleep(0.1)
+    if policy in ALLOWED:
+        time.sleep(0.1)
+    else:
+        host.wait_flow(pair, "paired", "blocking_reader")
     pair.server.begin("recv", count=100)
     time.sleep(0.1)
     pair.client.reset()
@@ -130,20 +134,21 @@ def test_reader_that_waits_for_all(host: Host, lab: Lab, policy: str) -> None:
         pair.server.begin("recv_once", count=900, flags=socket.MSG_WAITALL)
         for _ in range(3):
             pair.client.send(300)
-        assert pair.server.finish(timeout=3.0) == 900
+        assert pair.server.finish() == 900
         pair.server.send(64)
         pair.client.recv(64)
-    time.sleep(0.1)
-    flow = host.find_flow(pair)
-    assert flow is not None
-    assert flow["state"] == "paired", flow
-    assert flow["reason"] not in ("", "cold", "pending")
+
+    def is_refused() -> bool:
+        state, reason = _find_state(host, pair)
+        return state == "paired" and reason not in ("", "cold", "pending")
+
+    wait_until("it is refused", is_refused)
     for _ in range(5):
         pair.server.begin("recv_once", count=900, flags=socket.MSG_WAITALL)
         for _ in range(3):
             pair.client.send(300)
             time.sleep(0.005)
-        assert pair.server.finish(timeout=3.0) == 900
+        assert pair.server.finish() == 900
     pair.verify()
 
 
@@ -168,9 +173,7 @@ def test_receive_timeout(host: Host, lab: Lab, policy: str) -> None:
 def test_blocking_sender_waits_for_room(host: Host, lab: Lab) -> None:
     """A blocking sender whose reader does not read sleeps until there is room, where blocking is allowed."""
     pair = _connect(host, lab, "allow", (True, False))
-    for _ in range(5):
-        pair.pingpong(40)
-        time.sleep(0.02)
+    host.make_hot(pair)
     count = 30_000_000
     pair.client.begin("send", count=count, chunk=50_000, timeout=20.0)
     assert pair.client.peer.is_waiting(0.5), "the sender was not held back"

@@ -311,6 +311,7 @@ def test_clocks_jump_between_two_lives(lab: Lab, which: str) -> None:
                 assert its != own
                 host.wait_flow(quiet, "spliced")
                 host.daemon.drain()
+                wait_until("it is drained", lambda: (host.find_flow(quiet) or {})["state"] != "spliced")
                 host.make_hot(quiet)
                 quiet.verify()
         _check_alive(host, lab)

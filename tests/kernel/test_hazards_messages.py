@@ -14,6 +14,7 @@ from support.daemon import wait_until
 from support.firewall import Firewall
 from support.host import EAGER, SERVICES, Host
 from support.lab import Lab
+from support.pauses import Stopwatch
 from support.players import Pair, Peer
 from support.wire import Wire
 
@@ -53,7 +54,7 @@ def test_eager_first_message_and_fionread(wire: Wire) -> None:
     assert set(told) <= ({0, 100} if known else {100})
     assert not known or 0 in told, "not a difference any more"
     for pair in pairs:
-        assert pair.server.wait_fionread(count=100) == 100
+        assert pair.server.wait_fionread(count=100, timeout=10.0) == 100
         assert pair.server.recv(100) == 100
         pair.verify()
 
@@ -113,8 +114,9 @@ def test_stream_goes_back_and_stays_longer_each_time(host: Host, lab: Lab) -> No
     host.make_hot(pair)
     for least in (2.0, 4.0):
         started = time.monotonic()
-        pair.server.begin("recv", count=600_000)
-        pair.client.send(600_000, chunk=300)
+        # More messages than make a stream, and fewer than may wait: a reader may be late.
+        pair.server.begin("recv", count=60_000)
+        pair.client.send(60_000, chunk=300)
         pair.server.finish()
         host.wait_flow(pair, "paired", "stream")
         host.make_hot(pair, timeout=15.0)
@@ -165,8 +167,10 @@ def test_keep_alive_probes_on_a_busy_connection(wire: Wire) -> None:
         wait_until("a keep-alive probe was sent", is_probed, timeout=10.0)
         assert wire.host.find_flow(pair)["state"] == "spliced"
     else:
-        while time.monotonic() < end:
-            assert not is_probed()
+        with Stopwatch() as watch:
+            while time.monotonic() < end:
+                # Who stands still is idle.
+                assert not is_probed() or watch.paused > 0.5
     pair.pingpong(20)
     pair.verify()
 
@@ -191,7 +195,8 @@ def test_conntrack_entry_of_a_busy_connection(wire: Wire) -> None:
             assert wire.host.find_flow(pair)["state"] == "spliced"
         else:
             while time.monotonic() < end:
-                assert not is_ageing()
+                # The machine may stand still between a message and a look: new messages make it young again.
+                assert not (is_ageing() and is_ageing())
         pair.verify()
 
 

@@ -49,7 +49,7 @@ def test_invented_hint_and_the_server_speaks_first(host: Host, lab: Lab) -> None
             break
     else:
         raise AssertionError("the attack has become impossible; adapt this test")
-    client.begin("recv_told", conns=[pair.client.conn], count=1000, edge=True)
+    client.begin("recv_told", conns=[pair.client.conn], count=1000, edge=True, patience=10.0)
     pair.server.send(1000, chunk=100)
     client.finish()
     wait_until("it is out of the SOCKHASH", lambda: host.count_spliced() == 0, timeout=2.0)

@@ -127,8 +127,10 @@ def test_splice_after_the_way_back(host: Host, lab: Lab, how: str) -> None:
 
 def test_pid_of_a_process_that_spliced(host: Host, lab: Lab) -> None:
     """What is remembered of a process does not hold for one that was born at another time and has its pid."""
-    pair = _pair(host, lab)
-    server = pair.server.peer
+    # Without Nagle, or the server would get fewer segments than messages.
+    options: tuple[list[list[int]], list[list[int]]] = ([[socket.IPPROTO_TCP, socket.TCP_NODELAY, 1]], [])
+    server = host.peer(lab, "b")
+    pair = host.connect(host.peer(lab, "a"), server, lab.address("b"), options=options)
     pair.client.send(300, chunk=100)
     assert pair.server.splice_in(count=300) == 300
     pid = struct.pack("=I", server.pid)

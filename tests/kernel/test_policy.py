@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support import pauses
 from support.cgroup import find_v2_root
 from support.daemon import wait_until
 from support.host import Host
@@ -121,7 +122,7 @@ def test_a_cgroup_that_is_made_later_and_anew(host: Host, lab: Lab) -> None:
     for _ in range(2):
         late = host.cgroup.child("late")
         pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b", cgroup=late), lab.address("b"))
-        time.sleep(1.2)  # the daemon looks once a second
+        pauses.sleep(1.5)  # the daemon looks once a second
         pair.pingpong(100)
         stays(host, pair, "paired", "policy_off")
         pair.verify()

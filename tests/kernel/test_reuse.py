@@ -5,11 +5,11 @@ nobody waits for bytes that are there (promises 1 and 5)."""
 from __future__ import annotations
 
 import socket
-import time
 
 from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
+from support.pauses import Stopwatch
 from support.wire import Wire
 
 
@@ -46,18 +46,18 @@ def test_last_bytes_through_tcp_behind_redirected_ones(wire: Wire) -> None:
     client that has read the redirected part is woken for the rest."""
     pair = wire.hot_pair()
     pair.client.watch(edge=True)
-    pair.client.wakeup()
+    pair.client.wakeup(timeout=0)
     pair.server.say("A" * 100)
     pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
     pair.server.say("B" * 100)
     pair.server.close()
     assert "IN" in pair.client.wakeup()
     heard = pair.client.hear_once(count=4096)
-    deadline = time.monotonic() + 3
-    while len(heard) < 200 and time.monotonic() < deadline:
-        # A reader may trust a short read: nothing more until the next edge.
-        if "IN" in pair.client.wakeup():
-            heard += pair.client.hear_once(count=4096)
+    with Stopwatch() as watch:
+        while len(heard) < 200 and watch.seconds < 3:
+            # A reader may trust a short read: nothing more until the next edge.
+            if "IN" in pair.client.wakeup():
+                heard += pair.client.hear_once(count=4096)
     assert heard == "A" * 100 + "B" * 100
     assert pair.client.expect_eof()
 
@@ -69,8 +69,7 @@ def test_option_asked_for_between_the_two_insertions_is_seen(host: Host, lab: La
         pair = wire.pair()
         pair.pingpong(14 + attempt)
         pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)
-        pair.pingpong(20)
-        host.wait_flow(pair, "paired", "rcvlowat")
+        host.talk_until(pair, "paired", "rcvlowat")
         pair.verify()
         pair.close()
 

@@ -215,8 +215,13 @@ def _check_steers_nothing(text: str) -> None:
 
 def test_hostile_labels_in_the_log(hostile_host: Host) -> None:
     """Whatever a container's labels hold: no raw byte of it is in the log, which stays of a decent size."""
-    log = hostile_host.daemon.log.read_text(errors="surrogateescape")
-    assert log.count("bad_label") >= len(HOSTILE_LABELS)
+
+    def read_log() -> str:
+        return hostile_host.daemon.log.read_text(errors="surrogateescape")
+
+    complaints = len(HOSTILE_LABELS)
+    wait_until("all are complained of", lambda: read_log().count("bad_label") >= complaints)
+    log = read_log()
     _check_steers_nothing(log)
     if log.startswith("{"):
         assert all(json.loads(line)["event"] != "forged" for line in log.splitlines())

@@ -86,6 +86,10 @@ def test_blocking_sockets(empty_host: Host, lab: Lab, blocking: tuple[bool, bool
     """A connection with a blocking socket at either end stays plain TCP, with the reason blocking_reader."""
     client, server = empty_host.peer(lab, "a"), empty_host.peer(lab, "b")
     pair = empty_host.connect(client, server, lab.address("b"), port=port, blocking=blocking)
+    if port == EAGER:
+        # Seen once it is spliced, so it is drained.
+        pair.pingpong(40)
+        empty_host.wait_flow(pair, "paired")
     empty_host.watch_cold(pair, "blocking_reader")
     assert empty_host.count_spliced() == 0
     pair.verify()

@@ -82,7 +82,7 @@ def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other
     with Host("--stop-timeout", "0.5") as host:
         client, server = host.peer(lab, "a"), host.peer(lab, "b")
         port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"))
-        server.begin("serve", listener="door", seconds=6.0)
+        server.begin("serve", listener="door", seconds=60.0)
         where = {"family": socket.AF_INET, "host": lab.address("b"), "port": port}
         client.begin("churn", **where, seconds=5.5, seed=3, together=8, rounds=60)
         time.sleep(0.5)
@@ -93,6 +93,7 @@ def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other
         done = client.finish()
         assert (done["wrong"], done["broken"]) == (0, 0)
         assert done["connections"] > 50
+        server.tell_to_end()
         server.finish()
         wait_until("no record is left", lambda: not host.daemon.flows())
         wait_until("no end is left", lambda: host.count_spliced() == 0)

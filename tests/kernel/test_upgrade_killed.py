@@ -49,13 +49,12 @@ def test_killed_again_and_again_under_load(lab: Lab) -> None:
         host.daemon.kill()
         started = time.monotonic()
         lives = 0
-        while time.monotonic() - started < 7.0:
+        while time.monotonic() - started < 7.0 or lives < 4:
             process = _start_unwatched(host)
             time.sleep(chance.uniform(0.0, 1.1))
             _kill(process)
             quiet.pingpong(5)
             lives += 1
-        assert lives >= 4
         host.start()
         host.wait_flow(quiet, "spliced")
         quiet.pingpong(50)

@@ -47,6 +47,7 @@ class Findings:
     stops_while_stopped: int = 0  # of these: with workers that were stopped or throttled
     unread: int = 0  # connections that readers had left unread when a stop gave up waiting
     described: list[dict[str, Any]] = field(default_factory=list)  # ends of flows that were rescued
+    rescued_in_pauses: int = 0  # right after the machine had stood still
     dead_workers: list[str] = field(default_factory=list)
     entries: dict[str, int] = field(default_factory=dict)  # of maps, at the end
     still_open: int = 0

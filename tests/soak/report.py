@@ -128,9 +128,10 @@ def judge(findings: Findings) -> list[Promise]:
             f"{no_memory['plain']} plain, {no_memory['spliced']} spliced",
         ),
         "rescued is 0, or explained": (
-            totals["rescued"] <= denied + late,
+            totals["rescued"] <= denied + max(late, findings.rescued_in_pauses),
             f"{totals['rescued']} rescued; {denied} times FIONREAD said 0 for 30 ms or longer, "
-            f"{late} readers were slow, stopped, throttled or busy",
+            f"{late} readers were slow, stopped, throttled or busy; {findings.rescued_in_pauses} right after "
+            "the machine had stood still",
         ),
         "the daemon stays up and flat": (not trouble, "; ".join(trouble) or "no deaths, no growth"),
         "maps are empty afterwards": (

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from support.host import Host
+from support.pauses import Stopwatch, count_explained_rescues
 
 from soak.chaos import USUAL, WITHHELD, Event, Phase, plan_phases
 from soak.crew import Crew, Hand
@@ -109,19 +110,23 @@ class Soak:
         """Carry out all phases, then close all connections and look at what is left of them."""
         phases = plan_phases(self.options.seed, self.options.seconds, frozenset(self._kinds))
         self._started = time.monotonic()
-        try:
-            for host in range(self.options.hosts):
-                self.man("server", host)
-            self.man("control_server", self.options.hosts - 1)
-            for host in range(self.options.hosts):
-                self.man("client", host)
-            self.man("control_client", 0)
-            for phase in phases:
-                self._carry_out(phase)
-            self._finish()
-        except Interrupted:
-            self.findings.interrupted = True
+        with Stopwatch() as stopwatch:
+            try:
+                for host in range(self.options.hosts):
+                    self.man("server", host)
+                self.man("control_server", self.options.hosts - 1)
+                for host in range(self.options.hosts):
+                    self.man("client", host)
+                self.man("control_client", 0)
+                for phase in phases:
+                    self._carry_out(phase)
+                self._finish()
+            except Interrupted:
+                self.findings.interrupted = True
         findings = self.findings
+        if self.host.has_run:
+            log = self.host.daemon.log.read_text(errors="replace")
+            findings.rescued_in_pauses = count_explained_rescues(log, stopwatch)
         findings.seconds = time.monotonic() - self._started
         findings.tally = self.crew.sum_tallies()
         findings.refused = self.crew.sum_refused()

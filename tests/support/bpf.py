@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.pauses import Stopwatch
+
 KINDS = ("prog", "map", "link")
 _HELD = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.MULTILINE)
 
@@ -95,18 +97,19 @@ def find_leftovers(
 ) -> list[BpfObject]:
     """Objects made since `before` that are nobody else's.
 
-    The kernel frees programs and maps a little after their last user has gone: `timeout` seconds are given.
+    The kernel frees programs and maps a little after their last user has gone: `timeout` seconds are given,
+    not counting pauses of the machine.
     """
-    deadline = time.monotonic() + timeout
-    while True:
-        now = list_objects()
-        new = {key: value for key, value in now.items() if key not in before}
-        if new:
-            foreign = list_foreign(own_pids, own_bpffs)
-            new = {key: value for key, value in new.items() if key not in foreign}
-        if not new or time.monotonic() > deadline:
-            return sorted(new.values(), key=lambda each: (each.kind, each.id))
-        time.sleep(0.1)
+    with Stopwatch() as watch:
+        while True:
+            now = list_objects()
+            new = {key: value for key, value in now.items() if key not in before}
+            if new:
+                foreign = list_foreign(own_pids, own_bpffs)
+                new = {key: value for key, value in new.items() if key not in foreign}
+            if not new or watch.seconds > timeout:
+                return sorted(new.values(), key=lambda each: (each.kind, each.id))
+            time.sleep(0.1)
 
 
 def list_attached(cgroup: Path) -> list[str]:

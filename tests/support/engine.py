@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from support.daemon import wait_until
+
 
 def name_id(number: int) -> str:
     """An id of 64 digits."""
@@ -41,6 +43,7 @@ class FakeEngine:
         self.history: list[bytes] = []
         self.streams: list[queue.SimpleQueue[bytes | None]] = []
         self._held: list[bytes] | None = None
+        self._sending = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._released = threading.Event()
         self._server: socketserver.ThreadingUnixStreamServer | None = None
@@ -98,10 +101,12 @@ class FakeEngine:
 
     def cut(self) -> None:
         """Close all connections in the middle of whatever they are doing."""
-        for each in list(self._connections):
+        # Whoever is cut off may be back at once, with a stream that is none of these.
+        connections, streams = list(self._connections), list(self.streams)
+        for each in connections:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        for stream in self.streams:
+        for stream in streams:
             stream.put(None)
 
     # -- containers ----------------------------------------------------------------------------------------
@@ -152,11 +157,12 @@ class FakeEngine:
 
     def send(self, raw: bytes) -> None:
         """Send anything to all streams."""
-        self.history.append(raw)
-        if self._held is None:
-            self._put(raw)
-        else:
-            self._held.append(raw)
+        with self._sending:
+            self.history.append(raw)
+            if self._held is None:
+                self._put(raw)
+            else:
+                self._held.append(raw)
 
     def _put(self, raw: bytes) -> None:
         for stream in list(self.streams):
@@ -177,10 +183,7 @@ class FakeEngine:
         return sum(urlsplit(each).path.endswith(ending) for each in list(self.requests))
 
     def wait_for_stream(self) -> None:
-        deadline = time.monotonic() + 5
-        while not self.streams and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert self.streams, "nobody has asked for events"
+        wait_until("somebody asks for events", lambda: self.streams, pause=0.005)
 
     # -- answers -------------------------------------------------------------------------------------------
 
@@ -239,18 +242,20 @@ class FakeEngine:
     def _stream(self, handler: BaseHTTPRequestHandler, query: dict[str, list[str]]) -> None:
         handler.close_connection = True
         stream: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        handler.wfile.flush()
-        if "since" in query:
-            whole, _, fraction = query["since"][0].partition(".")
-            since = int(whole) * 10**9 + int(fraction.ljust(9, "0"))
-            for raw in self.history:
-                if json.loads(raw).get("timeNano", 0) >= since:
-                    stream.put(raw)
-        self.streams.append(stream)
+        # Whoever has the headers is told of everything from then on.
+        with self._sending:
+            if "since" in query:
+                whole, _, fraction = query["since"][0].partition(".")
+                since = int(whole) * 10**9 + int(fraction.ljust(9, "0"))
+                for raw in self.history:
+                    if json.loads(raw).get("timeNano", 0) >= since:
+                        stream.put(raw)
+            self.streams.append(stream)
         try:
+            handler.send_response(200)
+            handler.send_header("Transfer-Encoding", "chunked")
+            handler.end_headers()
+            handler.wfile.flush()
             while (raw := stream.get()) is not None:
                 handler.wfile.write(f"{len(raw):x}\r\n".encode() + raw + b"\r\n")
                 handler.wfile.flush()

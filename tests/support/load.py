@@ -9,7 +9,7 @@ from support.host import Host
 from support.lab import Lab
 
 CONNECTIONS = 3
-LONGEST = 60.0  # seconds after which it ends whatever happens
+LONGEST = 120.0  # seconds after which it ends whatever happens
 AFTERWARDS = 0.3  # seconds for which it goes on after what happened
 
 

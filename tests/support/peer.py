@@ -30,7 +30,6 @@ import socket
 import struct
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -470,32 +469,6 @@ class Peer:
             [[level, kind, struct.unpack("i", value[:4])[0]] for level, kind, value in control],
         ]
 
-    def recv_held(self, conn: str, count: int, seconds: float) -> int:
-        """One recv(2) into memory that is not there for `seconds`; the kernel waits with the socket locked.
-
-        Fails with ENOSYS on kernels without userfaultfd(2).
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-        memory = FaultingMemory(libc)
-        got: list[int] = []
-
-        def receive() -> None:
-            got.append(
-                libc.recv(self._connections[conn].sock.fileno(), ctypes.c_void_p(memory.address), count, 0)
-            )
-
-        thread = threading.Thread(target=receive)
-        thread.start()
-        time.sleep(seconds)
-        memory.provide()
-        thread.join()
-        data = ctypes.string_at(memory.address, max(got[0], 0))
-        memory.close()
-        if got[0] < 0:
-            raise OSError(errno.EIO, "recv failed")
-        self._connections[conn].note_received(data)
-        return got[0]
-
     def splice_in(self, conn: str, count: int, timeout: float = 10.0) -> int:
         """Read `count` stream bytes by splice(2) through a pipe, as io.Copy and HAProxy do."""
         connection, deadline, left = self._connections[conn], time.monotonic() + timeout, count
@@ -666,7 +639,8 @@ class Peer:
         return {"messages": messages, "full": full}
 
     def serve(self, listener: str, seconds: float, timeout: float = 10.0) -> int:
-        """Accept and echo, non-blocking with epoll, for some time and until all have gone; how many came."""
+        """Accept and echo, non-blocking with epoll, for some time or until SIGUSR1, and until all have gone;
+        how many came."""
         door = self._listeners[listener]
         door.setblocking(False)
         poller = select.epoll()
@@ -674,6 +648,8 @@ class Peer:
         guests: dict[int, tuple[socket.socket, bytearray]] = {}
         end, count = time.monotonic() + seconds, 0
         while time.monotonic() < end or guests:
+            if self._told_to_end:
+                end, self._told_to_end = min(end, time.monotonic()), False
             if time.monotonic() > end + timeout:
                 raise Overdue(len(guests))
             for fd, _ in poller.poll(0.05):
@@ -807,7 +783,7 @@ class Peer:
             select.EPOLLIN | select.EPOLLRDHUP | (select.EPOLLET if edge else 0),
         )
 
-    def wakeup(self, conn: str, timeout: float = 0.3) -> list[str]:
+    def wakeup(self, conn: str, timeout: float = 3.0) -> list[str]:
         """The events of one epoll_wait(2) on the set of `watch`; an empty list if none came in time."""
         return _event_names(self._epolls[conn].poll(timeout))
 

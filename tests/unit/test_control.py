@@ -47,6 +47,12 @@ HANDLERS: dict[str, Handler] = {
 
 @pytest.fixture
 def server(run_dir: str, log: Log) -> Iterator[Server]:
+    with Server(run_dir, HANDLERS, log, allowed_uid=os.getuid()) as serving:
+        yield serving
+
+
+@pytest.fixture
+def impatient(run_dir: str, log: Log) -> Iterator[Server]:
     with Server(run_dir, HANDLERS, log, timeout=0.5, allowed_uid=os.getuid()) as serving:
         yield serving
 
@@ -75,8 +81,8 @@ def talk(run_dir: str, sent: bytes) -> list[Any]:
         return [json.loads(line) for line in receive(peer).splitlines()]
 
 
-def answering(run_dir: str, reply: bytes, *, delay: float = 0.0) -> threading.Thread:
-    """Something that listens on the control socket and is no splicer."""
+def answering(run_dir: str, reply: bytes, *, when: threading.Event | None = None) -> threading.Thread:
+    """Something that listens on the control socket and is no splicer; it replies at once, or `when` told."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(socket_path(run_dir))
     listener.listen()
@@ -85,7 +91,8 @@ def answering(run_dir: str, reply: bytes, *, delay: float = 0.0) -> threading.Th
         peer, _ = listener.accept()
         with listener, peer:
             peer.recv(65536)
-            time.sleep(delay)
+            if when is not None:
+                when.wait()
             with suppress(OSError):
                 peer.sendall(reply)
 
@@ -154,9 +161,26 @@ class TestRequests:
             with pytest.raises(SplicerError, match="internal error in the daemon") as caught:
                 request(run_dir, command)
             assert "secret" not in caught.value.message
-        assert log.names() == ["control_request_failed"] * 2
+        # That a peer was slow to come or to go is for debugging, and may be true.
+        logged = [event for level, event, _ in log.events if level != "debug"]
+        assert logged == ["control_request_failed"] * 2
         assert request(run_dir, "echo")["schema"] == 1
 
+    def test_many_at_once(self, run_dir: str) -> None:
+        answers: list[object] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(request(run_dir, "echo")["schema"]))
+            for _ in range(100)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [1] * 100
+
+
+@pytest.mark.usefixtures("impatient")
+class TestSlowPeers:
     def test_a_dawdler_is_dropped_and_stops_nobody(self, run_dir: str) -> None:
         with dial(run_dir) as dawdler:
             dawdler.sendall(b'{"comm')
@@ -172,18 +196,6 @@ class TestRequests:
                     dripping.sendall(b" ")
                     time.sleep(0.1)
             assert watch.seconds < 3
-
-    def test_many_at_once(self, run_dir: str) -> None:
-        answers: list[object] = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(request(run_dir, "echo")["schema"]))
-            for _ in range(100)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert answers == [1] * 100
 
     def test_more_silent_peers_than_slots(self, run_dir: str) -> None:
         peers = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(control.PEERS_AT_ONCE)]
@@ -346,9 +358,13 @@ def test_strange_answers(run_dir: str, reply: bytes, message: str) -> None:
 
 
 def test_a_daemon_that_does_not_answer(run_dir: str) -> None:
-    thread = answering(run_dir, b"", delay=0.6)
-    with pytest.raises(SplicerError, match=r"did not answer within 0\.2 seconds"):
-        request(run_dir, "status", timeout=0.2)
+    given_up = threading.Event()
+    thread = answering(run_dir, b"", when=given_up)
+    try:
+        with pytest.raises(SplicerError, match=r"did not answer within 0\.2 seconds"):
+            request(run_dir, "status", timeout=0.2)
+    finally:
+        given_up.set()
     thread.join()
 
 

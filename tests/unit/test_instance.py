@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -100,15 +99,20 @@ def test_a_holder_that_has_not_said_who_it_is(run_dir: str, content: str) -> Non
             acquire(run_dir, "/x")
 
 
-def test_whoever_only_looks_does_not_stop_a_start(run_dir: str) -> None:
+def test_whoever_only_looks_does_not_stop_a_start(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(run_dir) / "lock"
     path.touch()
+    pauses: list[float] = []
     with path.open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
-        timer = threading.Timer(0.08, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
-        timer.start()
+
+        def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                fcntl.flock(looking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("splicer.instance.time.sleep", sleep)
         acquire(run_dir, "/x").release()
-        timer.join()
 
 
 def test_a_removed_lock_file_is_not_mistaken_for_the_lock(

@@ -101,9 +101,11 @@ def blocking_recv_interrupted(s: Scene) -> None:
     buffer = ctypes.create_string_buffer(100)
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.siginterrupt(signal.SIGALRM, True)
-    signal.setitimer(signal.ITIMER_REAL, 0.03)
+    # Again and again: the first may come before it sleeps.
+    signal.setitimer(signal.ITIMER_REAL, 0.03, 0.03)
     got = libc.recv(s.server.fd, buffer, 100, 0)
     s.note(f"recv = {got}, EINTR: {ctypes.get_errno() == 4}")
+    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.siginterrupt(signal.SIGALRM, False)
     signal.setitimer(signal.ITIMER_REAL, 0.03)
     threading.Timer(0.1, lambda: s.client.sock.send(b"at last")).start()

@@ -84,7 +84,7 @@ class Uring:
         self._put(self.sq["tail"], tail + 1)
         self._enter(1, 0, None)
 
-    def wait(self, timeout: float = 3.0) -> int | None:
+    def wait(self, timeout: float = 8.0) -> int | None:
         """The result of what completed; None if nothing did in time."""
         if self._word(self.cq["head"]) == self._word(self.cq["tail"]):
             self._enter(0, 1, timeout)
@@ -305,7 +305,7 @@ def uring_worker_asleep_while_it_gets_hot(s: Scene) -> None:
         time.sleep(0.01)
     for number in range(4):
         client.send(b"wake %d" % number)
-        got = ring.wait(2.0)
+        got = ring.wait()
         s.note(f"woken: {name_result(got)} {buffer.raw.raw[: max(got or 0, 0)]!r}")
         if got is None:
             break
