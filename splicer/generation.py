@@ -28,8 +28,8 @@ from splicer.errors import FAILURE, SplicerError
 from splicer.logs import Logger
 from splicer.sweep import Sweeper
 
-LINKS = ("register", "guard", "observe", "adopt", "watch")
-_CGROUP_LINKS = LINKS[:2]
+_CGROUP_LINKS = ("register", "guard")
+LINKS = (*_CGROUP_LINKS, "observe", "adopt", "watch")
 _LOAD_TIMEOUT_S = 120
 # The loader of a daemon that was killed holds the lock until it has died too.
 _LOCK_TIMEOUT_S = 3.0
