@@ -16,23 +16,16 @@ from support.daemon import call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.pauses import Stopwatch
-from support.players import Pair, Peer
+from support.players import HABITS, Pair, Peer
 
 from splicer.generation import open_pinned
 from splicer.sweep import Counts
 
-HABITS = Path(__file__).parents[1] / "support" / "habits.py"
 CONNECTIONS = 3
 SIZE = 500  # bytes of a message
 # Messages before splicer stops, while it waits for the reader, and afterwards.
 BEFORE, MEANWHILE, AFTERWARDS = 20, 10, 20
 UNREAD = SIZE * (BEFORE + MEANWHILE + AFTERWARDS)
-
-
-def _habitual(host: Host, lab: Lab, place: str) -> Peer:
-    peer = Peer(lab.namespace(place), host.cgroup, HABITS)
-    host._peers.append(peer)
-    return peer
 
 
 @contextmanager
@@ -109,7 +102,7 @@ def test_reader_that_is_stopped_while_splicer_stops(
     """Redirected bytes wait for a process that does not run until splicer has gone, and its peers go on
     sending. When it runs again it gets all of them, and what comes later."""
     with Host("--stop-timeout", "5") as host:
-        sender, reader = host.peer(lab, "a"), _habitual(host, lab, "b")
+        sender, reader = host.peer(lab, "a"), host.peer(lab, "b", program=HABITS)
         pairs = [host.connect(sender, reader, lab.address("b")) for _ in range(CONNECTIONS)]
         for pair in pairs:
             host.make_hot(pair)
@@ -146,7 +139,7 @@ def test_reader_of_what_is_available(lab: Lab) -> None:
     what FIONREAD says. While it says 0 such a reader goes on byte by byte, and never seems to be stuck: no
     connection may be left so."""
     with Host() as host:
-        client, server = (_habitual(host, lab, place) for place in "ab")
+        client, server = (host.peer(lab, place, program=HABITS) for place in "ab")
         spliced = 0
         for number in range(PATIENCE * TIMES):
             if number >= TIMES and spliced >= ENOUGH:

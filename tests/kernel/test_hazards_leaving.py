@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
 
 import pytest
 from support.daemon import wait_until
@@ -14,23 +13,16 @@ from support.host import SERVICES, Host
 from support.lab import Lab
 from support.loans import borrow
 from support.pauses import Stopwatch
-from support.players import Pair, Peer
+from support.players import JUGGLER, Pair
 
-JUGGLER = Path(__file__).parents[1] / "support" / "juggler.py"
 # A daemon that gets its CPU time needs milliseconds; the bound is for one that does not.
 LONGEST_DENIAL = 1.0  # seconds
 TALKS = 5  # of which one is to be going on when an option is asked for
 
 
-def _juggler(host: Host, lab: Lab, place: str) -> Peer:
-    peer = Peer(lab.namespace(place), host.cgroup, JUGGLER)
-    host._peers.append(peer)
-    return peer
-
-
 def _juggling_pairs(host: Host, lab: Lab, count: int) -> list[Pair]:
     """Hot connections between two jugglers."""
-    client, server = (_juggler(host, lab, place) for place in "ab")
+    client, server = (host.peer(lab, place, program=JUGGLER) for place in "ab")
     pairs = [host.connect(client, server, lab.address("b")) for _ in range(count)]
     for pair in pairs:
         host.make_hot(pair)
@@ -186,7 +178,7 @@ def test_killed_while_a_drain_goes_on_under_an_exact_reader(lab: Lab, delay: flo
 
 def _stranded_pair(host: Host, lab: Lab) -> Pair:
     """A hot connection in a network namespace that no process is in any more, and that has no name."""
-    client, server = _juggler(host, lab, "a"), _juggler(host, lab, "a")
+    client, server = host.peer(lab, "a", program=JUGGLER), host.peer(lab, "a", program=JUGGLER)
     server.call("leave_home")
     client.call("follow", pid=server.pid)
     pair = host.connect(client, server, "127.0.0.1")

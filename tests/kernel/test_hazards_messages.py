@@ -15,23 +15,16 @@ from support.firewall import Firewall
 from support.host import EAGER, SERVICES, Host
 from support.lab import Lab
 from support.pauses import Stopwatch
-from support.players import Pair, Peer
+from support.players import JUGGLER, Pair
 from support.wire import Wire
 
-JUGGLER = Path(__file__).parents[1] / "support" / "juggler.py"
 TCP_KEEPALIVE_S = 2  # TCP_KEEPIDLE
 PAGE_FRAGMENT = 32768  # sk_page_frag_refill()
 
 
-def _juggler(host: Host, lab: Lab, place: str, *, inside: bool = True) -> Peer:
-    peer = Peer(lab.namespace(place), host.cgroup if inside else None, JUGGLER)
-    host._peers.append(peer)
-    return peer
-
-
 def _juggling_pair(wire: Wire) -> Pair:
     """A hot connection between two jugglers."""
-    client, server = (_juggler(wire.host, wire.lab, place, inside=wire.spliced) for place in "ab")
+    client, server = (wire.host.peer(wire.lab, place, inside=wire.spliced, program=JUGGLER) for place in "ab")
     pair = wire.host.connect(client, server, wire.lab.address("b"))
     wire.heat(pair)
     return pair

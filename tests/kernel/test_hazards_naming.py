@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.daemon import wait_until
@@ -14,11 +13,10 @@ from support.host import EAGER, Host
 from support.hostile import Hostile, Name, find_new_name, read_map
 from support.lab import Lab
 from support.meddler import callbacks_forgotten
-from support.players import End, Pair, Peer
+from support.players import HABITS, End, Pair, Peer
 
 from splicer import layout, libbpf
 
-HABITS = Path(__file__).parents[1] / "support" / "habits.py"
 ROUNDS, SIZE = 30, 10
 
 
@@ -36,8 +34,7 @@ def test_invented_hint_and_the_server_speaks_first(host: Host, lab: Lab) -> None
     """Somebody pretends that a listener on this host answers a client that talks to another machine, under
     eager: the client is in the SOCKHASH. It sends nothing, and gets what the server says all the same, though
     it sleeps in epoll until an edge comes and reads what FIONREAD tells; then it is out."""
-    client = Peer(lab.namespace("a"), host.cgroup, HABITS)
-    host._peers.append(client)
+    client = host.peer(lab, "a", program=HABITS)
     remote = host.peer(lab, "far", inside=False)
     hostile = Hostile(host, [lab.address("a")])
     for number in range(3):

@@ -7,7 +7,6 @@ import socket
 import statistics
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.daemon import wait_until
@@ -16,12 +15,11 @@ from support.hostile import read_map
 from support.lab import Lab
 from support.meddler import in_foreign_sockhash
 from support.pauses import Stopwatch
-from support.players import Pair, Peer
+from support.players import QUIRKS, Pair, Peer
 from support.wire import Wire
 
 from splicer import libbpf
 
-QUIRKS = Path(__file__).parents[1] / "support" / "quirks.py"
 HOT_READS = 16
 TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE = 19, -1
 SO_ATTACH_FILTER, TCP_CONGESTION, NO_OPTION = 26, 13, 200
@@ -32,12 +30,6 @@ def host(host: Host) -> Iterator[Host]:
     """The host without connections of earlier tests."""
     wait_until("earlier connections are gone", lambda: not host.daemon.flows())
     return host
-
-
-def _quirky(host: Host, lab: Lab, place: str, *, inside: bool = True) -> Peer:
-    peer = Peer(lab.namespace(place), host.cgroup if inside else None, QUIRKS)
-    host._peers.append(peer)
-    return peer
 
 
 def _pair(host: Host, lab: Lab) -> Pair:
@@ -204,7 +196,7 @@ def test_others_of_a_process_that_begins_to_splice(host: Host, lab: Lab) -> None
 
 def test_socket_filter(host: Host, lab: Lab) -> None:
     """A socket with a filter of its own stays plain."""
-    pair = host.connect(host.peer(lab, "a"), _quirky(host, lab, "b"), lab.address("b"))
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b", program=QUIRKS), lab.address("b"))
     pair.server.attach_filter()
     host.watch_cold(pair, "socket_filter")
     assert host.count_spliced() == 0
@@ -231,7 +223,7 @@ def test_under_repair(host: Host, lab: Lab) -> None:
 
 def test_read_by_a_kernel_worker(host: Host, lab: Lab) -> None:
     """A connection that a kernel worker of io_uring reads stays plain."""
-    server = _quirky(host, lab, "b")
+    server = host.peer(lab, "b", program=QUIRKS)
     if server.attempt("open_ring") in ("ENOSYS", "EPERM"):
         pytest.skip("there is no io_uring, or it is switched off")
     pair = host.connect(host.peer(lab, "a"), server, lab.address("b"))
@@ -251,7 +243,9 @@ def test_read_by_a_kernel_worker(host: Host, lab: Lab) -> None:
 def test_foreign_psock(host: Host, lab: Lab, at: str) -> None:
     """A socket that is in somebody else's SOCKHASH is not spliced while it is, and works; then it is. Nor
     does the other end stay in ours, where FIONREAD may not count what it gets."""
-    pair = host.connect(_quirky(host, lab, "a"), _quirky(host, lab, "b"), lab.address("b"))
+    pair = host.connect(
+        host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
+    )
     taken = pair.client if at == "client" else pair.server
     with in_foreign_sockhash(taken.peer.pid, taken.fileno()):
 
@@ -305,7 +299,10 @@ def test_answers_of_setsockopt(host: Host, lab: Lab) -> None:
     where an option that nobody knows would have been refused without a look at it."""
     answers = []
     for inside in (False, True):
-        client, server = host.peer(lab, "a", inside=inside), _quirky(host, lab, "b", inside=inside)
+        client, server = (
+            host.peer(lab, "a", inside=inside),
+            host.peer(lab, "b", inside=inside, program=QUIRKS),
+        )
         pair = host.connect(client, server, lab.address("b"))
         answers.append(
             {

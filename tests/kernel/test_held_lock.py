@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
-from support.players import Peer
-
-JUGGLER = Path(__file__).parents[1] / "support" / "juggler.py"
+from support.players import JUGGLER
 
 
 def test_the_daemon_goes_on_beside_a_held_socket(host: Host, lab: Lab) -> None:
     """While a socket's lock is held, the daemon answers, and splices and drains in other namespaces."""
-    holder = Peer(lab.namespace("a"), host.cgroup, JUGGLER)
-    host._peers.append(holder)
+    holder = host.peer(lab, "a", program=JUGGLER)
     held = host.connect(host.peer(lab, "a"), holder, "127.0.0.1")
     host.make_hot(held)
     # It needs a sweep of this namespace while the lock is held: another pair there becomes hot.

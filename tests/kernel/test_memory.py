@@ -14,9 +14,8 @@ from soak.hierarchy import find_v1
 from support.daemon import wait_until
 from support.host import SERVICES, Host
 from support.lab import Lab
-from support.players import Pair, Peer
+from support.players import HABITS, Pair, Peer
 
-HABITS = Path(__file__).parents[1] / "support" / "habits.py"
 UNLIMITED = 1 << 40
 # A message is more than a page, since a socket may keep what is left of its last one, and less than the
 # smallest send buffer, since what would not fit into that is always granted.
@@ -97,8 +96,7 @@ def memory(host: Host) -> Iterator[SocketMemory]:
 
 def _hot_pair(host: Host, lab: Lab, memory: SocketMemory, edge: bool) -> Pair:
     """A spliced connection whose client is in the memory cgroup, and looks for EPOLLOUT since long ago."""
-    sender = Peer(lab.namespace("a"), host.cgroup, HABITS)
-    host._peers.append(sender)
+    sender = host.peer(lab, "a", program=HABITS)
     memory.add(sender)
     pair = host.connect(sender, host.peer(lab, "b"), lab.address("b"), port=PORT)
     host.make_hot(pair)

@@ -19,7 +19,7 @@ from support.cgroup import Cgroup
 from support.daemon import Daemon, wait_until
 from support.lab import Lab
 from support.pauses import Stopwatch
-from support.players import End, Pair, Peer
+from support.players import PROGRAM, End, Pair, Peer
 
 HOT_TIMEOUT = 5.0  # seconds
 
@@ -118,10 +118,18 @@ class Host:
 
     # peers
 
-    def peer(self, lab: Lab, host: str, *, inside: bool = True, cgroup: Cgroup | None = None) -> Peer:
+    def peer(
+        self,
+        lab: Lab,
+        host: str,
+        *,
+        inside: bool = True,
+        cgroup: Cgroup | None = None,
+        program: Path = PROGRAM,
+    ) -> Peer:
         """A process in a host's namespace, in the attached cgroup unless it is to play another machine, or in
         the `cgroup` given, which lies below it."""
-        peer = Peer(lab.namespace(host), cgroup or (self.cgroup if inside else None))
+        peer = Peer(lab.namespace(host), cgroup or (self.cgroup if inside else None), program)
         self._peers.append(peer)
         return peer
 
@@ -194,17 +202,25 @@ class Host:
         return None
 
     def wait_flow(
-        self, pair: Pair, state: str, reason: str | None = None, timeout: float = 5.0
+        self,
+        pair: Pair,
+        state: str,
+        reason: str | None = None,
+        timeout: float = 5.0,
+        rounds: int = 0,
     ) -> dict[str, Any]:
-        """The row of a connection once it is in `state` (and has `reason`, if one is named)."""
-        seen: dict[str, Any] | None = None
+        """The row of a connection once it is in `state` (and has `reason`, if one is named). Before each look
+        it ping-pongs for so many `rounds`."""
+        told = f"{pair.label} not {state} {reason or ''} within {timeout} s"
         with Stopwatch() as watch:
-            while watch.seconds < timeout:
+            while True:
+                if rounds:
+                    pair.pingpong(rounds)
                 seen = self.find_flow(pair)
                 if seen is not None and seen["state"] == state and reason in (None, seen["reason"]):
                     return seen
+                assert watch.seconds < timeout, f"{told}, last seen: {seen}"
                 time.sleep(0.02)
-        raise AssertionError(f"{pair.label} not {state} {reason or ''} within {timeout} s, last seen: {seen}")
 
     def talk_until(
         self,
@@ -218,15 +234,7 @@ class Host:
 
         An adoption that found bytes in flight is tried again only while the connection is in use, so no
         fixed number of messages makes a connection spliced."""
-        told = f"{pair.label} not {state} {reason or ''} within {timeout} s of talking"
-        with Stopwatch() as watch:
-            while True:
-                pair.pingpong(rounds)
-                flow = self.find_flow(pair)
-                if flow is not None and flow["state"] == state and reason in (None, flow["reason"]):
-                    return flow
-                assert watch.seconds < timeout, f"{told}, last seen: {flow}"
-                time.sleep(0.02)
+        return self.wait_flow(pair, state, reason, timeout, rounds)
 
     def make_hot(self, pair: Pair, rounds: int = 40, timeout: float = HOT_TIMEOUT) -> dict[str, Any]:
         """Ping-pong until the connection is spliced; its row."""

@@ -18,6 +18,8 @@ from typing import Any
 from support.cgroup import Cgroup
 
 PROGRAM = Path(__file__).with_name("peer.py")
+# The same with operations of their own.
+HABITS, JUGGLER, QUIRKS = (PROGRAM.with_name(f"{name}.py") for name in ("habits", "juggler", "quirks"))
 POSITIONAL = {
     "send": ("count",),
     "recv": ("count",),
