@@ -259,7 +259,7 @@ static __always_inline void take_out(void *sk, void *tp, struct end_key *key)
 	spliced.delete(key);
 	if (unread_data(tp))
 		set_sockopt(sk, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
-	if (waits_for_room((u64)tp))
+	if (waits_for_room(socket_of((u64)tp)))
 		set_sockopt(sk, SOL_TCP, TCP_NOTSENT_LOWAT, &notsent, sizeof(notsent));
 }
 
@@ -359,7 +359,7 @@ static __always_inline int is_at_rest(void *tp, struct end *peer)
 	if (references != 1 || !is_psock_empty(psock) || !is_quiet(peer) ||
 	    !is_psock_empty(psock_of(peer->sk)) || unread_bytes(tp) || !is_caught_up(tp, peer))
 		return 0;
-	if (is_out_of_memory(peer->sk))
+	if (is_out_of_memory(peer->sk, socket_of(peer->sk)))
 		return 0;	/* it has to be told, which only its own visit can do */
 	return has_been_read(tp, peer);
 }

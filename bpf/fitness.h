@@ -7,6 +7,23 @@
  * answer costs a splice and never a byte.
  */
 
+/* What a socket is from its birth. */
+static __always_inline u32 find_misfit_birth(u64 sk)
+{
+	u8 bits = 0;
+
+	PROBE(bits, sk, sock_sk_kern_sock);
+	if (bits & MASK_sock_sk_kern_sock)
+		return REASON_KERNEL;
+#ifdef OFF_tcp_sock_is_mptcp
+	PROBE(bits, sk, tcp_sock_is_mptcp);
+	if (bits & MASK_tcp_sock_is_mptcp)
+		return REASON_MPTCP;
+#endif
+	return REASON_NONE;
+}
+
+/* What an application can ask for at any time. */
 static __always_inline u32 find_misfit_option(u64 sk)
 {
 	u32 rcvlowat = 0, tsflags = 0;
@@ -23,11 +40,6 @@ static __always_inline u32 find_misfit_option(u64 sk)
 	PROBE(pointer, sk, inet_connection_sock_icsk_ulp_ops);
 	if (pointer)
 		return REASON_ULP;
-#ifdef OFF_tcp_sock_is_mptcp
-	PROBE(bits, sk, tcp_sock_is_mptcp);
-	if (bits & MASK_tcp_sock_is_mptcp)
-		return REASON_MPTCP;
-#endif
 	PROBE(bits, sk, tcp_sock_repair);
 	if (bits & MASK_tcp_sock_repair)
 		return REASON_REPAIR;
@@ -48,17 +60,12 @@ static __always_inline u32 find_misfit_option(u64 sk)
 	return REASON_NONE;
 }
 
-/* The file tells whether the socket blocks; before accept() there is none. */
-static __always_inline u32 find_misfit_file(u64 sk, int allow_blocking)
+/* Does a recv sleep? The file tells; before accept() there is none. */
+static __always_inline u32 find_misfit_file(u64 socket, int allow_blocking)
 {
-	u64 socket = 0, file = 0;
+	u64 file = 0;
 	u32 flags = 0;
-	u8 bits = 0;
 
-	PROBE(bits, sk, sock_sk_kern_sock);
-	if (bits & MASK_sock_sk_kern_sock)
-		return REASON_KERNEL;
-	PROBE(socket, sk, sock_sk_socket);
 	if (!socket)
 		return REASON_UNACCEPTED;
 	PROBE(file, socket, socket_file);
@@ -70,15 +77,20 @@ static __always_inline u32 find_misfit_file(u64 sk, int allow_blocking)
 	return REASON_NONE;
 }
 
+static __always_inline int has_spliced(struct end *e)
+{
+	u32 tgid = e->tgid, *born = splicers.lookup(&tgid);
+
+	return born && *born == e->born;
+}
+
 static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e)
 {
-	u32 reason = find_misfit_file(sk, p->allow_blocking);
-	u32 tgid = e->tgid, *born;
+	u32 reason = find_misfit_birth(sk);
 
-	if (reason)
-		return reason;
-	born = splicers.lookup(&tgid);
-	if (born && *born == e->born)
-		return REASON_SPLICE;
-	return find_misfit_option(sk);
+	if (!reason)
+		reason = find_misfit_file(socket_of(sk), p->allow_blocking);
+	if (!reason && has_spliced(e))
+		reason = REASON_SPLICE;
+	return reason ? reason : find_misfit_option(sk);
 }

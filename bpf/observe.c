@@ -53,7 +53,7 @@ static __always_inline enum reader get_reader(void)
 static __always_inline void remember_splicer(u32 tgid)
 {
 	u32 born = get_birth(current_task()), *known = splicers.lookup(&tgid);
-	struct event e = { .type = EVENT_WATCH };
+	struct event e = { .type = EVENT_WATCH, .tgid = { tgid } };
 
 	if (known && *known == born)
 		return;

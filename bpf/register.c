@@ -110,7 +110,7 @@ splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 	read_tuple(key, tp);
 	key->netns = netns_cookie(skops);
 	key->id = id;
-	if (!take_hint(key) || find_misfit_option((u64)tp))
+	if (!take_hint(key) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp))
 		return 0;
 	consider_end(&said, s, (u64)tp, key->local_ip, key->remote_port);
 	if (said.mode != NOTHING_SAID && (u32)said.mode == MODE_OFF)
@@ -179,8 +179,10 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 		return;
 	}
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
-	if (in_map)
+	if (in_map) {
 		r->key = key;
+		count(COUNT_ORPHANS, 1);	/* until its server comes */
+	}
 	r->sk = (u64)tp;
 	r->cookie = socket_cookie(skops);
 	r->in_map = in_map;
@@ -204,8 +206,9 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	p->end[CLIENT].key = *client_key;
 	p->end[CLIENT].flags = END_IN_MAP;
 	decide(p, s);
-	if (p->mode == MODE_EAGER && !find_misfit_file(seed->client_sk, p->allow_blocking) &&
-	    !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
+	if (p->mode == MODE_EAGER &&
+	    !find_misfit_file(socket_of(seed->client_sk), p->allow_blocking) &&
+	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
@@ -240,6 +243,11 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	asm volatile("" ::: "memory");
 	if (!is_same(client->id, id))
 		return;		/* overwritten meanwhile */
+	if (in_map) {
+		count(COUNT_ORPHANS, -1);
+		/* It had to wait for long, and was taken out as one without a record. */
+		in_map = !!psock_of(seed.client_sk);
+	}
 	read_tuple(&seed.key, tp);
 	seed.key.netns = netns_cookie(skops);
 	seed.key.id = id;
@@ -292,7 +300,7 @@ static __always_inline void add_to_traffic(struct pair *p)
 /*
  * Never delete from the SOCKHASH here: the application may still have
  * redirected bytes to read. The kernel takes the socket out when it is closed.
- * A client that is in has no record from here on; adopt takes it out once it
+ * An end that is in has no record from here on; adopt takes it out once it
  * has read everything.
  */
 static __always_inline void forget_server(void *tp)
@@ -300,6 +308,7 @@ static __always_inline void forget_server(void *tp)
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct seed *seed;
 	struct pair *p;
+	int orphaned;
 	u32 tenant;
 
 	seed = seeds.lookup(&id);
@@ -315,8 +324,11 @@ static __always_inline void forget_server(void *tp)
 		return;
 	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
+	orphaned = is_still_in(&p->end[CLIENT]) || is_still_in(&p->end[SERVER]);
 	add_to_traffic(p);
 	pairs.delete(&id);
+	if (orphaned)
+		count(COUNT_ORPHANS, 1);
 }
 
 /*

@@ -60,6 +60,15 @@ static __always_inline int is_end(struct end *e, void *tp)
 	return e->sk == (u64)tp && e->cookie == FIELD(tp, u64, sock_skc_cookie);
 }
 
+/* Is it in the SOCKHASH? Its owner's close(2) takes it out, and tells nobody. */
+static __always_inline int is_still_in(struct end *e)
+{
+	u64 psock = psock_of(e->sk), cookie = 0;
+
+	PROBE(cookie, e->sk, sock_skc_cookie);
+	return e->flags & END_IN_MAP && psock && cookie == e->cookie;
+}
+
 static __always_inline struct end *other_end(struct pair *p, int side)
 {
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];

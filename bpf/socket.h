@@ -223,12 +223,20 @@ static __always_inline u32 get_birth(void *task)
 	return born >> 24;
 }
 
-/* Did it wait for room to send, and nobody has told it of any since? */
-static __always_inline int waits_for_room(u64 sk)
+/* The struct socket of a socket, 0 before accept() and after close(). */
+static __always_inline u64 socket_of(u64 sk)
 {
-	u64 socket = 0, flags = 0;
+	u64 socket = 0;
 
 	PROBE(socket, sk, sock_sk_socket);
+	return socket;
+}
+
+/* Did it wait for room to send, and nobody has told it of any since? */
+static __always_inline int waits_for_room(u64 socket)
+{
+	u64 flags = 0;
+
 	if (socket)
 		PROBE(flags, socket, socket_flags);
 	return flags & SOCK_NOSPACE;
@@ -239,12 +247,14 @@ static __always_inline int waits_for_room(u64 sk)
  * host, and was told to wait. Nothing of it is in TCP, so no ACK will ever say
  * that there is room again. TCP itself never refuses a first segment.
  */
-static __always_inline int is_out_of_memory(u64 sk)
+static __always_inline int is_out_of_memory(u64 sk, u64 socket)
 {
 	u32 queued = 0;
 
+	if (!waits_for_room(socket))
+		return 0;
 	PROBE(queued, sk, sock_sk_wmem_queued);
-	return !queued && waits_for_room(sk);
+	return !queued;
 }
 
 /* Has an end that may be gone anything to read, redirected or through TCP? */

@@ -142,13 +142,19 @@ struct pair {
 	u64 born_ns;		/* CLOCK_MONOTONIC */
 	u64 changed_ns;		/* last change of state */
 	u64 retry_ns;		/* no adoption before */
-	u32 half;		/* visits since the first end went in */
+	union {
+		u32 half;	/* plain: visits since the first end went in */
+		u32 messages;	/* spliced: how many there were when watch last looked */
+	};
 	u32 policy;		/* settings.policy when the next two were decided */
 	u8 mode;
 	u8 allow_blocking;
 	u8 announced;
 	u8 was_spliced;		/* since it was last plain */
-	u8 attempts;		/* visits that found no quiet moment */
+	union {
+		u8 attempts;	/* plain: visits that found no quiet moment */
+		u8 care;	/* spliced: enum care, see watch.c */
+	};
 	u8 drains;		/* lengthens the cool-down */
 	u8 refusals;		/* lengthens the time to the next attempt */
 	u8 watched;		/* the watch was told about it */
@@ -266,7 +272,7 @@ struct settings {
 enum event_type {
 	EVENT_ADOPT = 1,	/* both ends are hot */
 	EVENT_DRAIN,
-	EVENT_WATCH,		/* bytes went through TCP to a spliced end */
+	EVENT_WATCH,		/* TCP bytes for a spliced end; or for all that a process (tgid) reads */
 };
 
 struct event {
@@ -287,11 +293,12 @@ enum counter {
 	COUNT_PASSED_MESSAGES,
 	COUNT_RESCUED,
 	COUNT_EVENTS_LOST,
+	COUNT_ORPHANS,		/* when it moves, an end may be in the SOCKHASH without a record */
 	COUNT_REFUSED,		/* + enum reason */
 	NR_COUNTERS = COUNT_REFUSED + NR_REASONS,
 };
 
-/* What one run of adopt or watch saw. Cleared by the daemon before the run. */
+/* What one run of adopt saw. Cleared by the daemon before the run. */
 enum sweep_counter {
 	SWEEP_SEEN,		/* sockets of known pairs */
 	SWEEP_ADOPTED,		/* pairs that became spliced */
@@ -299,9 +306,23 @@ enum sweep_counter {
 	SWEEP_TO_ADOPT,		/* ends that still wait for adoption */
 	SWEEP_HALF,		/* ends of pairs with one end in */
 	SWEEP_TO_DRAIN,		/* ends that still wait to be taken out */
-	SWEEP_STUCK,		/* watch: ends whose TCP bytes did not move */
-	SWEEP_UNREAD,		/* watch: ends with TCP bytes to look at again */
 	NR_SWEEP,
+};
+
+/* So many pairs does one run of watch look at: a context has room for twelve numbers. */
+#define WATCH_PAIRS	8
+
+struct watch_request {
+	struct pair_id id[WATCH_PAIRS];	/* there need not be such a pair (any more) */
+	u64 decide;			/* ask the policy about the first of them anew */
+};
+
+/* What the daemon has to do about a pair, in so many bits each of what watch returns. */
+#define LOOK_BITS	3
+enum look {
+	LOOK_AGAIN	= 1 << 0,	/* TCP bytes wait at an end: look again soon */
+	LOOK_RESCUED	= 1 << 1,	/* they did not move, so it is drained: say so */
+	LOOK_OUTDATED	= 1 << 2,	/* the policy has changed: have it decided */
 };
 
 #endif

@@ -1,119 +1,198 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * watch: iter/sockmap over the SOCKHASH, run by the daemon after an
- * EVENT_WATCH and otherwise once a second; and to start the draining of all.
+ * watch: a raw tracepoint program that is attached to nothing. The daemon runs it
+ * (BPF_PROG_TEST_RUN) on the pairs it names: each spliced one once a second, sooner
+ * those that asked with an EVENT_WATCH, and all of them to have them drained.
  *
  * Ends that became unfit are drained. So is an end whose TCP bytes do not
  * move: its reader may be unable to see them (FIONREAD on class B). Once it is
  * out, the poke of adopt wakes that reader.
+ *
+ * The sockets are not locked, and read through their stored addresses. That needs
+ * no iterator over the elements of a map, which some kernels refuse, and it sees
+ * sockets that TCP has closed and their owner has not.
  */
 
 /* A reader that gets no CPU for less than this is not stuck. */
 #define RESCUE_MS	40
+/* For so long a pair is looked at more closely than later. */
+#define NEW_NS		3000000000ULL
 
-struct bpf_iter__sockmap {
-	void *meta;
-	void *map;
-	struct end_key *key;
-	void *sk;
+/* How closely to look at a pair. */
+enum care {
+	CARE_QUIET,		/* nothing was sent since the last look */
+	CARE_BUSY,
+	CARE_THOROUGH,		/* it is new, or its turn has come: one look in eight */
 };
 
-int bpf_iter__sockmap(struct bpf_iter__sockmap *ctx)
+/*
+ * Most of what a look costs is to fetch a cache line that nobody has touched for
+ * a second. So what can hardly have changed is looked at less often.
+ */
+static __always_inline enum care choose_care(struct pair *p)
 {
-	struct end_key *key = ctx->key;
-	struct pair_id id;
-	struct end *e;
-	struct pair *p;
-	u32 copied_seq, reason, unread, waited;
-	struct direction *inbound;
-	struct settings *s;
-	void *tp;
+	u64 now = bpf_ktime_get_ns();
+	u32 before = p->messages;
 
-	if (!key || !ctx->sk)
-		return 0;
-	tp = to_tcp_sock(ctx->sk);
-	if (!tp)
-		return 0;
-	id = key->id;
-	p = pairs.lookup(&id);
-	if (!p) {
-		/* No record any more. adopt does not see a closed socket. */
-		if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_CLOSE)
-			tell_orphan(key);
-		return 0;
-	}
-	if (is_end(&p->end[CLIENT], tp)) {
-		e = &p->end[CLIENT];
-		inbound = &p->dir[SERVER];
-	} else if (is_end(&p->end[SERVER], tp)) {
-		e = &p->end[SERVER];
-		inbound = &p->dir[CLIENT];
-	} else {
+	p->messages = p->dir[CLIENT].redirected_messages + p->dir[CLIENT].passed_messages +
+		      p->dir[SERVER].redirected_messages + p->dir[SERVER].passed_messages;
+	if (now - p->changed_ns < NEW_NS || !((now >> 30 ^ p->id.client_seq) & 7))
+		return CARE_THOROUGH;
+	return p->messages == before ? CARE_QUIET : CARE_BUSY;
+}
+
+/* What concerns both ends. */
+static __always_inline u32 look_at_pair(struct pair *p, struct settings *s)
+{
+	int is_outdated = p->policy != s->policy;
+	u32 state = p->state;
+
+	if (state == STATE_SPLICED && !s->stopping && !is_outdated && p->mode != MODE_OFF) {
+		p->watched = 0;
+		p->care = choose_care(p);
 		return 0;
 	}
-	count_sweep(SWEEP_SEEN);
-	if (p->state == STATE_DRAINING || p->state == STATE_LEAVING) {
+	if (!is_still_in(&p->end[CLIENT]) && !is_still_in(&p->end[SERVER]))
+		return 0;
+	if (state == STATE_SPLICED) {
+		if (!s->stopping && is_outdated)
+			return LOOK_OUTDATED;
+		start_draining(p, s->stopping ? s->stopping : REASON_POLICY);
+	} else if (state == STATE_DRAINING || state == STATE_LEAVING) {
 		/*
 		 * adopt does not come by: it waits for a lock in that namespace, or
 		 * nobody has a name for it. Off has to mean off all the same.
 		 */
-		if (p->state == STATE_LEAVING && p->reason != REASON_STOP &&
+		if (state == STATE_LEAVING && p->reason != REASON_STOP &&
 		    bpf_ktime_get_ns() - p->changed_ns > 3 * LEAVE_NS)
 			WRITE_ONCE(p->state, STATE_DRAINING);
-		count_sweep(SWEEP_TO_DRAIN);
 		tell(p, EVENT_DRAIN, p->reason);
-		return 0;
 	}
-	if (p->state != STATE_SPLICED)
-		return 0;
-	p->watched = 0;
-	s = get_settings();
-	if (s && s->stopping) {
-		start_draining(p, s->stopping);
-		return 0;
+	return 0;
+}
+
+/*
+ * Do TCP bytes wait at this end, and has its reader had time enough? Returns why
+ * it may not stay in, or REASON_NONE and, if they do, that another look is due.
+ */
+static __always_inline u32
+find_waiting(struct end *e, u64 sk, struct direction *inbound, u32 *look)
+{
+	u32 rcv_nxt = 0, copied_seq = 0, unread, waited;
+	u8 state = 0;
+
+	PROBE(rcv_nxt, sk, tcp_sock_rcv_nxt);
+	PROBE(copied_seq, sk, tcp_sock_copied_seq);
+	unread = rcv_nxt - copied_seq;
+	if (unread) {
+		PROBE(state, sk, sock_skc_state);
+		/* A FIN waits behind redirected bytes, as it should. */
+		if (TCPF(state) & FIN_RECEIVED)
+			unread--;
 	}
-	if (s && p->policy != s->policy)
-		decide(p, s);
-	if (p->mode == MODE_OFF) {
-		start_draining(p, REASON_POLICY);
-		return 0;
-	}
-	/* O_NONBLOCK taken away, an option that guard did not see in time. */
-	reason = find_misfit((u64)tp, p, e);
-	if (reason && reason != REASON_UNACCEPTED) {
-		start_draining(p, reason);
-		return 0;
-	}
-	if (is_out_of_memory((u64)tp)) {
-		start_draining(p, REASON_MEMORY);
-		return 0;
-	}
-	/* A FIN waits behind redirected bytes, as it should. */
-	unread = unread_data(tp);
-	copied_seq = FIELD(tp, u32, tcp_sock_copied_seq);
 	waited = note_waiting(e, unread, copied_seq);
 	if (!unread)
-		return 0;
-	if (waited >= RESCUE_MS) {
-		if (!inbound->fit)
-			/* Eager, and it has never read: slow, or unable to. */
-			reason = REASON_UNACCEPTED;
-		else if (e->waiting_for != copied_seq)
-			/*
-			 * It reads, and so slowly that none of our looks found it
-			 * done: all that comes passes, which TCP does better. Or it
-			 * reads byte by byte because FIONREAD says 0.
-			 */
-			reason = REASON_BUSY;
-		else
-			reason = REASON_RESCUE;
-		if (reason == REASON_RESCUE) {
-			count(COUNT_RESCUED, 1);
-			count_sweep(SWEEP_STUCK);
-		}
-		start_draining(p, reason);
-		return 0;
+		return REASON_NONE;
+	if (waited < RESCUE_MS) {
+		*look = LOOK_AGAIN;
+		return REASON_NONE;
 	}
-	count_sweep(SWEEP_UNREAD);
-	return 0;
+	if (!inbound->fit)
+		/* Eager, and it has never read: slow, or unable to. */
+		return REASON_UNACCEPTED;
+	if (e->waiting_for != copied_seq)
+		/*
+		 * It reads, and so slowly that none of our looks found it
+		 * done: all that comes passes, which TCP does better. Or it
+		 * reads byte by byte because FIONREAD says 0.
+		 */
+		return REASON_BUSY;
+	return REASON_RESCUE;
+}
+
+/* Why this end of a spliced pair may not stay in, or REASON_NONE. */
+static __always_inline u32
+examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
+{
+	u64 sk = e->sk, socket = socket_of(sk);
+	u32 reason;
+
+	/* O_NONBLOCK taken away. */
+	reason = find_misfit_file(socket, p->allow_blocking);
+	if (reason && reason != REASON_UNACCEPTED)
+		return reason;
+	if (is_out_of_memory(sk, socket))
+		return REASON_MEMORY;
+	if (has_spliced(e))
+		return REASON_SPLICE;
+	if (p->care == CARE_QUIET && !e->waiting_ms)
+		return REASON_NONE;
+	/*
+	 * guard sees options asked for, and drains. It misses one whose thread
+	 * was held up behind it for as long as an adoption takes.
+	 */
+	if (p->care == CARE_THOROUGH) {
+		reason = find_misfit_option(sk);
+		if (reason)
+			return reason;
+	}
+	return find_waiting(e, sk, inbound, look);
+}
+
+static __always_inline u32 look_at_end(struct pair *p, struct end *e, struct direction *inbound)
+{
+	u32 look = 0, reason = examine(p, e, inbound, &look);
+
+	/* Last, for few have to be asked: what was read may be of a socket that has gone. */
+	if ((!reason && !look) || !is_still_in(e))
+		return 0;
+	if (!reason)
+		return look;
+	start_draining(p, reason);
+	if (reason != REASON_RESCUE)
+		return 0;
+	count(COUNT_RESCUED, 1);
+	return LOOK_RESCUED;
+}
+
+/*
+ * The loops are two, and the second one goes from end to end: the verifier walks
+ * through each way that leads through a turn of a loop once for each way that
+ * leads to it.
+ */
+int watch(struct watch_request *ctx)
+{
+	struct pair_id ids[WATCH_PAIRS];
+	struct settings *s = get_settings();
+	struct pair *p;
+	u32 found = 0;
+
+	if (!s)
+		return 0;
+	/* A context cannot be read at a place that is not known beforehand. */
+#pragma unroll
+	for (int i = 0; i < WATCH_PAIRS; i++)
+		ids[i] = ctx->id[i];
+	if (ctx->decide) {
+		/* One at a time, for there are many rules. */
+		p = pairs.lookup(&ids[0]);
+		if (p && p->state == STATE_SPLICED)
+			decide(p, s);
+	}
+	for (int i = 0; i < WATCH_PAIRS; i++) {
+		struct pair_id id = ids[i];
+
+		p = pairs.lookup(&id);
+		if (p)
+			found |= look_at_pair(p, s) << i * LOOK_BITS;
+	}
+	for (int i = 0; i < 2 * WATCH_PAIRS; i++) {
+		struct pair_id id = ids[i / 2];
+		int side = i % 2;
+
+		p = pairs.lookup(&id);
+		if (p && p->state == STATE_SPLICED)
+			found |= look_at_end(p, &p->end[side], &p->dir[1 - side]) << i / 2 * LOOK_BITS;
+	}
+	return found;
 }

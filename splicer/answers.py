@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -52,10 +51,6 @@ class Answers:
         self._read_heartbeat = read_heartbeat
         self._started = time.monotonic()
 
-    def _count(self, index: int) -> int:
-        raw = self._maps["counters"].get(struct.pack("=I", index)) or b""
-        return sum(struct.unpack(f"={len(raw) // 8}Q", raw))
-
     def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
         found = []
         for key, value in self._maps["traffic"].items():
@@ -64,11 +59,11 @@ class Answers:
         return found
 
     def status(self, _request: Mapping[str, Any]) -> dict[str, Any]:
-        counted = {name: self._count(index) for index, name in enumerate(COUNTERS)}
+        counted = {name: self._sweeper.read_counter(index) for index, name in enumerate(COUNTERS)}
         refused = {
             name: n
             for index, name in enumerate(REASON_NAMES)
-            if name and (n := self._count(COUNT_REFUSED + index))
+            if name and (n := self._sweeper.read_counter(COUNT_REFUSED + index))
         }
         living = self._sweeper.summarize()
         numbers = Counter(each.state for each in living)

@@ -25,9 +25,9 @@ from typing import Any
 
 from splicer import libbpf
 from splicer.btf import Btf
-from splicer.errors import FAILURE, KERNELS, UNSUPPORTED, SplicerError
-
-_KERNEL = f"splicer needs {KERNELS}; if this is one, please report its version"
+from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+from splicer.layout import WATCH_REQUEST_SIZE
+from splicer.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, explain_refusal
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -102,14 +102,6 @@ SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
 
-class LoadError(SplicerError):
-    """Compiling or loading failed; `log` is all that clang or the verifier said."""
-
-    def __init__(self, message: str, log: str, **keys: Any) -> None:
-        super().__init__(message, **keys)
-        self.log = log
-
-
 @dataclass(frozen=True)
 class Architecture:
     """Where a task's system call number and its third and fourth argument are in pt_regs (path, and bytes
@@ -155,53 +147,6 @@ ARCHITECTURES = {
 }
 
 
-@dataclass(frozen=True)
-class Program:
-    """A program as the kernel wants it: C function, program type, attach type and BTF target."""
-
-    name: str
-    function: str
-    kind: int
-    attach_type: int = 0
-    tracepoint: str = ""
-    iterator: str = ""
-
-
-PROGRAMS = (
-    Program("register", "register_end", libbpf.BPF_PROG_TYPE_SOCK_OPS, libbpf.BPF_CGROUP_SOCK_OPS),
-    Program("guard", "guard", libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT, libbpf.BPF_CGROUP_SETSOCKOPT),
-    Program("verdict", "verdict", libbpf.BPF_PROG_TYPE_SK_MSG, libbpf.BPF_SK_MSG_VERDICT),
-    Program(
-        "observe",
-        "observe",
-        libbpf.BPF_PROG_TYPE_TRACING,
-        libbpf.BPF_TRACE_RAW_TP,
-        tracepoint="tcp_rcv_space_adjust",
-    ),
-    Program("adopt", "bpf_iter__tcp", libbpf.BPF_PROG_TYPE_TRACING, libbpf.BPF_TRACE_ITER, iterator="tcp"),
-    Program(
-        "watch", "bpf_iter__sockmap", libbpf.BPF_PROG_TYPE_TRACING, libbpf.BPF_TRACE_ITER, iterator="sockmap"
-    ),
-)
-MAPS = (
-    "spliced",
-    "ends",
-    "seeds",
-    "pairs",
-    "rendezvous",
-    "hints",
-    "splicers",
-    "rules",
-    "networks",
-    "traffic",
-    "settings",
-    "sweep",
-    "counters",
-    "blank",
-    "events",
-)
-
-
 def find_sources() -> Path:
     """The bpf/ directory: beside the package in a checkout, inside it when installed."""
     for path in (Path(__file__).parent / "bpf", Path(__file__).parent.parent / "bpf"):
@@ -226,7 +171,7 @@ def collect_macros(max_connections: int) -> list[str]:
                 if place is None and required:
                     raise SplicerError(
                         f"this kernel has no {path}",
-                        hint=_KERNEL,
+                        hint=KERNEL_HINT,
                         exit_code=UNSUPPORTED,
                     )
                 if place is not None:
@@ -237,7 +182,7 @@ def collect_macros(max_connections: int) -> list[str]:
         missing = [name for name, value in socket_flags.items() if value is None]
         if missing:
             raise SplicerError(
-                f"this kernel has no {', '.join(missing)}", hint=_KERNEL, exit_code=UNSUPPORTED
+                f"this kernel has no {', '.join(missing)}", hint=KERNEL_HINT, exit_code=UNSUPPORTED
             )
         if architecture is None:
             raise SplicerError(
@@ -250,7 +195,7 @@ def collect_macros(max_connections: int) -> list[str]:
         for name, (path, further) in registers:
             place = btf.locate(path)
             if place is None:
-                raise SplicerError(f"this kernel has no {path}", hint=_KERNEL, exit_code=UNSUPPORTED)
+                raise SplicerError(f"this kernel has no {path}", hint=KERNEL_HINT, exit_code=UNSUPPORTED)
             flags.append(f"-DOFF_pt_regs_{name}={place.offset + further}")
     finally:
         btf.close()
@@ -284,18 +229,6 @@ def _stderr_captured() -> Iterator[list[str]]:
             lines += sink.read().decode(errors="replace").splitlines()
 
 
-# How the verifier's closing lines begin.
-_STATISTICS = ("processed ", "verification time", "stack depth")
-
-
-def explain_refusal(name: str, number: int, log: str) -> str:
-    """The verifier's reason in one line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(_STATISTICS)]
-    detail = lines[-1] if lines else os.strerror(number)
-    return f"the kernel refused the {name} program: {detail}"
-
-
 def _compile(flags: list[str]) -> Any:
     try:
         import bcc
@@ -320,6 +253,18 @@ def _compile(flags: list[str]) -> Any:
         first = next((line for line in said if "error:" in line), said[-1] if said else "no message")
         raise LoadError(f"the BPF programs do not compile: {first}", "\n".join(said))
     return module
+
+
+def _try_to_run(program_fd: int) -> None:
+    """watch is run like this for ever; better know at once that it can be."""
+    try:
+        libbpf.TestRun(program_fd, WATCH_REQUEST_SIZE).run()
+    except libbpf.KernelError as error:
+        raise SplicerError(
+            f"the kernel loads the watch program and does not run it: {error.strerror}",
+            hint=f"this kernel, or a security policy, lacks or forbids BPF_PROG_TEST_RUN; {KERNEL_HINT}",
+            exit_code=UNSUPPORTED,
+        ) from error
 
 
 def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
@@ -348,7 +293,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
             if target < 0:
                 raise SplicerError(
                     f"this kernel has no {program.tracepoint or 'iterator over ' + program.iterator}",
-                    hint=_KERNEL,
+                    hint=KERNEL_HINT,
                     exit_code=UNSUPPORTED,
                 )
             function = program.function.encode()
@@ -364,13 +309,10 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
             )
             logs[program.name] = log
             if fd < 0:
-                raise LoadError(
-                    explain_refusal(program.name, -fd, log),
-                    log,
-                    hint="run again with --debug for the verifier's log",
-                    exit_code=UNSUPPORTED,
-                )
+                raise explain_refusal(program, -fd, log)
             pin(fd, "programs", program.name)
+            if program.name == "watch":
+                _try_to_run(fd)
             if program.name == "verdict":
                 libbpf.attach_program_to_map(fd, lib.bpf_table_fd(module.module, b"spliced"))
         for name in MAPS:

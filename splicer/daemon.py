@@ -23,6 +23,7 @@ from splicer.governor import Governor
 from splicer.layout import STATE_PAIRED, EventType, Pair, read_event
 from splicer.logs import Logger
 from splicer.model import REASON_NAMES, SCHEMA, STATES
+from splicer.patrol import Patrol
 from splicer.process import Processes, sees_host_pids
 from splicer.scopes import Scopes
 from splicer.sweep import Sweeper
@@ -37,8 +38,7 @@ _ADOPT_BEGINNINGS = 5
 _ADOPT_TURNS = 20
 _DRAIN_PAUSE_S = 0.001
 _DRAIN_PAUSE_MAX_S = 0.25
-_WATCH_SOON_S = 0.02
-_WATCH_PERIOD_S = 1.0
+_TEND_PERIOD_S = 1.0
 # How long the start waits for the list of containers, so that no policy comes too late for its container.
 _INVENTORY_TIMEOUT_S = 5.0
 _PENDING = REASON_NAMES.index("pending")
@@ -58,6 +58,7 @@ class Daemon:
         self._reread = reread or (lambda: settings)
         self._generation: generation.Generation
         self._sweeper: Sweeper
+        self._patrol: Patrol
         self._governor: Governor
         self._answers: Answers
         self._heartbeat = time.monotonic()
@@ -68,7 +69,7 @@ class Daemon:
         self._adopt_at = 0.0
         self._drain_at = 0.0
         self._drain_pause = _DRAIN_PAUSE_S
-        self._watch_at = 0.0
+        self._tend_at = 0.0
         self._signals = 0
         self._untold: collections.deque[int] = collections.deque()
         self._held = 0
@@ -89,6 +90,7 @@ class Daemon:
         try:
             self._generation = generation.establish(self._settings, self._cgroup, self._log)
             self._sweeper = self._generation.sweeper()
+            self._patrol = Patrol(self._sweeper)
             try:
                 self._work_until_stopped(kernel.name)
             finally:
@@ -218,7 +220,7 @@ class Daemon:
 
     def _apply_policy(self) -> None:
         if self._governor.apply():
-            self._watch_at = 0.0
+            self._patrol.ask_for_all()
 
     def _set(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._after_change(self._answers.set(request))
@@ -227,7 +229,7 @@ class Daemon:
         return self._after_change(self._answers.unset(request))
 
     def _after_change(self, answer: dict[str, Any]) -> dict[str, Any]:
-        # The policy is in the kernel; have the watch look at living connections now.
+        # The policy is in the kernel; have living connections looked at now.
         self._watch_requested = True
         self._wake()
         return answer
@@ -253,16 +255,21 @@ class Daemon:
 
     def _receive(self, record: bytes) -> None:
         event = read_event(record)
-        now = time.monotonic()
         if event.type == EventType.WATCH:
-            self._watch_at = min(self._watch_at, now + _WATCH_SOON_S)
+            if event.name:
+                self._patrol.ask(event.name)
+            else:
+                self._patrol.ask_for_readers(event.tgid[0])
             return
         target = self._to_adopt if event.type == EventType.ADOPT else self._to_drain
         for cookie in event.netns:
             target.setdefault(cookie, set()).update(pid for pid in event.tgid if pid)
         if event.type == EventType.DRAIN:
-            self._drain_pause = _DRAIN_PAUSE_S
-            self._drain_at = min(self._drain_at, now + _DRAIN_PAUSE_S)
+            self._hurry_to_drain()
+
+    def _hurry_to_drain(self) -> None:
+        self._drain_pause = _DRAIN_PAUSE_S
+        self._drain_at = min(self._drain_at, time.monotonic() + _DRAIN_PAUSE_S)
 
     def _remember(self, pair: Pair) -> None:
         """Queue what a pair waits for; for a start with pairs there already and for lost events."""
@@ -295,7 +302,7 @@ class Daemon:
             ring.close()
 
     def _next_timeout(self) -> float:
-        deadlines = [self._watch_at]
+        deadlines = [self._tend_at, self._patrol.deadline]
         if self._to_adopt:
             deadlines.append(self._adopt_at)
         if self._to_drain:
@@ -313,7 +320,7 @@ class Daemon:
             self._apply_policy()
         if self._watch_requested:
             self._watch_requested = False
-            self._watch_at = 0.0
+            self._patrol.ask_for_all()
         if self._drain_requested:
             self._drain_requested = False
             self._drain_all()
@@ -321,7 +328,9 @@ class Daemon:
             self._sweep_to_drain()
         if self._to_adopt and now >= self._adopt_at:
             self._sweep_to_adopt()
-        if now >= self._watch_at:
+        if now >= self._tend_at:
+            self._tend()
+        if time.monotonic() >= self._patrol.deadline:
             self._watch()
 
     def _sweep_to_drain(self) -> None:
@@ -351,7 +360,9 @@ class Daemon:
         pause = min(_ADOPT_PAUSE_MAX_S, (ended - started) / _ADOPT_SHARE)
         self._adopt_at = ended + max(_ADOPT_PAUSE_S, pause)
 
-    def _watch(self) -> None:
+    def _tend(self) -> None:
+        """What has to be done once a second, whatever happens."""
+        self._tend_at = time.monotonic() + _TEND_PERIOD_S
         if self._watchdog:
             notify.tell(os.environ, "WATCHDOG=1")
         if self._governor.failure or self._governor.has_moved():
@@ -359,15 +370,18 @@ class Daemon:
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held
             self._log.warning("sweeps_held_up", namespaces=self._held)
-        counts = self._sweeper.watch()
-        soon = counts.unread or counts.stuck
-        self._watch_at = time.monotonic() + (_WATCH_SOON_S if soon else _WATCH_PERIOD_S)
-        if counts.stuck:
-            self._log.warning("rescued", ends=counts.stuck)
+
+    def _watch(self) -> None:
+        report = self._patrol.work()
+        if report.rescued:
+            self._log.warning("rescued", ends=report.rescued)
+        for cookie in report.orphaned:
+            self._to_drain.setdefault(cookie, set())
+            self._hurry_to_drain()
 
     def _drain_all(self) -> None:
         """An operator's wish: everything back to plain TCP, once. Nobody waits here: the watch must go on."""
-        self._log.info("draining", ends=self._sweeper.begin_draining("request"))
+        self._log.info("draining", connections=self._sweeper.begin_draining("request"))
 
     def _answer_drain(self, _request: dict[str, Any]) -> dict[str, Any]:
         self._drain_requested = True

@@ -3,7 +3,7 @@
 
 Pins below the pin directory:
 
-    programs/NAME maps/NAME links/NAME   the objects
+    programs/NAME maps/NAME links/NAME   the objects; watch has no link, it is attached to nothing
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
 The links keep the programs attached when the daemon dies.
@@ -12,12 +12,14 @@ The links keep the programs attached when the daemon dies.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +28,11 @@ from splicer.cgroups import Cgroup
 from splicer.config import Settings
 from splicer.errors import FAILURE, SplicerError
 from splicer.logs import Logger
+from splicer.programs import MAPS
 from splicer.sweep import Sweeper
 
 _CGROUP_LINKS = ("register", "guard")
-LINKS = (*_CGROUP_LINKS, "observe", "adopt", "watch")
+LINKS = (*_CGROUP_LINKS, "observe", "adopt")
 _LOAD_TIMEOUT_S = 120
 # The loader of a daemon that was killed holds the lock until it has died too.
 _LOCK_TIMEOUT_S = 3.0
@@ -37,17 +40,20 @@ _LOCK_TIMEOUT_S = 3.0
 
 @dataclass
 class Generation:
-    """Open descriptors of everything pinned. `taken_over`: it was there before this daemon."""
+    """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon."""
 
     pin_dir: str
     maps: dict[str, libbpf.Map]
     links: dict[str, int]
+    watch: int
     taken_over: bool
     mounted: str | None = None
     lock: int = -1
 
     def sweeper(self) -> Sweeper:
-        return Sweeper(self.links["adopt"], self.links["watch"], self.maps)
+        # Earlier builds had an iterator in its place. Without it adopt drains alone, a little later.
+        can_run = libbpf.read_program_type(self.watch) == libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT
+        return Sweeper(self.links["adopt"], self.watch if can_run else None, self.maps)
 
     def detach(self) -> None:
         """Detach from the cgroup: when this returns, no socket runs what the links attached."""
@@ -59,7 +65,7 @@ class Generation:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
             item.close()
-        for fd in self.links.values():
+        for fd in (*self.links.values(), self.watch):
             os.close(fd)
         self.maps.clear()
         self.links.clear()
@@ -122,17 +128,18 @@ def open_pinned(pin_dir: str) -> Generation:
     maps: dict[str, libbpf.Map] = {}
     links: dict[str, int] = {}
     try:
-        for name in compiler.MAPS:
+        for name in MAPS:
             maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
         for name in LINKS:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
+        watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
     except BaseException:
         for item in maps.values():
             item.close()
         for fd in links.values():
             os.close(fd)
         raise
-    return Generation(pin_dir, maps, links, taken_over=True)
+    return Generation(pin_dir, maps, links, watch, taken_over=True)
 
 
 def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
@@ -162,35 +169,34 @@ def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
 
 
 def _attach(pin_dir: str, cgroup: Cgroup) -> None:
-    programs = {name: libbpf.open_pin(_path(pin_dir, "programs", name)) for name in LINKS}
-    spliced = libbpf.open_pin(_path(pin_dir, "maps", "spliced"))
     target = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
-    opened = [*programs.values(), spliced, target]
+    attach: dict[str, Callable[[int], int]] = {
+        # adopt does nothing until it is run. register comes last: from then on there are pairs.
+        "adopt": libbpf.link_iterator,
+        "observe": libbpf.link_tracepoint,
+        "guard": lambda program: libbpf.link_cgroup(program, target, libbpf.BPF_CGROUP_SETSOCKOPT),
+        "register": lambda program: libbpf.link_cgroup(program, target, libbpf.BPF_CGROUP_SOCK_OPS),
+    }
     try:
-        # Iterators first: they do nothing until run. register last: from then on there are pairs.
-        for name in ("adopt", "watch", "observe", "guard", "register"):
-            if name == "adopt":
-                fd = libbpf.link_iterator(programs[name])
-            elif name == "watch":
-                fd = libbpf.link_iterator(programs[name], spliced)
-            elif name == "observe":
-                fd = libbpf.link_tracepoint(programs[name])
-            elif name == "guard":
-                fd = libbpf.link_cgroup(programs[name], target, libbpf.BPF_CGROUP_SETSOCKOPT)
-            else:
-                fd = libbpf.link_cgroup(programs[name], target, libbpf.BPF_CGROUP_SOCK_OPS)
-            opened.append(fd)
-            libbpf.pin(fd, _path(pin_dir, "links", name))
-    except libbpf.KernelError as error:
-        hint = None
-        if error.errno == 1:
-            hint = "another program may be attached there without BPF_F_ALLOW_MULTI; see: bpftool cgroup tree"
-        raise SplicerError(
-            f"cannot attach to the cgroup ({cgroup.path}): {error.strerror}", hint=hint
-        ) from error
+        for name, link in attach.items():
+            with contextlib.ExitStack() as opened:
+                try:
+                    program = libbpf.open_pin(_path(pin_dir, "programs", name))
+                    opened.callback(os.close, program)
+                    fd = link(program)
+                    opened.callback(os.close, fd)
+                    libbpf.pin(fd, _path(pin_dir, "links", name))
+                except libbpf.KernelError as error:
+                    raise _explain_failure(name, cgroup, error) from error
     finally:
-        for fd in opened:
-            os.close(fd)
+        os.close(target)
+
+
+def _explain_failure(name: str, cgroup: Cgroup, error: libbpf.KernelError) -> SplicerError:
+    hint = None
+    if name in _CGROUP_LINKS and error.errno == errno.EPERM:
+        hint = "another program may be attached there without BPF_F_ALLOW_MULTI; see: bpftool cgroup tree"
+    return SplicerError(f"cannot attach the {name} program ({cgroup.path}): {error.strerror}", hint=hint)
 
 
 def establish(settings: Settings, cgroup: Cgroup, log: Logger) -> Generation:

@@ -144,7 +144,7 @@ class Governor:
     def _read_networks(self) -> dict[ipaddress.IPv6Network, int]:
         found = {}
         networks = self._maps["networks"]
-        for raw_key in list(networks.keys()):
+        for raw_key in list(networks.walk_keys()):
             prefix, address = NETWORK_KEY.unpack(raw_key)
             raw = networks.get(raw_key)
             if raw is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import ipaddress
+import itertools
 import struct
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ COUNTERS = (
     "passed_messages",
     "rescued",
     "events_lost",
+    "orphans",
 )
 COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
@@ -36,13 +38,31 @@ class EventType(enum.IntEnum):
     WATCH = 3
 
 
+class Look(enum.IntFlag):
+    """What has to be done about a pair that watch has looked at."""
+
+    AGAIN = 1
+    RESCUED = 2
+    OUTDATED = 4
+
+
+LOOK_BITS = 3
+WATCH_PAIRS = 8
+"""So many pairs does one run of watch look at."""
+
+
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I I I"
+_END_SIZE = struct.calcsize("=" + _END)
 _DIRECTION = "4Q 8I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
+WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
+"""struct watch_request in bytes: names, and at last 1 to have the policy asked about the first one."""
+# Of a key of the SOCKHASH: network namespace and name.
+END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
 SETTINGS = struct.Struct("=14I")
 RULE_KEY = struct.Struct("=Q 2I")
@@ -52,8 +72,8 @@ NETWORK_KEY = struct.Struct("=I 16s")
 NETWORK = struct.Struct("=I")
 TRAFFIC_KEY = struct.Struct("=2Q")
 TRAFFIC = struct.Struct("=3Q")
-EVENT = struct.Struct("=2I 2I 2Q 2I")
-SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain", "stuck", "unread")
+EVENT = struct.Struct("=2I Q 2Q 2I")
+SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain")
 
 _CLIENT_PORT = 11
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 6
@@ -105,6 +125,11 @@ class Pair:
     announced: bool
     client_sends: Direction
     server_sends: Direction
+
+    @property
+    def name(self) -> int:
+        """Both numbers of `id` in one, as they are in memory."""
+        return int(struct.unpack("=Q", struct.pack("=2I", *self.id))[0])
 
     @property
     def is_in_map(self) -> bool:
@@ -191,19 +216,50 @@ def read_seed(value: bytes) -> Pair | None:
     )
 
 
+# Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
+_STATE = 8
+_END_TGID = (16 + 92, 16 + _END_SIZE + 92)
+
+
+def _read_column(values: memoryview, kind: str, offset: int) -> list[int]:
+    size = struct.calcsize(kind)
+    words = values.cast(kind)  # type: ignore[call-overload]  # it wants a literal
+    column: list[int] = words[offset // size :: PAIR.size // size].tolist()
+    return column
+
+
+def read_names(values: memoryview) -> list[int]:
+    """The names (both numbers in one) of pairs, given one after the other."""
+    return _read_column(values, "Q", 0)
+
+
+def read_watched(values: memoryview) -> list[int]:
+    """The names of those that are spliced or on their way back."""
+    states = _read_column(values, "I", _STATE)
+    return list(itertools.compress(read_names(values), map(STATE_PAIRED.__lt__, states)))
+
+
+def read_readers(values: memoryview) -> list[tuple[int, int]]:
+    """The processes that read last at each pair's client and server, 0 if none has."""
+    client, server = (_read_column(values, "I", offset) for offset in _END_TGID)
+    return list(zip(client, server, strict=True))
+
+
 @dataclass(frozen=True)
 class Event:
-    """A record of the ring buffer; netns cookies and reader process ids are (client, server)."""
+    """A record of the ring buffer; netns cookies and reader process ids are (client, server). `name` is the
+    pair's, 0 if the event is about a process."""
 
     type: int
     reason: int
+    name: int
     netns: tuple[int, int]
     tgid: tuple[int, int]
 
 
 def read_event(record: bytes) -> Event:
-    kind, reason, _, _, *rest = EVENT.unpack_from(record)
-    return Event(kind, reason, (rest[0], rest[1]), (rest[2], rest[3]))
+    kind, reason, name, *rest = EVENT.unpack_from(record)
+    return Event(kind, reason, name, (rest[0], rest[1]), (rest[2], rest[3]))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps, programs, links, iterators and the ring buffer, through libbpf's C API.
+"""Maps, programs, links, iterators, test runs and the ring buffer, through libbpf's C API.
 
 libbpf comes with python3-bpfcc. The daemon works on pinned objects through this module alone, so it never
 loads bcc and the LLVM behind it. Functions raise KernelError, an OSError that names the operation.
@@ -26,6 +26,7 @@ BPF_TRACE_ITER = 28
 # enum bpf_prog_type
 BPF_PROG_TYPE_SOCK_OPS = 13
 BPF_PROG_TYPE_SK_MSG = 16
+BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 BPF_PROG_TYPE_CGROUP_SOCKOPT = 25
 BPF_PROG_TYPE_TRACING = 26
 
@@ -72,19 +73,24 @@ class _LoadOptions(ct.Structure):
     ]
 
 
-class _IterMap(ct.Structure):
-    _fields_ = [("map_fd", ct.c_uint32)]
-
-
-class _LinkOptions(ct.Structure):
-    """struct bpf_link_create_opts as of libbpf 0.7."""
+class _RunOptions(ct.Structure):
+    """struct bpf_test_run_opts as of libbpf 0.4."""
 
     _fields_ = [
         ("size", ct.c_size_t),
+        ("data_in", ct.c_void_p),
+        ("data_out", ct.c_void_p),
+        ("data_size_in", ct.c_uint32),
+        ("data_size_out", ct.c_uint32),
+        ("ctx_in", ct.c_void_p),
+        ("ctx_out", ct.c_void_p),
+        ("ctx_size_in", ct.c_uint32),
+        ("ctx_size_out", ct.c_uint32),
+        ("retval", ct.c_uint32),
+        ("repeat", ct.c_int),
+        ("duration", ct.c_uint32),
         ("flags", ct.c_uint32),
-        ("iter_info", ct.c_void_p),
-        ("iter_info_len", ct.c_uint32),
-        ("target_btf_id", ct.c_uint32),
+        ("cpu", ct.c_uint32),
     ]
 
 
@@ -100,6 +106,12 @@ class _MapInfo(ct.Structure):
         ("map_flags", ct.c_uint32),
         ("name", ct.c_char * 16),
     ]
+
+
+class _ProgramInfo(ct.Structure):
+    """First fields of struct bpf_prog_info."""
+
+    _fields_ = [("type", ct.c_uint32), ("id", ct.c_uint32)]
 
 
 def _open_library() -> ct.CDLL:
@@ -194,48 +206,87 @@ class Map:
             raise KernelError(ct.get_errno(), f"delete in {self.name}")
         return True
 
-    def keys(self) -> Iterator[bytes]:
-        """Keys one by one; entries that come or go meanwhile may be missed or seen twice."""
+    def walk_keys(self) -> Iterator[bytes]:
+        """Keys one by one; entries that come or go meanwhile may be missed or seen twice.
+
+        Where the one in hand goes away the kernel begins anew, so there is an end to it after as many keys as
+        the map can hold twice over."""
         key: bytes | None = None
         following = ct.create_string_buffer(self.key_size)
-        while get_library().bpf_map_get_next_key(self.fd, key, following) == 0:
+        for _ in range(2 * self.max_entries):
+            if get_library().bpf_map_get_next_key(self.fd, key, following) != 0:
+                return
             key = following.raw
             yield key
 
+    def walk(self) -> Walk:
+        """All entries, in steps; see Walk."""
+        return Walk(self)
+
     def items(self) -> list[tuple[bytes, bytes]]:
-        """All entries, in batches of BATCH. Not for per-CPU maps or the SOCKHASH."""
+        """All entries. Not for per-CPU maps or the SOCKHASH."""
         found: list[tuple[bytes, bytes]] = []
-        size = min(BATCH, self.max_entries)
-        # A batch ends with a whole hash bucket, and a bucket may be longer than the room left.
+        walk = self.walk()
+        while (step := walk.step(BATCH)) is not None:
+            keys, values = (bytes(each) for each in step)
+            found += zip(_split(keys, self.key_size), _split(values, self.value_size), strict=True)
+        return found
+
+
+def _split(text: bytes, size: int) -> list[bytes]:
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+class Walk:
+    """Goes through a hash or an array in steps, with as much time between them as one likes.
+
+    What is there all the time is met once; what comes or goes meanwhile may be missed. Not for per-CPU maps
+    or the SOCKHASH.
+    """
+
+    def __init__(self, entries: Map) -> None:
+        self._map = entries
+        self._room = 0
+        self._keys = self._values = bytearray()
+        self._token: Any = None  # where to go on; None at the beginning
+        self._ended = False
+
+    def _make_room(self, entries: int) -> None:
+        self._room = entries
+        self._keys = bytearray(entries * self._map.key_size)
+        self._values = bytearray(entries * self._map.value_size)
+
+    def step(self, wanted: int) -> tuple[memoryview, memoryview] | None:
+        """Keys and values of about so many entries, good until the next step; None at the end."""
+        if self._ended:
+            return None
+        wanted = min(wanted, self._map.max_entries)
+        if self._room < wanted:
+            self._make_room(wanted)
         while True:
-            keys = ct.create_string_buffer(size * self.key_size)
-            values = ct.create_string_buffer(size * self.value_size)
-            token = ct.create_string_buffer(max(self.key_size, 8))
+            count = ct.c_uint32(wanted)
+            following = ct.create_string_buffer(max(self._map.key_size, 8))
             options = _BatchOptions(ct.sizeof(_BatchOptions), 0, 0)
-            found.clear()
-            start: Any = None
-            while True:
-                n = ct.c_uint32(size)
-                result = get_library().bpf_map_lookup_batch(
-                    self.fd, start, token, keys, values, ct.byref(n), ct.byref(options)
-                )
-                number = ct.get_errno() if result < 0 else 0
-                if number not in (0, errno.ENOENT, errno.ENOSPC):
-                    raise KernelError(number, f"reading {self.name}")
-                if number == errno.ENOSPC:
-                    break
-                key_bytes, value_bytes = keys.raw, values.raw
-                for i in range(n.value):
-                    found.append(
-                        (
-                            key_bytes[i * self.key_size : (i + 1) * self.key_size],
-                            value_bytes[i * self.value_size : (i + 1) * self.value_size],
-                        )
-                    )
-                if number == errno.ENOENT:
-                    return found
-                start = ct.create_string_buffer(token.raw, len(token.raw))
-            size *= 2
+            result = get_library().bpf_map_lookup_batch(
+                self._map.fd,
+                self._token,
+                following,
+                (ct.c_char * len(self._keys)).from_buffer(self._keys),
+                (ct.c_char * len(self._values)).from_buffer(self._values),
+                ct.byref(count),
+                ct.byref(options),
+            )
+            number = ct.get_errno() if result < 0 else 0
+            if number != errno.ENOSPC:
+                break
+            # A step ends with a whole hash bucket, and the next one has more entries than there is room for.
+            wanted *= 2
+            self._make_room(wanted)
+        if number not in (0, errno.ENOENT):
+            raise KernelError(number, f"reading {self._map.name}")
+        self._token, self._ended = following, number == errno.ENOENT
+        keys, values = memoryview(self._keys), memoryview(self._values)
+        return keys[: count.value * self._map.key_size], values[: count.value * self._map.value_size]
 
 
 def create_map(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
@@ -294,18 +345,9 @@ def link_tracepoint(program_fd: int) -> int:
     return check(get_library().bpf_raw_tracepoint_open(None, program_fd), "attach to the tracepoint")
 
 
-def link_iterator(program_fd: int, map_fd: int | None = None) -> int:
-    """A link from which iterators are made; `map_fd` names the map of a map iterator."""
-    options = _LinkOptions()
-    options.size = ct.sizeof(_LinkOptions)
-    target = _IterMap(map_fd or 0)
-    if map_fd is not None:
-        options.iter_info = ct.cast(ct.pointer(target), ct.c_void_p)
-        options.iter_info_len = ct.sizeof(target)
-    return check(
-        get_library().bpf_link_create(program_fd, 0, BPF_TRACE_ITER, ct.byref(options)),
-        "make an iterator link",
-    )
+def link_iterator(program_fd: int) -> int:
+    """A link from which iterators are made."""
+    return check(get_library().bpf_link_create(program_fd, 0, BPF_TRACE_ITER, None), "make an iterator link")
 
 
 def create_iterator(link_fd: int) -> int:
@@ -320,6 +362,38 @@ def finish_iterator(fd: int) -> None:
             pass
     finally:
         os.close(fd)
+
+
+class TestRun:
+    """Runs a raw tracepoint program that is attached to nothing (BPF_PROG_TEST_RUN, since Linux 5.10)."""
+
+    def __init__(self, program_fd: int, context_size: int) -> None:
+        """`context_size`: bytes, those of twelve 64-bit numbers at most."""
+        self.context = bytearray(context_size)
+        """What the program gets."""
+        self._fd = program_fd
+        self._buffer = (ct.c_char * context_size).from_buffer(self.context)
+        self._options = _RunOptions()
+        self._options.size = ct.sizeof(_RunOptions)
+        self._options.ctx_in = ct.addressof(self._buffer)
+        self._options.ctx_size_in = context_size
+        self._reference = ct.byref(self._options)
+        self._call = get_library().bpf_prog_test_run_opts
+
+    def run(self) -> int:
+        """What the program returns: 32 bits, without a sign."""
+        if (result := self._call(self._fd, self._reference)) < 0:
+            check(result, "run a program")
+        return int(self._options.retval)
+
+
+def read_program_type(fd: int) -> int:
+    """enum bpf_prog_type of a program, 0 if the descriptor is not of one."""
+    info = _ProgramInfo()
+    size = ct.c_uint32(ct.sizeof(info))
+    if get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)) < 0:
+        return 0
+    return int(info.type)
 
 
 class RingBuffer:

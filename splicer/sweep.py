@@ -1,33 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running the iterators: adopt in each network namespace with something to do, watch over the SOCKHASH."""
+"""The programs that run when asked: adopt in each network namespace with something to do, watch on the pairs
+that are named."""
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 from splicer import libbpf
 from splicer.layout import (
+    COUNTERS,
+    END_KEY_OWNER,
+    LOOK_BITS,
     STATE_PAIRED,
     SWEEP,
+    WATCH_PAIRS,
+    WATCH_REQUEST_SIZE,
     KernelSettings,
+    Look,
     Pair,
     Summary,
     is_grown,
+    read_names,
     read_pair,
+    read_readers,
     read_seed,
     read_summary,
+    read_watched,
 )
 from splicer.model import REASON_NAMES
 from splicer.namespaces import Directory, entered
 
 _ZERO = struct.pack("=I", 0)
+_SPLICED, _ORPHANS = (COUNTERS.index(name) for name in ("spliced", "orphans"))
+_LOOK_MASK = (1 << LOOK_BITS) - 1
+_NAME = 8  # bytes
 # A sweep takes milliseconds. One that takes longer waits for the lock of a socket whose owner sits in a page
 # fault inside recv (see KNOWN_ISSUES.md); it is left to itself, and its namespace is left out meanwhile.
 _PATIENCE_S = 0.5
@@ -44,9 +59,17 @@ class Counts:
     to_adopt: int = 0
     half: int = 0
     to_drain: int = 0
-    stuck: int = 0
-    unread: int = 0
     held: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What watch saw of the pairs it was run on: how many names it was given, those of pairs with TCP bytes
+    unread, to be looked at again soon, and how many are drained because such bytes did not move."""
+
+    looked: int = 0
+    again: frozenset[int] = frozenset()
+    rescued: int = 0
 
 
 class Worker:
@@ -84,17 +107,18 @@ class Worker:
 
 
 class Sweeper:
-    """The iterators and maps of one generation of programs."""
+    """adopt, watch and the maps of one generation of programs."""
 
     def __init__(
         self,
         adopt_link: int,
-        watch_link: int,
+        watch_program: int | None,
         maps: Mapping[str, libbpf.Map],
         directory: Directory | None = None,
     ) -> None:
+        """No `watch_program`: nothing is looked at, and draining is left to adopt alone."""
         self._adopt = adopt_link
-        self._watch = watch_link
+        self._watch = None if watch_program is None else libbpf.TestRun(watch_program, WATCH_REQUEST_SIZE)
         self._maps = maps
         self._directory = directory or Directory()
         self._worker: Worker | None = None
@@ -167,11 +191,75 @@ class Sweeper:
         self._worker = None
         return False
 
-    def watch(self) -> Counts:
-        """Look at every end in the SOCKHASH."""
-        self._clear()
-        libbpf.finish_iterator(libbpf.create_iterator(self._watch))
-        return self._read()
+    def walk_pairs(self) -> libbpf.Walk:
+        """All pairs, in steps; layout.py reads their values."""
+        return self._maps["pairs"].walk()
+
+    def _read_pairs(self) -> Iterator[memoryview]:
+        walk = self.walk_pairs()
+        while (step := walk.step(libbpf.BATCH)) is not None:
+            yield step[1]
+
+    def watch(self) -> Findings:
+        """Look at every pair that is spliced or on its way back."""
+        return self.look([name for values in self._read_pairs() for name in read_watched(values)])
+
+    def find_readers(self, tgids: AbstractSet[int]) -> list[int]:
+        """Names of the pairs that one of these processes reads."""
+        return [
+            name
+            for values in self._read_pairs()
+            for name, readers in zip(read_names(values), read_readers(values), strict=True)
+            if not tgids.isdisjoint(readers)
+        ]
+
+    def read_names(self) -> set[int]:
+        """Names of all pairs there are."""
+        return {name for values in self._read_pairs() for name in read_names(values)}
+
+    def look(self, names: Sequence[int]) -> Findings:
+        """Run watch on these pairs; see bpf/watch.c. Those that are plain, or have gone, are no harm."""
+        if self._watch is None:
+            return Findings()
+        looks: dict[int, Look] = {}
+        # There is no connection with the name 0, but for one in 2^64.
+        request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
+        context, run, size = self._watch.context, self._watch.run, _NAME * WATCH_PAIRS
+        context[size:] = bytes(_NAME)
+        for start in range(0, len(request), size):
+            context[:size] = request[start : start + size]
+            if result := run():
+                for name in names[start // _NAME : (start + size) // _NAME]:
+                    looks[name] = Look(result & _LOOK_MASK)
+                    result >>= LOOK_BITS
+        for name in [name for name, look in looks.items() if Look.OUTDATED in look]:
+            context[:] = struct.pack(f"=Q {size - _NAME}x Q", name, True)
+            looks[name] = Look(run() & _LOOK_MASK)
+        return Findings(
+            len(names),
+            frozenset(name for name, look in looks.items() if look & (Look.AGAIN | Look.OUTDATED)),
+            sum(Look.RESCUED in look for look in looks.values()),
+        )
+
+    def read_counter(self, index: int) -> int:
+        """One of enum counter in bpf/types.h, over all CPUs."""
+        raw = self._maps["counters"].get(struct.pack("=I", index)) or b""
+        total: int = sum(struct.unpack(f"={len(raw) // 8}Q", raw))
+        return total % (1 << 64)
+
+    def count_spliced(self) -> int:
+        """How often a pair became spliced so far."""
+        return self.read_counter(_SPLICED)
+
+    def count_orphans(self) -> int:
+        """Another number than before: an end may have stayed in the SOCKHASH without a record."""
+        return self.read_counter(_ORPHANS)
+
+    def walk_ends(self) -> Iterator[tuple[int, int]]:
+        """Network namespace (cookie) and name of each end in the SOCKHASH, one by one."""
+        for key in self._maps["spliced"].walk_keys():
+            netns, name = END_KEY_OWNER.unpack(key)
+            yield netns, name
 
     def pairs(self) -> list[Pair]:
         return [read_pair(value) for _, value in self._maps["pairs"].items()]
@@ -201,11 +289,11 @@ class Sweeper:
         return KernelSettings.unpack(raw)
 
     def begin_draining(self, reason: str) -> int:
-        """Start all that is spliced on its way back; returns the number of ends. Their events say where to
+        """Start all that is spliced on its way back; returns the number of pairs. Their events say where to
         look for them (EventType.DRAIN), and splicing goes on meanwhile."""
         self.change_settings(stopping=REASON_NAMES.index(reason))
         try:
-            return self.watch().seen
+            return self.watch().looked
         finally:
             self.change_settings(stopping=0)
 

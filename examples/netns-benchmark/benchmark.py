@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import watching
 from programs import Cost, counting, read_costs
 from testbed import Interrupted, Testbed, TestbedError, interrupt_on_signals
 from workloads import WRK_WORKLOADS, Load, Metric, Sample, Workload, matrix, missing_programs
@@ -314,6 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("-t", "--seconds", type=_positive, metavar="T", help="length of a leg (3; 1 with --matrix)")
     add("--only", action="append", metavar="NAME", help="these workloads; shell patterns, repeatable")
     add("--matrix", action="store_true", help="ping-pong and stream on one connection, instead of wrk")
+    add("--watch", action="store_true", help="what looking after spliced connections costs the daemon")
     add("--list", action="store_true", help="list the workloads and stop")
     add("--check", action="store_true", help="fail where a ratio is worse than the workload's bound")
     add("--baseline", action="store_true", help="both legs plain: shows the noise of the ratios")
@@ -321,12 +323,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="the result as JSON")
     add("--splicer", metavar="PATH", help="the command to test (the repository's .venv/bin/splicer)")
     add("--mode", choices=("adaptive", "eager"), help="passed on to splicer run")
-    add("--connections", type=_positive_int, default=16, metavar="N", help="wrk's connections (16)")
+    add("--connections", type=_positive_int, metavar="N", help="wrk's connections (16; 10000 with --watch)")
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
     add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
     options = parser.parse_args(arguments)
     if options.programs and (options.matrix or options.baseline):
         parser.error("--programs is for wrk's workloads, and not for --baseline")
+    if options.watch and (options.matrix or options.baseline or options.only):
+        parser.error("--watch is measured by itself")
+    if options.connections is None:
+        options.connections = watching.CONNECTIONS if options.watch else 16
     return options
 
 
@@ -385,6 +391,8 @@ def run(options: argparse.Namespace) -> int:
         return OK
     if missing := missing_programs():
         raise TestbedError(f"missing: {', '.join(missing)}; try: make setup-test")
+    if options.watch:
+        return run_watch(options)
     seconds = options.seconds or (1.0 if options.matrix else 3.0)
     load = Load(seconds, options.connections, options.threads, options.workers)
     machine = describe_machine()
@@ -425,6 +433,21 @@ def run(options: argparse.Namespace) -> int:
             "workloads": [result.to_json(options.check) for result in results],
         }
         print(json.dumps(document, indent=2))
+    for failure in failures:
+        print(f"benchmark: {failure}", file=sys.stderr)
+    return FAILURE if failures else OK
+
+
+def run_watch(options: argparse.Namespace) -> int:
+    with Testbed() as bed:
+        command = find_splicer(options.splicer)
+        refuse_company(command)
+        room = max(options.connections * 2, 1024)
+        splicer = Splicer(bed, command, ["--mode=eager", f"--max-connections={room}"], timed=True)
+        seconds = options.seconds or 10.0
+        found = watching.measure(splicer, bed, options.connections, seconds, _cpu_seconds)
+    print(watching.report(found, options.json))
+    failures = splicer.failures + (found.failures() if options.check else [])
     for failure in failures:
         print(f"benchmark: {failure}", file=sys.stderr)
     return FAILURE if failures else OK

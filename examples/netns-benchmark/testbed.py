@@ -190,6 +190,7 @@ class Testbed:
         namespace: Namespace | None = None,
         stdout: int | IO[bytes] = subprocess.DEVNULL,
         stderr: int | IO[bytes] | None = None,
+        stdin: int = subprocess.DEVNULL,
         cpu: int | None = None,
     ) -> subprocess.Popen[bytes]:
         """Starts a process, in a namespace and in the cgroup; without a namespace: outside of both.
@@ -199,7 +200,7 @@ class Testbed:
         child = subprocess.Popen(
             command,
             preexec_fn=_entry(namespace, self.cgroup if namespace else None, signal.SIGTERM, cpu),
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             # Ctrl-C goes to the benchmark alone, which then ends the others in order.

@@ -103,7 +103,8 @@ def main(
     except KeyboardInterrupt:
         return INTERRUPTED
     except SplicerError as error:
-        if debug:
+        # What this host or the command line lacks was expected, and needs no traceback.
+        if debug and error.exit_code == FAILURE:
             traceback.print_exc(file=err)
         _report(error, err, palette)
         return error.exit_code

@@ -11,6 +11,8 @@ import pytest
 from support.daemon import REPOSITORY
 from support.pauses import Stopwatch
 
+from splicer.layout import WATCH_PAIRS
+
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
 # of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.
 CALLS = {"register": 13, "observe": 2, "guard": 1, "verdict": 0, "adopt": 0, "watch": 0}
@@ -18,15 +20,18 @@ CALLS = {"register": 13, "observe": 2, "guard": 1, "verdict": 0, "adopt": 0, "wa
 TOLERANCE = 0.5
 
 
-@pytest.fixture(scope="module")
-def result() -> dict[str, Any]:
-    command = [str(REPOSITORY / "examples/netns-benchmark/run"), "--only=close", "--only=keep-alive"]
-    command += ["--alternations=1", "--seconds=2", "--programs", "--json"]
+def _measure(*arguments: str) -> dict[str, Any]:
+    command = [str(REPOSITORY / "examples/netns-benchmark/run"), *arguments, "--json"]
     with Stopwatch() as watch:
         done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return {**document, "pauses": len(watch.pauses)}
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return _measure("--only=close", "--only=keep-alive", "--alternations=1", "--seconds=2", "--programs")
 
 
 def _find(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -57,3 +62,16 @@ def test_a_connection_for_each_request_is_left_alone(result: dict[str, Any]) -> 
     per_request = {name: cost["calls"] / requests for name, cost in splicing["programs"].items()}
     for name, calls in CALLS.items():
         assert per_request[name] <= calls + TOLERANCE, per_request
+
+
+def test_looks_go_to_those_who_ask() -> None:
+    """Of many spliced connections a few ask to be looked at: they are, and the others are not looked at more
+    often for that. Without any nobody is looked at."""
+    connections, seconds = 400, 4
+    found = _measure("--watch", f"--connections={connections}", f"--seconds={seconds}")["watch"]
+    assert found["idle"]["runs_per_second"] == 0
+    # A round of runs a second, and one that may have begun before or will end after.
+    a_round = -(-connections // WATCH_PAIRS)
+    assert 0 < found["quiet"]["runs_per_second"] <= a_round * (1 + 1.5 / seconds)
+    # One for each; a look at all of them would be a round.
+    assert found["runs_per_ask"] < a_round / 4

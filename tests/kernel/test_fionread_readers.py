@@ -19,7 +19,7 @@ from support.pauses import Stopwatch
 from support.players import HABITS, Pair, Peer
 
 from splicer.generation import open_pinned
-from splicer.sweep import Counts
+from splicer.sweep import Findings
 
 CONNECTIONS = 3
 SIZE = 500  # bytes of a message
@@ -81,10 +81,10 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
     try:
         watch = sweeper.watch
 
-        def watch_and_pause() -> Counts:
-            counts = watch()
+        def watch_and_pause() -> Findings:
+            findings = watch()
             time.sleep(0.3)
-            return counts
+            return findings
 
         sweeper.watch = watch_and_pause  # type: ignore[method-assign]
         assert sweeper.drain(0.5) == CONNECTIONS

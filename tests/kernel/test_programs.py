@@ -6,16 +6,22 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.daemon import call, environment
 from support.host import Host
 from support.lab import Lab
+from support.trees import copy_changed
 
 from splicer import libbpf
 from splicer.btf import Btf
 from splicer.cli.prerequisites import CAPABILITIES
-from splicer.compiler import PROGRAMS
+from splicer.errors import UNSUPPORTED
+from splicer.layout import WATCH_PAIRS
+from splicer.programs import PROGRAMS
 
 # The verifier gives up at a million; other versions of clang make three times as much of the same source.
 PATIENCE = 150_000
@@ -57,3 +63,52 @@ def test_three_capabilities_are_enough(lab: Lab) -> None:
         pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
         host.make_hot(pair)
         pair.verify()
+
+
+def test_a_program_that_the_verifier_refuses(tmp_path: Path) -> None:
+    """The error names the program, the errno and the reason. It is the host that lacks something, so there is
+    no traceback; the log is where the hint says; and nothing is left behind."""
+    size = f"#define WATCH_PAIRS\t{WATCH_PAIRS}\n"
+    tree = copy_changed(tmp_path / "tree", "bpf/types.h", size, "#define WATCH_PAIRS\t12\n")
+    with Host(start=False) as host:
+        where = [f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}", "--docker=off"]
+        for debug in ([], ["--debug"]):
+            prefix = ("env", f"PYTHONPATH={tree}")
+            done = call("run", f"--cgroup={host.cgroup.path}", *where, *debug, prefix=prefix, timeout=60.0)
+            assert done.code == UNSUPPORTED
+            message, hint = done.stderr.splitlines()[-2:]
+            refused = "splicer: the kernel refused the watch program (EACCES): "
+            assert message == refused + "invalid bpf_context access off=96 size=8"
+            assert hint == "hint: run again with --debug for the verifier's log"
+            assert "Traceback" not in done.stderr
+            assert ("loader_log" in done.stderr) == bool(debug)
+            assert host.bpffs.pins() == []
+
+
+REFUSED = """
+from splicer import libbpf, programs
+program = next(each for each in programs.PROGRAMS if each.name == "watch")
+code = bytes([0xB7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0])  # return 0
+for verbose in (False, True):
+    fd, log = libbpf.load_program(program.kind, program.name, code, verbose=verbose)
+    error = programs.explain_refusal(program, -fd, log)
+    print(error, error.hint, sep="\\n")
+"""
+
+
+def test_a_kind_of_program_that_is_forbidden() -> None:
+    """The kernel says EPERM and its verifier nothing. Whoever lacks a capability is told just that, as is
+    everybody on a kernel that is hardened so: the hint does not send anybody to an empty log."""
+    command = [
+        "setpriv",
+        "--bounding-set=-perfmon,-sys_admin",
+        "--inh-caps=-all",
+        sys.executable,
+        "-c",
+        REFUSED,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    message, hint, *again = done.stdout.splitlines()
+    assert message == "the kernel refused the watch program (EPERM): Operation not permitted"
+    assert "forbids this kind of program (raw tracepoint program)" in hint
+    assert again == [message, hint]

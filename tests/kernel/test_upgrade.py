@@ -4,17 +4,22 @@ the new one is attached, nothing is lost, repeated or reset (promise 5)."""
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import os
 import socket
 import time
 from pathlib import Path
 
 import pytest
 from support.bpf import list_attached
-from support.daemon import REPOSITORY, wait_until
+from support.daemon import call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.trees import copy_changed
+
+from splicer import libbpf
+from splicer.generation import LINKS
 
 CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t4")
 
@@ -22,14 +27,7 @@ CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t
 @pytest.fixture(scope="module")
 def other_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree that loads other programs."""
-    copy = tmp_path_factory.mktemp("other-build")
-    for name in ("splicer", "bpf"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path, old, new = CHANGED
-    source = (copy / path).read_text()
-    assert source.count(old) == 1
-    (copy / path).write_text(source.replace(old, new))
-    return copy
+    return copy_changed(tmp_path_factory.mktemp("other-build"), *CHANGED)
 
 
 def _use(host: Host, tree: Path | None) -> None:
@@ -100,10 +98,58 @@ def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other
         host.check_alive(lab)
 
 
+def _pin_former_watch(host: Host) -> None:
+    """Make the pins look like those of a build whose watch was an iterator, with a link of its own. Where the
+    kernel would refuse the one it was, one over TCP sockets stands for it."""
+    with contextlib.ExitStack() as opened:
+        program = libbpf.open_pin(str(host.pin_dir / "programs" / "adopt"))
+        opened.callback(os.close, program)
+        link = libbpf.link_iterator(program)
+        opened.callback(os.close, link)
+        (host.pin_dir / "programs" / "watch").unlink()
+        libbpf.pin(program, str(host.pin_dir / "programs" / "watch"))
+        libbpf.pin(link, str(host.pin_dir / "links" / "watch"))
+    build = host.pin_dir / "build"
+    build.unlink()
+    build.symlink_to("0123456789abcdef")
+
+
+@pytest.mark.parametrize("how", ["start", "unload"])
+def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
+    """It cannot be run any more, and is drained and removed without it."""
+    with Host("--stop-timeout", "0.5") as host:
+        load = Load(host, lab)
+        quiet, waiting = host.hot_pair(lab), host.hot_pair(lab)
+        waiting.client.send(5000, chunk=500)
+        host.daemon.kill()
+        _pin_former_watch(host)
+        if how == "unload":
+            done = call(
+                "unload", f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}", "--stop-timeout=0.5"
+            )
+            assert done.code == 0, done
+            assert "removed" in done.stdout
+            assert host.bpffs.pins() == []
+            assert list_attached(host.cgroup.path) == []
+            host.daemon.ready_file.unlink()
+        host.start()
+        log = host.daemon.log.read_text()
+        assert log.count('"generation_replaced"') == (1 if how == "start" else 0)
+        assert {each.name for each in (host.pin_dir / "links").iterdir()} == set(LINKS)
+        assert host.count_spliced() == 0
+        quiet.pingpong(50)
+        assert waiting.server.recv(5000) == 5000
+        waiting.pingpong(20)
+        load.finish()
+        for pair in (quiet, waiting):
+            pair.verify()
+        host.check_alive(lab)
+
+
 def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
     """What a killed loader left is cleared away: whichever piece is missing."""
     with Host() as host:
-        for missing in ("links/register", "maps/events", "build"):
+        for missing in ("links/register", "programs/watch", "maps/events", "build"):
             host.daemon.kill()
             (host.pin_dir / missing).unlink()
             host.start()

@@ -143,6 +143,15 @@ class TestFailures:
         assert "Traceback" in outcome.stderr
         assert outcome.stderr.endswith("splicer: no luck\n")
 
+    @pytest.mark.parametrize("code", [2, 3, 4])
+    def test_debug_adds_none_to_what_was_expected(
+        self, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        """What the command line or this host lacks is no bug: a traceback above it would say so."""
+        self.fail(monkeypatch, SplicerError("no luck (x)", hint="try y", exit_code=code))
+        outcome = invoke("--debug", "version")
+        assert (outcome.code, outcome.stderr) == (code, "splicer: no luck (x)\nhint: try y\n")
+
     def test_an_unexpected_one(self, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fail(monkeypatch, ValueError("boom"))
         outcome = invoke("version")

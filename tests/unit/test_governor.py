@@ -40,7 +40,7 @@ class Table:
     def delete(self, key: bytes) -> bool:
         return self.content.pop(key, None) is not None
 
-    def keys(self) -> Iterator[bytes]:
+    def walk_keys(self) -> Iterator[bytes]:
         return iter(list(self.content))
 
     def items(self) -> list[tuple[bytes, bytes]]:

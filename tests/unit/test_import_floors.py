@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "libbpf",
         "btf",
+        "programs",
         "compiler",
         "namespaces",
         "cgroups",
@@ -43,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "probes",
         "generation",
         "sweep",
+        "patrol",
         "control",
         "instance",
         "watcher",

@@ -122,7 +122,30 @@ def test_a_pair_is_read_field_by_field() -> None:
     assert pair.server_sends == layout.Direction(200, 20, 2)
 
 
+def test_of_many_pairs_those_to_look_at_are_read_quickly() -> None:
+    def pair(name: tuple[int, int], state: int, *readers: int) -> bytes:
+        ends = [(*[0] * 11, 0, 0, *[0] * 6, reader, *[0] * 2) for reader in readers]
+        return layout.PAIR.pack(*name, state, 0, *ends[0], *ends[1], *[0] * 13, *[0] * 24)
+
+    pairs = [
+        pair((number, 1), state, 10 * number, 10 * number + 1)
+        for number, state in enumerate((0, layout.STATE_PAIRED, layout.STATE_SPLICED, 3, 4))
+    ]
+    values = memoryview(b"".join(pairs))
+    assert layout.read_watched(values) == [1 << 32 | n for n in (2, 3, 4)]
+    assert layout.read_names(values) == [1 << 32 | n for n in range(5)]
+    assert layout.read_readers(values) == [(10 * n, 10 * n + 1) for n in range(5)]
+
+
+def test_looks_are_those_of_the_programs() -> None:
+    assert [f"LOOK_{look.name}" for look in layout.Look] == read_enum("look")
+    assert [look.value for look in layout.Look] == [1 << bit for bit in range(layout.LOOK_BITS)]
+    assert f"#define LOOK_BITS\t{layout.LOOK_BITS}\n" in TYPES
+    assert layout.LOOK_BITS * layout.WATCH_PAIRS <= 32
+    assert f"#define WATCH_PAIRS\t{layout.WATCH_PAIRS}\n" in TYPES
+
+
 def test_an_event_is_read_field_by_field() -> None:
     record = struct.pack("=2I 2I 2Q 2I", 2, 16, 1, 2, 1001, 1002, 30, 40) + b"\0" * 8
     event = layout.read_event(record)
-    assert event == layout.Event(layout.EventType.DRAIN, 16, (1001, 1002), (30, 40))
+    assert event == layout.Event(layout.EventType.DRAIN, 16, 2 << 32 | 1, (1001, 1002), (30, 40))
