@@ -148,6 +148,9 @@ static __always_inline u32 look_at_end(struct pair *p, struct end *e, struct dir
 		return 0;
 	if (!reason)
 		return look;
+	/* By way of memory the verifier forgets which it was, and walks on once and not once for each. */
+	WRITE_ONCE(p->reason, reason);
+	reason = READ_ONCE(p->reason);
 	start_draining(p, reason);
 	if (reason != REASON_RESCUE)
 		return 0;

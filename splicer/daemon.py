@@ -366,7 +366,7 @@ class Daemon:
         if self._watchdog:
             notify.tell(os.environ, "WATCHDOG=1")
         if self._governor.failure or self._governor.has_moved():
-            self._governor.apply()
+            self._apply_policy()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held
             self._log.warning("sweeps_held_up", namespaces=self._held)
