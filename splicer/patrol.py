@@ -23,6 +23,7 @@ SOON_S = 0.02
 # A round has so many steps, or fewer if that makes them shorter than this.
 STEPS = 10
 STEP_PAIRS = 512
+LIST_ROUNDS = 8
 # A search goes on for so many ends at a time.
 SEARCH_ENDS = 1000
 # Share of one CPU that urgent looks, and searches, may take.
@@ -45,7 +46,7 @@ class Watch(Protocol):
     def look(self, names: list[int]) -> Findings: ...
     def find_readers(self, tgids: set[int]) -> list[int]: ...
     def walk_pairs(self) -> Walk: ...
-    def count_spliced(self) -> int: ...
+    def count_news(self) -> int: ...
     def count_orphans(self) -> int: ...
     def walk_ends(self) -> Iterator[tuple[int, int]]: ...
     def read_names(self) -> set[int]: ...
@@ -145,11 +146,13 @@ class Patrol:
 
 
 class _Round:
-    """A round over all pairs, in steps. They are listed again only when some were spliced since."""
+    """A round over all pairs, in steps. They are listed again when some were spliced since, or an event was
+    lost; and now and then, for what else there may be."""
 
     def __init__(self, sweeper: Watch) -> None:
         self._sweeper = sweeper
-        self._spliced: int | None = None  # by the programs' count, when they were listed last
+        self._news: int | None = None  # by the programs' count, when they were listed last
+        self._rounds = 0  # since then
         self._listed: list[int] = []
         self._walk: Walk | None = None  # while they are listed
         self._expected = 0
@@ -161,9 +164,10 @@ class _Round:
     def begin(self, now: float) -> None:
         self.begun, self.steps, self.ended = now, 0, False
         self._seen = 0
-        spliced = self._sweeper.count_spliced()
-        if spliced != self._spliced:
-            self._spliced = spliced
+        self._rounds += 1
+        news = self._sweeper.count_news()
+        if news != self._news or self._rounds >= LIST_ROUNDS:
+            self._news, self._rounds = news, 0
             self._walk = self._sweeper.walk_pairs()
             self._listed = []
 

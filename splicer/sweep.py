@@ -40,7 +40,7 @@ from splicer.model import REASON_NAMES
 from splicer.namespaces import Directory, entered
 
 _ZERO = struct.pack("=I", 0)
-_SPLICED, _ORPHANS = (COUNTERS.index(name) for name in ("spliced", "orphans"))
+_SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
 _LOOK_MASK = (1 << LOOK_BITS) - 1
 _NAME = 8  # bytes
 # A sweep takes milliseconds. One that takes longer waits for the lock of a socket whose owner sits in a page
@@ -247,9 +247,9 @@ class Sweeper:
         total: int = sum(struct.unpack(f"={len(raw) // 8}Q", raw))
         return total % (1 << 64)
 
-    def count_spliced(self) -> int:
-        """How often a pair became spliced so far."""
-        return self.read_counter(_SPLICED)
+    def count_news(self) -> int:
+        """Another number than before: pairs were spliced, or an event about one was lost."""
+        return self.read_counter(_SPLICED) + self.read_counter(_EVENTS_LOST)
 
     def count_orphans(self) -> int:
         """Another number than before: an end may have stayed in the SOCKHASH without a record."""
