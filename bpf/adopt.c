@@ -478,7 +478,6 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (!is_end(e, tp))
 		return 0;	/* a forged name */
-	count_sweep(SWEEP_SEEN);
 	peer = other_end(p, side);
 	if (s->stopping && (p->state == STATE_SPLICED || p->state == STATE_PAIRED) &&
 	    (e->flags | peer->flags) & END_IN_MAP) {

@@ -300,7 +300,6 @@ enum counter {
 
 /* What one run of adopt saw. Cleared by the daemon before the run. */
 enum sweep_counter {
-	SWEEP_SEEN,		/* sockets of known pairs */
 	SWEEP_ADOPTED,		/* pairs that became spliced */
 	SWEEP_DRAINED,		/* pairs that became plain */
 	SWEEP_TO_ADOPT,		/* ends that still wait for adoption */

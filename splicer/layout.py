@@ -73,7 +73,7 @@ NETWORK = struct.Struct("=I")
 TRAFFIC_KEY = struct.Struct("=2Q")
 TRAFFIC = struct.Struct("=3Q")
 EVENT = struct.Struct("=2I Q 2Q 2I")
-SWEEP = ("seen", "adopted", "drained", "to_adopt", "half", "to_drain")
+SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
 _CLIENT_PORT = 11
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 6

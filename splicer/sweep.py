@@ -53,7 +53,6 @@ class Counts:
     """What one sweep saw; see enum sweep_counter in bpf/types.h. `held`: namespaces that could not be
     visited, because an earlier sweep is held up there."""
 
-    seen: int = 0
     adopted: int = 0
     drained: int = 0
     to_adopt: int = 0
