@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Types shared by the programs, and with splicer/layout.py, which mirrors them.
+ * Types shared by the programs, and with splicer/kernel/layout.py, which mirrors them.
  * Every number is in host byte order.
  */
 #ifndef SPLICER_TYPES_H

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from splicer.labels import PROJECT, SERVICE
-
 SCHEMA = 1
+
+# Labels by which compose and swarm say whose container it is; the first that is there counts.
+PROJECT_LABELS = ("com.docker.compose.project", "io.podman.compose.project", "com.docker.stack.namespace")
+SERVICE_LABELS = ("com.docker.compose.service", "io.podman.compose.service", "com.docker.swarm.service.name")
 
 # A pair that is leaving (4) differs from one that drains in what its verdict does meanwhile.
 STATES = {1: "paired", 2: "spliced", 3: "draining", 4: "draining"}
@@ -83,16 +85,16 @@ class Container:
     @property
     def project(self) -> str:
         """Compose project or swarm stack; empty if it is of none."""
-        return next((self.labels[label] for label in PROJECT if label in self.labels), "")
+        return next((self.labels[label] for label in PROJECT_LABELS if label in self.labels), "")
 
     @property
     def service(self) -> str:
         """Compose or swarm service; empty if it is of none."""
-        return next((self.labels[label] for label in SERVICE if label in self.labels), "")
+        return next((self.labels[label] for label in SERVICE_LABELS if label in self.labels), "")
 
 
 @dataclass(frozen=True)
-class Party:
+class Owner:
     """Whose end of a connection it is; what is not known is empty or 0.
 
     `process`, `command` and `pid` (in this process's pid namespace) are those of the last reader. `pod` is
@@ -129,8 +131,8 @@ class Flow:
     redirected_messages: int
     passed_messages: int
     age_seconds: float
-    client: Party = Party()
-    server: Party = Party()
+    client: Owner = Owner()
+    server: Owner = Owner()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -164,11 +166,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was redirected between two parties, closed connections and open ones; processes are not told
+    """What was redirected between two owners, closed connections and open ones; processes are not told
     apart."""
 
-    client: Party
-    server: Party
+    client: Owner
+    server: Owner
     connections: int
     redirected_bytes: int
     redirected_messages: int

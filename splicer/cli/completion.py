@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from splicer.config import BLOCKING, DEFAULTS, LOG_FORMATS, MODES
 from splicer.errors import OK
+from splicer.policy.config import BLOCKING, DEFAULTS, LOG_FORMATS, MODES
 
 from . import options
 from .context import Context
@@ -88,9 +88,7 @@ def add(parser: options.Parser) -> None:
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the script."""
-    from .main import make_parser
-
-    commands = describe(make_parser())
+    commands = describe(arguments.whole_parser)
     context.write({"bash": render_bash, "zsh": render_zsh, "fish": render_fish}[arguments.shell](commands))
     return OK
 

@@ -25,7 +25,7 @@ from splicer.text import (
 
 from . import options
 from .context import Context
-from .parties import FILTERS, describe_party, matches, name_party
+from .owners import FILTERS, describe_owner, matches, name_owner
 from .query import ask, number, seconds, section, sections, text
 
 SUMMARY = "list local connections, and why each is spliced or not"
@@ -207,11 +207,11 @@ def render(
 
     ordered = sorted(flows, key=rank)
     addresses = [[text(flow, "local"), text(flow, "remote")] for flow in ordered]
-    parties = [(section(flow, "client"), section(flow, "server")) for flow in ordered]
-    names = [[name_party(party) for party in pair] for pair in parties]
+    owners = [(section(flow, "client"), section(flow, "server")) for flow in ordered]
+    names = [[name_owner(owner) for owner in pair] for pair in owners]
     rests = [_list_rest(flow) for flow in ordered]
     if wide:
-        described = [[describe_party(party) for party in pair] for pair in parties]
+        described = [[describe_owner(owner) for owner in pair] for pair in owners]
         rows = [[*who, *where, *rest] for who, where, rest in zip(described, addresses, rests, strict=True)]
         return table((*_NAMES_AND_ADDRESSES, *_REST), rows, palette=palette)
     if not any(map(any, names)):

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO, cast
 
 from splicer import __version__
-from splicer.config import variable_of
 from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
+from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
 from . import completion, drain, flows, options, policy, run, status, unload, unset, version
@@ -57,6 +57,8 @@ def make_parser() -> options.Parser:
         "--version", action="version", version=f"splicer {__version__}", help="print the version and exit"
     )
     options.add_common(parser)
+    # For whoever describes the whole command line, as completion does.
+    parser.set_defaults(whole_parser=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
         child = commands.add_parser(name, help=module.SUMMARY)

@@ -7,8 +7,8 @@ import argparse
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from splicer.config import CONFIG_VARIABLE, KINDS, Resolved, option_of, resolve
 from splicer.errors import USAGE, SplicerError
+from splicer.policy.config import CONFIG_VARIABLE, VALUE_TYPES, Resolved, option_of, resolve
 
 from .context import Context
 
@@ -86,7 +86,7 @@ def resolve_settings(
     arguments: argparse.Namespace, context: Context, *, only: Collection[str] | None = None
 ) -> Resolved:
     """Settings from the parsed command line, the environment and the configuration file."""
-    options = {name: getattr(arguments, name, None) for name in KINDS}
+    options = {name: getattr(arguments, name, None) for name in VALUE_TYPES}
     return resolve(options, context.environ, config_file=getattr(arguments, "config", None), only=only)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from splicer.errors import OK
-from splicer.rules import show_ports
+from splicer.policy.rules import show_ports
 from splicer.text import (
     PLAIN,
     Cell,

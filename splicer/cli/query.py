@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from splicer import control, instance
+from splicer.daemon import control, instance
 from splicer.errors import NOT_RUNNING, SplicerError
 from splicer.model import SCHEMA
 

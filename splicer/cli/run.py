@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 
-from splicer import cgroups, config, instance
+from splicer.daemon import instance
 from splicer.errors import OK
+from splicer.host import cgroups
+from splicer.policy import config
 from splicer.text import legend
 
 from . import options, prerequisites
@@ -169,7 +171,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     prerequisites.require_bcc()
     with instance.acquire(settings.run_dir, cgroup.path):
         from splicer import logs
-        from splicer.daemon import Daemon
+        from splicer.daemon.loop import Daemon
 
         log = logs.configure(
             settings.log_format,

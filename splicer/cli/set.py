@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import argparse
 
-from splicer.config import CONTAINER_MODES
 from splicer.errors import OK
+from splicer.policy.config import CONTAINER_MODES
 from splicer.text import printable
 
 from . import options

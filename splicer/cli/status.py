@@ -7,9 +7,9 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 
-from splicer.config import Settings
 from splicer.errors import FAILURE, NOT_RUNNING, OK, SplicerError
 from splicer.model import REASONS, SCHEMA
+from splicer.policy.config import Settings
 from splicer.text import (
     PLAIN,
     Cell,
@@ -27,7 +27,7 @@ from splicer.text import (
 
 from . import options
 from .context import Context
-from .parties import name_party
+from .owners import name_owner
 from .query import ask, number, seconds, section, sections, text
 
 SUMMARY = "say whether splicer is running and what it has done"
@@ -191,8 +191,8 @@ def _list_traffic(traffic: Sequence[Mapping[str, object]], width: int | None, pa
     )
     rows = [
         (
-            name_party(section(row, "client")) or "?",
-            name_party(section(row, "server")) or "?",
+            name_owner(section(row, "client")) or "?",
+            name_owner(section(row, "server")) or "?",
             human_count(number(row, "connections")),
             human_count(number(row, "redirected_messages")),
             human_bytes(number(row, "redirected_bytes")),

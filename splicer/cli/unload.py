@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from splicer import control, instance
+from splicer.daemon import control, instance
 from splicer.errors import OK, SplicerError
 
 from . import options, prerequisites
@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         arguments, context, only=("run_dir", "pin_dir", "stop_timeout")
     ).settings
     prerequisites.require_privileges("unload")
-    from splicer.generation import unload
+    from splicer.kernel.generation import unload
 
     with _acquire(settings.run_dir):
         removed = list(unload(settings.pin_dir, settings.run_dir, settings.stop_timeout))

@@ -11,7 +11,7 @@ import pytest
 from support.daemon import REPOSITORY
 from support.pauses import Stopwatch
 
-from splicer.layout import WATCH_PAIRS
+from splicer.kernel.layout import WATCH_PAIRS
 
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
 # of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.

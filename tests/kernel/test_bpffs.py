@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import os
-from splicer import bpffs
+from splicer.kernel import bpffs
 mounted = bpffs.prepare("/sys/fs/bpf/splicer")
 assert mounted == "/sys/fs/bpf", mounted
 assert bpffs.is_bpffs("/sys/fs/bpf")

@@ -18,8 +18,8 @@ from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import HABITS, Pair, Peer
 
-from splicer.generation import open_pinned
-from splicer.sweep import Findings
+from splicer.kernel.generation import open_pinned
+from splicer.kernel.sweep import Findings
 
 CONNECTIONS = 3
 SIZE = 500  # bytes of a message

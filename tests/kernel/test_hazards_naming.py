@@ -15,7 +15,7 @@ from support.lab import Lab
 from support.meddler import callbacks_forgotten
 from support.players import HABITS, End, Pair, Peer
 
-from splicer import layout, libbpf
+from splicer.kernel import layout, libbpf
 
 ROUNDS, SIZE = 30, 10
 

@@ -18,7 +18,7 @@ from support.pauses import Stopwatch
 from support.players import QUIRKS, Pair, Peer
 from support.wire import Wire
 
-from splicer import libbpf
+from splicer.kernel import libbpf
 
 HOT_READS = 16
 TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE = 19, -1

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from splicer import libbpf
-from splicer.libbpf import Map
+from splicer.kernel import libbpf
+from splicer.kernel.libbpf import Map
 
 HASH, ARRAY = 1, 2  # enum bpf_map_type
 ENTRIES = 500

@@ -16,12 +16,12 @@ from support.host import Host
 from support.lab import Lab
 from support.trees import copy_changed
 
-from splicer import libbpf
-from splicer.btf import Btf
 from splicer.cli.prerequisites import CAPABILITIES
 from splicer.errors import UNSUPPORTED
-from splicer.layout import WATCH_PAIRS
-from splicer.programs import PROGRAMS
+from splicer.kernel import libbpf
+from splicer.kernel.btf import Btf
+from splicer.kernel.layout import WATCH_PAIRS
+from splicer.kernel.programs import PROGRAMS
 
 # The verifier gives up at a million; other versions of clang make three times as much of the same source.
 PATIENCE = 150_000
@@ -86,7 +86,8 @@ def test_a_program_that_the_verifier_refuses(tmp_path: Path) -> None:
 
 
 REFUSED = """
-from splicer import libbpf, programs
+from splicer.kernel import libbpf
+from splicer.kernel import programs
 program = next(each for each in programs.PROGRAMS if each.name == "watch")
 code = bytes([0xB7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0])  # return 0
 for verbose in (False, True):

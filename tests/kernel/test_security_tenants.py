@@ -19,7 +19,7 @@ from support.hostile import Hostile, find_new_name, read_map
 from support.lab import Lab
 from support.players import Pair, Peer
 
-from splicer import layout, libbpf
+from splicer.kernel import layout, libbpf
 
 LIMIT = 64
 EXCESS = 50

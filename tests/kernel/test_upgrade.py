@@ -18,8 +18,8 @@ from support.lab import Lab
 from support.load import Load
 from support.trees import copy_changed
 
-from splicer import libbpf
-from splicer.generation import LINKS
+from splicer.kernel import libbpf
+from splicer.kernel.generation import LINKS
 
 CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t4")
 

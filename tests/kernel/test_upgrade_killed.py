@@ -18,9 +18,9 @@ from support.host import Host
 from support.lab import Lab
 from support.load import Load
 
-from splicer import libbpf
-from splicer.generation import LINKS
-from splicer.layout import KernelSettings
+from splicer.kernel import libbpf
+from splicer.kernel.generation import LINKS
+from splicer.kernel.layout import KernelSettings
 
 
 def _places(host: Host) -> list[str]:

@@ -14,10 +14,10 @@ from support.host import Host
 from support.lab import Lab
 from support.players import Pair
 
-from splicer import libbpf
-from splicer.generation import open_pinned
-from splicer.layout import MODES, PAIR, STATE_SPLICED, WATCH_PAIRS
-from splicer.sweep import Sweeper
+from splicer.kernel import libbpf
+from splicer.kernel.generation import open_pinned
+from splicer.kernel.layout import MODES, PAIR, STATE_SPLICED, WATCH_PAIRS
+from splicer.kernel.sweep import Sweeper
 
 SIZE = 100
 SERVER_BORN, SERVER_TGID, CHANGED_NS = 43, 45, 49  # among the fields of layout.PAIR
@@ -46,12 +46,12 @@ def _connect_many(host: Host, lab: Lab, number: int) -> list[Pair]:
 
 
 def _find_names(sweeper: Sweeper, pairs: list[Pair]) -> list[int]:
-    by_port = {int(pair.client.local.rpartition(":")[2]): pair.name for pair in sweeper.pairs()}
+    by_port = {int(pair.client.local.rpartition(":")[2]): pair.name for pair in sweeper.list_pairs()}
     return [by_port[pair.client.local[1]] for pair in pairs]
 
 
 def _find_spliced(sweeper: Sweeper) -> set[int]:
-    return {pair.name for pair in sweeper.pairs() if pair.state == STATE_SPLICED}
+    return {pair.name for pair in sweeper.list_pairs() if pair.state == STATE_SPLICED}
 
 
 # looks
@@ -66,15 +66,17 @@ def test_only_those_named_are_looked_at(lab: Lab) -> None:
         with _by_hand(host) as sweeper:
             names = _find_names(sweeper, pairs)
             assert _find_spliced(sweeper) == set(names)
-            sweeper.change_settings(splicing=False)
+            sweeper.settings.write(splicing=False)
             for stuck in (first, last):
                 stuck.client.send(SIZE)
             for stuck in (names[0], names[-1]):
-                wait_until("it has TCP bytes", lambda stuck=stuck: sweeper.look([stuck]).again == {stuck})
-            healthy = sweeper.look(names[1:-1])
+                wait_until(
+                    "it has TCP bytes", lambda stuck=stuck: sweeper.watch_pairs([stuck]).again == {stuck}
+                )
+            healthy = sweeper.watch_pairs(names[1:-1])
             assert (healthy.looked, healthy.again, healthy.rescued) == (WATCH_PAIRS, frozenset(), 0)
-            assert sweeper.look([*names[1:], 12345]).again <= {names[-1]}
-            wait_until("it was rescued", lambda: sweeper.look(names[:-1]).rescued == 1)
+            assert sweeper.watch_pairs([*names[1:], 12345]).again <= {names[-1]}
+            wait_until("it was rescued", lambda: sweeper.watch_pairs(names[:-1]).rescued == 1)
             assert _find_spliced(sweeper) >= set(names[1:-1])
             assert names[0] not in _find_spliced(sweeper)
         for stuck in (first, last):
@@ -91,11 +93,11 @@ def test_a_change_of_policy_is_asked_about_when_somebody_looks(lab: Lab) -> None
         pairs = _connect_many(host, lab, WATCH_PAIRS + 4)
         with _by_hand(host) as sweeper:
             names = _find_names(sweeper, pairs)
-            policy = sweeper.read_settings().policy
-            sweeper.change_settings(mode=MODES["off"], policy=policy + 1)
-            assert sweeper.look(names[:2]).again == frozenset()
+            policy = sweeper.settings.read().policy
+            sweeper.settings.write(mode=MODES["off"], policy=policy + 1)
+            assert sweeper.watch_pairs(names[:2]).again == frozenset()
             assert _find_spliced(sweeper) == set(names[2:])
-            assert sweeper.watch().looked == len(names)
+            assert sweeper.watch_all().looked == len(names)
             assert _find_spliced(sweeper) == set()
         for pair in pairs:
             pair.pingpong(5)
@@ -133,17 +135,17 @@ def test_old_and_silent_connections_are_looked_at_like_any_other(lab: Lab, chang
         pairs = _connect_many(host, lab, WATCH_PAIRS + 2)
         with _by_hand(host) as sweeper:
             names = _find_names(sweeper, pairs)
-            sweeper.watch()
+            sweeper.watch_all()
             _make_old(host)
             for _ in range(2):
-                assert sweeper.watch().looked == len(names)
+                assert sweeper.watch_all().looked == len(names)
             assert _find_spliced(sweeper) == set(names)
             for pair in pairs[1:]:
                 if change == "blocks":
                     pair.server.setblocking(blocking=True)
             if change == "splices":
                 _remember_server_as_splicer(host)
-            sweeper.watch()
+            sweeper.watch_all()
             assert _find_spliced(sweeper) == ({names[0]} if change == "blocks" else set())
         for pair in pairs:
             pair.server.setblocking(blocking=False)
@@ -161,9 +163,9 @@ def test_what_has_gone_is_no_harm(lab: Lab) -> None:
             pairs[1].client.close()
             assert pairs[1].server.expect_eof()
             for _ in range(3):
-                found = sweeper.look([*names, 0, 1, (1 << 64) - 1])
+                found = sweeper.watch_pairs([*names, 0, 1, (1 << 64) - 1])
                 assert (found.again, found.rescued) == (frozenset(), 0)
-            assert sweeper.look([]).looked == 0
+            assert sweeper.watch_pairs([]).looked == 0
             assert names[2] in _find_spliced(sweeper)
         pairs[2].pingpong(5)
         pairs[2].verify()

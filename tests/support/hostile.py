@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from splicer import layout, libbpf
+from splicer.kernel import layout, libbpf
 from support.cgroup import Cgroup
 from support.host import Host
 from support.players import Pair, Peer

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from splicer import libbpf
+from splicer.kernel import libbpf
 
 ACTIVE_ESTABLISHED, PASSIVE_ESTABLISHED = 4, 5
 PIDFD_GETFD = 438  # the same on every architecture

@@ -17,7 +17,7 @@ import yaml
 from splicer import errors
 from splicer.cli.main import COMMANDS, make_parser
 from splicer.cli.prerequisites import CAPABILITIES
-from splicer.config import CONFIG_VARIABLE, KINDS, Settings, variable_of
+from splicer.policy.config import CONFIG_VARIABLE, VALUE_TYPES, Settings, variable_of
 
 TOP = Path(__file__).resolve().parents[2]
 EXAMPLES = TOP / "examples"
@@ -129,7 +129,7 @@ def test_places_are_mounted_in_the_pod() -> None:
 
 
 def test_variables_of_the_sidecar_exist() -> None:
-    known = {variable_of(name) for name in KINDS} | {CONFIG_VARIABLE}
+    known = {variable_of(name) for name in VALUE_TYPES} | {CONFIG_VARIABLE}
     for entry in COMPOSE["services"]["splicer"]["environment"]:
         assert entry.partition("=")[0] in known
 
@@ -160,7 +160,7 @@ def test_the_pod_calls_splicer_with_options_it_has() -> None:
 
 
 def test_the_configuration_in_the_cluster_is_valid(tmp_path: Path) -> None:
-    from splicer import config
+    from splicer.policy import config
 
     file = tmp_path / "splicer.toml"
     text = CLUSTER["ConfigMap"]["data"]["splicer.toml"]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's answers to requests on the control socket, put together in the threads that serve them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from splicer import __version__
+from splicer.containers.watcher import Watcher
+from splicer.daemon.attribution import Amount, Attribution
+from splicer.errors import USAGE, SplicerError
+from splicer.host.cgroups import Cgroup
+from splicer.host.process import read_own_pid, read_own_usage
+from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
+from splicer.kernel.libbpf import Map
+from splicer.kernel.sweep import Sweeper
+from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Owner, Status, Totals
+from splicer.policy.config import CONTAINER_MODES
+from splicer.policy.reconciler import PolicyReconciler
+
+# The daemon's loop turns at least once a second; a sweep that waits for a socket's lock may take longer.
+_HEARTBEAT_S = 15.0
+
+
+class RequestHandlers:
+    """RequestHandlers about one generation of programs."""
+
+    def __init__(
+        self,
+        cgroup: Cgroup,
+        kernel_class: str,
+        maps: Mapping[str, Map],
+        sweeper: Sweeper,
+        reconciler: PolicyReconciler,
+        watcher: Watcher,
+        attribution: Attribution,
+        read_heartbeat: Callable[[], float],
+    ) -> None:
+        """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
+        self._cgroup = cgroup
+        self._kernel_class = kernel_class
+        self._maps = maps
+        self._sweeper = sweeper
+        self._reconciler = reconciler
+        self._watcher = watcher
+        self._attribution = attribution
+        self._read_heartbeat = read_heartbeat
+        self._started = time.monotonic()
+
+    def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
+        found = []
+        for key, value in self._maps["traffic"].items():
+            client, server = TRAFFIC_KEY.unpack(key)
+            found.append(((client, server), Amount(*TRAFFIC.unpack(value))))
+        return found
+
+    def status(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        counted = {name: self._sweeper.read_counter(index) for index, name in enumerate(COUNTERS)}
+        refused = {
+            name: n
+            for index, name in enumerate(REASON_NAMES)
+            if name and (n := self._sweeper.read_counter(COUNT_REFUSED + index))
+        }
+        living = self._sweeper.list_summaries()
+        numbers = Counter(each.state for each in living)
+        states = dict.fromkeys(STATES.values(), 0)
+        for number, name in STATES.items():
+            states[name] += numbers[number]
+        host = self._reconciler.describe()
+        beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
+        status = Status(
+            pid=read_own_pid(),
+            version=__version__,
+            mode=host["mode"],
+            default=host["default"],
+            cgroup=self._cgroup.path,
+            connections=Connections(**states),
+            totals=Totals(
+                paired=counted["paired"],
+                spliced=counted["spliced"],
+                drained=counted["drained"],
+                redirected_bytes=counted["redirected_bytes"],
+                redirected_messages=counted["redirected_messages"],
+                passed_messages=counted["passed_messages"],
+                rescued=counted["rescued"],
+                refused=refused,
+            ),
+            kernel_class=self._kernel_class,
+            uptime_seconds=round(time.monotonic() - self._started, 3),
+            healthy=beating and not self._reconciler.failure,
+            trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),
+            docker=self._watcher.describe(),
+            problems=self._reconciler.list_problems(),
+            traffic=self._attribution.sum_traffic(self._read_closed(), living),
+            usage=asdict(read_own_usage()),
+        )
+        return status.to_json()
+
+    def flows(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        found: dict[tuple[int, int, int], Owner] = {}
+        # A pair in the making has no state yet.
+        pairs = [pair for pair in self._sweeper.list_pairs_and_seeds() if pair.state in STATES]
+        flows = [self._describe(pair, now, found) for pair in pairs]
+        return {"schema": SCHEMA, "flows": [flow.to_json() for flow in flows]}
+
+    def _describe(self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner]) -> Flow:
+        sent = (pair.client_sends, pair.server_sends)
+        return Flow(
+            local=pair.client.local,
+            remote=pair.client.remote,
+            peer=pair.server.local,
+            netns=pair.client.netns,
+            peer_netns=pair.server.netns,
+            state=STATES[pair.state],
+            reason=REASON_NAMES[pair.reason] if pair.reason < len(REASON_NAMES) else "",
+            redirected_bytes=sum(d.redirected_bytes for d in sent),
+            redirected_messages=sum(d.redirected_messages for d in sent),
+            passed_messages=sum(d.passed_messages for d in sent),
+            age_seconds=round((now_ns - pair.born_ns) / 1e9, 3),
+            client=self._attribution.find_owner(pair.client, found),
+            server=self._attribution.find_owner(pair.server, found),
+        )
+
+    def policy(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        text = request.get("container")
+        containers = self._reconciler.explain(text if isinstance(text, str) else None)
+        rules = [
+            {
+                "number": rule.number,
+                "file": rule.file,
+                "selectors": rule.selectors,
+                "ports": list(rule.ports),
+                "mode": rule.mode,
+                "blocking": rule.blocking,
+                "matches": matches,
+            }
+            for rule, matches in self._reconciler.list_rules()
+        ]
+        return {
+            "schema": SCHEMA,
+            **self._reconciler.describe(),
+            "docker": self._watcher.describe(),
+            "rules": rules,
+            "containers": [each.to_json() for each in containers],
+        }
+
+    def set(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        mode = request.get("mode")
+        if mode not in CONTAINER_MODES:
+            raise SplicerError(
+                f"unknown mode ({mode})", hint=f"accepted: {', '.join(CONTAINER_MODES)}", exit_code=USAGE
+            )
+        changed, unchanged = self._reconciler.override(_read_container(request), mode)
+        return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged, "mode": mode}
+
+    def unset(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        changed, unchanged = self._reconciler.override(_read_container(request), None)
+        return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged}
+
+
+def _read_container(request: Mapping[str, Any]) -> str:
+    text = request.get("container")
+    if not isinstance(text, str) or not text:
+        raise SplicerError("which container?", hint="list them with: splicer policy", exit_code=USAGE)
+    return text

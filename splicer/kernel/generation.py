@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One generation of loaded programs: its pins, its attachments, how it is taken over and how it ends.
+
+Pins below the pin directory:
+
+    programs/NAME maps/NAME links/NAME   the objects; watch has no link, it is attached to nothing
+    build cgroup                         symbolic links whose targets are texts: what was loaded, and where
+
+The links keep the programs attached when the daemon dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from splicer.errors import FAILURE, SplicerError
+from splicer.host.cgroups import Cgroup
+from splicer.kernel import bpffs, compiler, libbpf
+from splicer.kernel.programs import MAPS
+from splicer.kernel.sweep import Sweeper
+from splicer.logs import Logger
+
+_CGROUP_LINKS = ("register", "guard")
+LINKS = (*_CGROUP_LINKS, "observe", "adopt")
+_LOAD_TIMEOUT_S = 120
+# The loader of a daemon that was killed holds the lock until it has died too.
+_LOCK_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to load and where to pin it: `pin_dir` on a bpffs, room for `max_connections`. The generation of
+    another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says."""
+
+    pin_dir: str
+    max_connections: int
+    drain_timeout: float
+    debug: bool = False
+
+
+@dataclass
+class Generation:
+    """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon."""
+
+    pin_dir: str
+    maps: dict[str, libbpf.Map]
+    links: dict[str, int]
+    watch: int
+    taken_over: bool
+    mounted: str | None = None
+    lock: int = -1
+
+    def sweeper(self) -> Sweeper:
+        # Earlier builds had an iterator in its place. Without it adopt drains alone, a little later.
+        can_run = libbpf.read_program_type(self.watch) == libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT
+        return Sweeper(self.links["adopt"], self.watch if can_run else None, self.maps)
+
+    def detach(self) -> None:
+        """Detach from the cgroup: when this returns, no socket runs what the links attached."""
+        for name in _CGROUP_LINKS:
+            with contextlib.suppress(libbpf.KernelError):  # unpinning does it too, a moment later
+                libbpf.detach(self.links[name])
+
+    def close(self) -> None:
+        """Close the descriptors; what is pinned stays."""
+        for item in self.maps.values():
+            item.close()
+        for fd in (*self.links.values(), self.watch):
+            os.close(fd)
+        self.maps.clear()
+        self.links.clear()
+
+    def release(self) -> None:
+        """Let another daemon have the pin directory."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def remove(self) -> list[str]:
+        """Detach and unpin. Ends still in the SOCKHASH keep it alive until they are closed."""
+        self.detach()
+        self.close()
+        removed = bpffs.remove_tree(self.pin_dir)
+        self.release()
+        bpffs.release(self.mounted)
+        return removed
+
+
+def _path(pin_dir: str, *parts: str) -> str:
+    return os.path.join(pin_dir, *parts)
+
+
+def _read_note(pin_dir: str, name: str) -> str:
+    try:
+        return os.readlink(_path(pin_dir, name))
+    except OSError:
+        return ""
+
+
+def _lock(pin_dir: str) -> int:
+    """Descriptor of the pin directory, locked for as long as it is open, here or in the loader. A crash
+    releases the lock."""
+    os.makedirs(pin_dir, mode=0o700, exist_ok=True)
+    fd = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except OSError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            os.close(fd)
+            raise SplicerError(
+                f"the pin directory is in use by another splicer ({pin_dir})",
+                hint="give this one another --pin-dir",
+            ) from error
+
+
+def exists(pin_dir: str) -> bool:
+    """True if anything is pinned there, even half a generation."""
+    return os.path.isdir(pin_dir) and any(names for _, _, names in os.walk(pin_dir))
+
+
+def open_pinned(pin_dir: str) -> Generation:
+    """Open a complete generation. Raises KernelError if a piece is missing."""
+    maps: dict[str, libbpf.Map] = {}
+    links: dict[str, int] = {}
+    try:
+        for name in MAPS:
+            maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
+        for name in LINKS:
+            links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
+        watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
+    except BaseException:
+        for item in maps.values():
+            item.close()
+        for fd in links.values():
+            os.close(fd)
+        raise
+    return Generation(pin_dir, maps, links, watch, taken_over=True)
+
+
+def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
+    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives."""
+    # -P keeps the working directory out of the child's module path.
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "splicer.kernel.compiler"],
+        input=json.dumps({**request, "parent": os.getpid()}),
+        pass_fds=(lock,),
+        capture_output=True,
+        text=True,
+        timeout=_LOAD_TIMEOUT_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    try:
+        reply = json.loads(child.stdout)
+    except ValueError:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
+    if reply.get("log"):
+        log.debug("loader_log", text=reply["log"])
+    if not reply["ok"]:
+        raise SplicerError(
+            reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
+        )
+
+
+def _attach(pin_dir: str, cgroup: Cgroup) -> None:
+    target = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
+    attach: dict[str, Callable[[int], int]] = {
+        # adopt does nothing until it is run. register comes last: from then on there are pairs.
+        "adopt": libbpf.link_iterator,
+        "observe": libbpf.link_tracepoint,
+        "guard": lambda program: libbpf.link_cgroup(program, target, libbpf.BPF_CGROUP_SETSOCKOPT),
+        "register": lambda program: libbpf.link_cgroup(program, target, libbpf.BPF_CGROUP_SOCK_OPS),
+    }
+    try:
+        for name, link in attach.items():
+            with contextlib.ExitStack() as opened:
+                try:
+                    program = libbpf.open_pin(_path(pin_dir, "programs", name))
+                    opened.callback(os.close, program)
+                    fd = link(program)
+                    opened.callback(os.close, fd)
+                    libbpf.pin(fd, _path(pin_dir, "links", name))
+                except libbpf.KernelError as error:
+                    raise _explain_failure(name, cgroup, error) from error
+    finally:
+        os.close(target)
+
+
+def _explain_failure(name: str, cgroup: Cgroup, error: libbpf.KernelError) -> SplicerError:
+    hint = None
+    if name in _CGROUP_LINKS and error.errno == errno.EPERM:
+        hint = "another program may be attached there without BPF_F_ALLOW_MULTI; see: bpftool cgroup tree"
+    return SplicerError(f"cannot attach the {name} program ({cgroup.path}): {error.strerror}", hint=hint)
+
+
+def establish(plan: Plan, cgroup: Cgroup, log: Logger) -> Generation:
+    """Take over what a dead daemon left if it is the same build on the same cgroup, else load anew.
+
+    A different build is drained and removed first. Raises SplicerError; nothing is left behind then.
+    """
+    mounted = bpffs.prepare(plan.pin_dir)
+    if mounted:
+        log.info("bpffs_mounted", path=mounted)
+    lock = _lock(plan.pin_dir)
+    try:
+        build = compiler.identify_build(plan.max_connections)
+        generation = _take_over(plan, cgroup, build, log) or _load(plan, cgroup, build, lock, log)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(plan.pin_dir)
+        os.close(lock)
+        bpffs.release(mounted)
+        raise
+    generation.lock = lock
+    generation.mounted = mounted
+    return generation
+
+
+def _describe(cgroup: Cgroup) -> str:
+    return f"{cgroup.id}:{cgroup.path}"
+
+
+def _take_over(plan: Plan, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
+    """The generation that is pinned, if it is ours; another one is drained and removed."""
+    if not exists(plan.pin_dir):
+        return None
+    pinned = _read_note(plan.pin_dir, "build")
+    if pinned == build and _read_note(plan.pin_dir, "cgroup") == _describe(cgroup):
+        with contextlib.suppress(libbpf.KernelError):
+            generation = open_pinned(plan.pin_dir)
+            log.info("generation_taken_over", build=build)
+            return generation
+    left, _ = _drain_and_remove(plan.pin_dir, plan.drain_timeout)
+    log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
+    return None
+
+
+def _load(plan: Plan, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
+    request = {
+        "pin_dir": plan.pin_dir,
+        "max_connections": plan.max_connections,
+        "debug": plan.debug,
+    }
+    try:
+        _run_compiler(request, lock, log)
+        os.symlink(build, _path(plan.pin_dir, "build"))
+        os.symlink(_describe(cgroup), _path(plan.pin_dir, "cgroup"))
+        # The settings map is all zero: attached, and idle until the daemon writes the policy.
+        _attach(plan.pin_dir, cgroup)
+        generation = open_pinned(plan.pin_dir)
+        generation.taken_over = False
+        log.info("generation_loaded", build=build)
+        return generation
+    except BaseException:
+        bpffs.remove_tree(plan.pin_dir)
+        raise
+
+
+def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
+    """Returns (pairs that could not be drained in time, what was removed)."""
+    left = 0
+    try:
+        generation = open_pinned(pin_dir)
+    except libbpf.KernelError:
+        return 0, bpffs.remove_tree(pin_dir, keep_root=True)  # half a generation never spliced anything
+    try:
+        sweeper = generation.sweeper()
+        sweeper.settings.write(registering=False)
+        left = sweeper.drain(timeout)
+        sweeper.close()
+        generation.detach()
+    finally:
+        generation.close()
+    return left, bpffs.remove_tree(pin_dir, keep_root=True)
+
+
+def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
+    """Drain and remove what a dead daemon left behind; returns lines that say what was done.
+
+    The caller holds the instance lock of `run_dir`, so no daemon starts there meanwhile. Raises SplicerError
+    if a daemon with another run directory uses the pins.
+    """
+    if not exists(pin_dir):
+        return []
+    lock = _lock(pin_dir)
+    try:
+        left, removed = _drain_and_remove(pin_dir, timeout)
+        bpffs.remove_tree(pin_dir)
+    finally:
+        os.close(lock)
+    lines = [f"removed {path}" for path in removed]
+    if left:
+        lines.append(f"{left} connections have unread redirected bytes; they keep them, and stay as they are")
+    return lines

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this kernel does with redirected bytes, found by trying it on a scratch SOCKHASH.
+
+Versions are never compared: distributions backport. A probe answers yes or no, or raises KernelError when it
+could not find out.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+import time
+from dataclasses import dataclass
+
+from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
+from splicer.kernel import libbpf
+
+_SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
+_BYTES = b"probe"
+
+
+@dataclass(frozen=True)
+class KernelClass:
+    """How FIONREAD and memory accounting see a socket in a SOCKHASH.
+
+    `counts_redirected`, `counts_tcp`: FIONREAD includes redirected bytes, bytes that came through TCP.
+    `accounts_memory`: redirected bytes are charged to the receiver's sk_rmem_alloc.
+    """
+
+    counts_redirected: bool
+    counts_tcp: bool
+    accounts_memory: bool
+
+    @property
+    def name(self) -> str:
+        """A, B or C as in ARCHITECTURE.md."""
+        if not self.counts_redirected:
+            return "A"
+        return "C" if self.counts_tcp else "B"
+
+
+def _assemble_redirect(map_fd: int) -> bytes:
+    """SK_MSG program: redirect every message to the socket under key 1, or pass when there is none."""
+
+    def instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
+        return struct.pack("=BBhi", code, src << 4 | dst, offset, immediate)
+
+    return b"".join(
+        (
+            instruction(0x62, dst=10, offset=-4, immediate=1),  # *(u32 *)(fp - 4) = 1
+            instruction(0x18, dst=2, src=1, immediate=map_fd),  # r2 = map
+            instruction(0),
+            instruction(0xBF, dst=3, src=10),  # r3 = fp
+            instruction(0x07, dst=3, immediate=-4),  # r3 -= 4
+            instruction(0xB7, dst=4, immediate=1),  # r4 = BPF_F_INGRESS
+            instruction(0x85, immediate=71),  # call msg_redirect_hash
+            instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
+            instruction(0x95),  # exit
+        )
+    )
+
+
+def _count_waiting(sock: socket.socket) -> int:
+    value = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, value)
+    return value[0]
+
+
+def _count_charged(sock: socket.socket) -> int:
+    return int(struct.unpack_from("=I", sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 64))[0])
+
+
+def _wait_readable(sock: socket.socket) -> None:
+    """Loopback delivers at once; a busy host may take a moment."""
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return
+        time.sleep(0.001)
+
+
+def find_class() -> KernelClass:
+    """Redirect five bytes over a connection of our own and see how they are counted.
+
+    Raises KernelError if the kernel has no SOCKHASH or refuses the program.
+    """
+    with contextlib.ExitStack() as stack:
+        fd = libbpf.create_map(libbpf.BPF_MAP_TYPE_SOCKHASH, "probe", 4, 4, 4)
+        stack.callback(os.close, fd)
+        program, log = libbpf.load_program(
+            libbpf.BPF_PROG_TYPE_SK_MSG,
+            "probe",
+            _assemble_redirect(fd),
+            attach_type=libbpf.BPF_SK_MSG_VERDICT,
+        )
+        if program < 0:
+            raise libbpf.KernelError(-program, f"load an SK_MSG program ({log.strip()[-80:]})")
+        stack.callback(os.close, program)
+        libbpf.attach_program_to_map(program, fd)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        sender = stack.enter_context(socket.create_connection(listener.getsockname()))
+        receiver = stack.enter_context(listener.accept()[0])
+        ends = libbpf.Map(os.dup(fd))
+        stack.callback(ends.close)
+
+        ends.set(struct.pack("=I", 1), struct.pack("=I", receiver.fileno()))
+        sender.send(_BYTES)
+        _wait_readable(receiver)
+        counts_tcp = _count_waiting(receiver) == len(_BYTES)
+        receiver.recv(len(_BYTES))
+
+        ends.set(struct.pack("=I", 0), struct.pack("=I", sender.fileno()))
+        before = _count_charged(receiver)
+        sender.send(_BYTES)
+        _wait_readable(receiver)
+        counts_redirected = _count_waiting(receiver) == len(_BYTES)
+        accounts_memory = _count_charged(receiver) == before + len(_BYTES)
+        receiver.recv(len(_BYTES))
+    return KernelClass(counts_redirected, counts_tcp, accounts_memory)
+
+
+def require_class() -> KernelClass:
+    """The kernel's class. Raises SplicerError (exit code 4) if splicer could not keep its promises there."""
+    try:
+        found = find_class()
+    except libbpf.KernelError as error:
+        raise SplicerError(
+            f"this kernel cannot redirect between sockets ({error.strerror})",
+            hint=f"splicer needs {KERNELS}, with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG",
+            exit_code=UNSUPPORTED,
+        ) from error
+    if found.name == "A":
+        raise SplicerError(
+            "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang",
+            hint=f"use a kernel with the fix: {KERNELS}",
+            exit_code=UNSUPPORTED,
+        )
+    if not found.accounts_memory:
+        raise SplicerError(
+            "this kernel does not charge redirected bytes to the receiver; a sender could not be held back",
+            hint="use a newer kernel",
+            exit_code=UNSUPPORTED,
+        )
+    return found

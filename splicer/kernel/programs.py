@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs and maps of one generation, as the kernel wants them, and what it means when it does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
+from splicer.kernel import libbpf
+
+KERNEL_HINT = f"splicer needs {KERNELS}; if this is one, please report its version"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program as the kernel wants it: C function, program type, attach type and BTF target; and what people
+    call this kind of program."""
+
+    name: str
+    function: str
+    described: str
+    kind: int
+    attach_type: int = 0
+    tracepoint: str = ""
+    iterator: str = ""
+
+
+PROGRAMS = (
+    Program(
+        "register",
+        "register_end",
+        "SOCK_OPS program",
+        libbpf.BPF_PROG_TYPE_SOCK_OPS,
+        libbpf.BPF_CGROUP_SOCK_OPS,
+    ),
+    Program(
+        "guard",
+        "guard",
+        "setsockopt program",
+        libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT,
+        libbpf.BPF_CGROUP_SETSOCKOPT,
+    ),
+    Program("verdict", "verdict", "SK_MSG program", libbpf.BPF_PROG_TYPE_SK_MSG, libbpf.BPF_SK_MSG_VERDICT),
+    Program(
+        "observe",
+        "observe",
+        "raw tracepoint program with BTF",
+        libbpf.BPF_PROG_TYPE_TRACING,
+        libbpf.BPF_TRACE_RAW_TP,
+        tracepoint="tcp_rcv_space_adjust",
+    ),
+    Program(
+        "adopt",
+        "bpf_iter__tcp",
+        "iterator over TCP sockets",
+        libbpf.BPF_PROG_TYPE_TRACING,
+        libbpf.BPF_TRACE_ITER,
+        iterator="tcp",
+    ),
+    Program("watch", "watch", "raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT),
+)
+MAPS = (
+    "spliced",
+    "ends",
+    "seeds",
+    "pairs",
+    "rendezvous",
+    "hints",
+    "splicers",
+    "rules",
+    "networks",
+    "traffic",
+    "settings",
+    "sweep",
+    "counters",
+    "blank",
+    "events",
+)
+
+
+class LoadError(SplicerError):
+    """Compiling or loading failed; `log` is all that clang or the verifier said."""
+
+    def __init__(self, message: str, log: str, **keys: Any) -> None:
+        super().__init__(message, **keys)
+        self.log = log
+
+
+# What the verifier says of its work, whatever came of it.
+_STATISTICS = ("processed ", "verification time", "stack depth", "func#")
+_ENOTSUPP = 524  # include/linux/errno.h, not for user space and seen there all the same
+
+
+def explain_refusal(program: Program, number: int, log: str) -> LoadError:
+    """What the kernel's refusal to load a program (errno, verifier log) means, and what to do about it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(_STATISTICS)]
+    if lines:
+        detail, hint = lines[-1], "run again with --debug for the verifier's log"
+    elif number == errno.EPERM:
+        detail = os.strerror(number)
+        hint = (
+            "the verifier had nothing to object to: this kernel, or a security policy such as lockdown "
+            f"or an LSM, forbids this kind of program ({program.described})"
+        )
+    else:
+        detail = os.strerror(number) if number != _ENOTSUPP else "Operation is not supported"
+        hint = f"this kernel lacks something of this kind of program ({program.described}); {KERNEL_HINT}"
+    if number == errno.ENOMEM:
+        hint = "free some memory, of this machine or of the cgroup that splicer runs in"
+    name = errno.errorcode.get(number, "ENOTSUPP" if number == _ENOTSUPP else str(number))
+    return LoadError(
+        f"the kernel refused the {program.name} program ({name}): {detail}",
+        log,
+        hint=hint,
+        exit_code=UNSUPPORTED,
+    )

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that run when asked: adopt in each network namespace with something to do, watch on the pairs
+that are named."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from splicer.host.namespaces import Directory, entered
+from splicer.kernel import libbpf
+from splicer.kernel.layout import (
+    COUNTERS,
+    END_KEY_OWNER,
+    LOOK_BITS,
+    STATE_PAIRED,
+    SWEEP,
+    WATCH_PAIRS,
+    WATCH_REQUEST_SIZE,
+    Look,
+    Pair,
+    Summary,
+    is_grown,
+    read_names,
+    read_pair,
+    read_readers,
+    read_seed,
+    read_summary,
+    read_watched,
+)
+from splicer.kernel.settings import SettingsMap
+from splicer.model import REASON_NAMES
+
+_SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
+_LOOK_MASK = (1 << LOOK_BITS) - 1
+_NAME = 8  # bytes
+# A sweep takes milliseconds. One that takes longer waits for the lock of a socket whose owner sits in a page
+# fault inside recv (see KNOWN_ISSUES.md); it is left to itself, and its namespace is left out meanwhile.
+_PATIENCE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one sweep saw; see enum sweep_counter in bpf/types.h. `held`: namespaces that could not be
+    visited, because an earlier sweep is held up there."""
+
+    adopted: int = 0
+    drained: int = 0
+    to_adopt: int = 0
+    half: int = 0
+    to_drain: int = 0
+    held: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What watch saw of the pairs it was run on: how many names it was given, those of pairs with TCP bytes
+    unread, to be looked at again soon, and how many are drained because such bytes did not move."""
+
+    looked: int = 0
+    again: frozenset[int] = frozenset()
+    rescued: int = 0
+
+
+class Worker:
+    """A thread that runs one job after the other; whoever gave it one need not wait for the end."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._work, name="sweep", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:
+                self._error = error
+            self._done.set()
+
+    def run(self, job: Callable[[], None], timeout: float) -> bool:
+        """True if the job has ended within `timeout` seconds; raises what it raised. After False the worker
+        is still at it: give it no other job, but `leave` it."""
+        self._done.clear()
+        self._jobs.put(job)
+        if not self._done.wait(timeout):
+            return False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return True
+
+    def leave(self) -> None:
+        """End the thread once it has nothing to do."""
+        self._jobs.put(None)
+
+
+class Sweeper:
+    """adopt, watch and the maps of one generation of programs."""
+
+    def __init__(
+        self,
+        adopt_link: int,
+        watch_program: int | None,
+        maps: Mapping[str, libbpf.Map],
+        directory: Directory | None = None,
+    ) -> None:
+        """No `watch_program`: nothing is looked at, and draining is left to adopt alone."""
+        self._adopt = adopt_link
+        self._watch = None if watch_program is None else libbpf.TestRun(watch_program, WATCH_REQUEST_SIZE)
+        self._maps = maps
+        self._directory = directory or Directory()
+        self._worker: Worker | None = None
+        # Cookies of the namespaces where a sweep is held up.
+        self._held: set[int] = set()
+        self.settings = SettingsMap(maps["settings"])
+
+    def _clear(self) -> None:
+        for index in range(len(SWEEP)):
+            self._maps["sweep"].set(struct.pack("=I", index), struct.pack("=Q", 0))
+
+    def _read(self) -> Counts:
+        values = {}
+        for index, name in enumerate(SWEEP):
+            raw = self._maps["sweep"].get(struct.pack("=I", index))
+            values[name] = struct.unpack("=Q", raw)[0] if raw else 0
+        return Counts(**values)
+
+    @property
+    def held(self) -> int:
+        """How many namespaces have a sweep held up in them."""
+        return len(self._held)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.leave()
+            self._worker = None
+
+    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> Counts:
+        """Visit every socket of the namespaces (cookie to processes likely in it) once."""
+        self._clear()
+        held = 0
+        for cookie, pids in namespaces.items():
+            if cookie in self._held:
+                held += 1
+                continue
+            path = self._directory.find(cookie, pids)
+            if path is None:
+                # Gone, most likely, and its sockets with it. Without a process and a name they may live on
+                # elsewhere: watch makes them pass through TCP if their policy is off.
+                continue
+            try:
+                with entered(path) as actual:
+                    if actual != cookie:
+                        continue
+                    iterator = libbpf.create_iterator(self._adopt)
+            except libbpf.KernelError:
+                raise
+            except OSError:
+                continue
+            held += not self._visit(cookie, iterator)
+        return dataclasses.replace(self._read(), held=held)
+
+    def _visit(self, cookie: int, iterator: int) -> bool:
+        """Run an iterator to its end, with patience. False if it is held up."""
+        if self._worker is None:
+            self._worker = Worker()
+        self._held.add(cookie)
+
+        def visit() -> None:
+            try:
+                libbpf.finish_iterator(iterator)
+            finally:
+                self._held.discard(cookie)
+
+        if self._worker.run(visit, _PATIENCE_S):
+            return True
+        self._worker.leave()
+        self._worker = None
+        return False
+
+    def walk_pairs(self) -> libbpf.Walk:
+        """All pairs, in steps; layout.py reads their values."""
+        return self._maps["pairs"].walk()
+
+    def _read_pairs(self) -> Iterator[memoryview]:
+        walk = self.walk_pairs()
+        while (step := walk.step(libbpf.BATCH)) is not None:
+            yield step[1]
+
+    def watch_all(self) -> Findings:
+        """Look at every pair that is spliced or on its way back."""
+        return self.watch_pairs([name for values in self._read_pairs() for name in read_watched(values)])
+
+    def find_readers(self, tgids: AbstractSet[int]) -> list[int]:
+        """Names of the pairs that one of these processes reads."""
+        return [
+            name
+            for values in self._read_pairs()
+            for name, readers in zip(read_names(values), read_readers(values), strict=True)
+            if not tgids.isdisjoint(readers)
+        ]
+
+    def read_names(self) -> set[int]:
+        """Names of all pairs there are."""
+        return {name for values in self._read_pairs() for name in read_names(values)}
+
+    def watch_pairs(self, names: Sequence[int]) -> Findings:
+        """Run watch on these pairs; see bpf/watch.c. Those that are plain, or have gone, are no harm."""
+        if self._watch is None:
+            return Findings()
+        looks: dict[int, Look] = {}
+        # There is no connection with the name 0, but for one in 2^64.
+        request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
+        context, run, size = self._watch.context, self._watch.run, _NAME * WATCH_PAIRS
+        context[size:] = bytes(_NAME)
+        for start in range(0, len(request), size):
+            context[:size] = request[start : start + size]
+            if result := run():
+                for name in names[start // _NAME : (start + size) // _NAME]:
+                    looks[name] = Look(result & _LOOK_MASK)
+                    result >>= LOOK_BITS
+        for name in [name for name, look in looks.items() if Look.OUTDATED in look]:
+            context[:] = struct.pack(f"=Q {size - _NAME}x Q", name, True)
+            looks[name] = Look(run() & _LOOK_MASK)
+        return Findings(
+            len(names),
+            frozenset(name for name, look in looks.items() if look & (Look.AGAIN | Look.OUTDATED)),
+            sum(Look.RESCUED in look for look in looks.values()),
+        )
+
+    def read_counter(self, index: int) -> int:
+        """One of enum counter in bpf/types.h, over all CPUs."""
+        raw = self._maps["counters"].get(struct.pack("=I", index)) or b""
+        total: int = sum(struct.unpack(f"={len(raw) // 8}Q", raw))
+        return total % (1 << 64)
+
+    def count_news(self) -> int:
+        """Another number than before: pairs were spliced, or an event about one was lost."""
+        return self.read_counter(_SPLICED) + self.read_counter(_EVENTS_LOST)
+
+    def count_orphans(self) -> int:
+        """Another number than before: an end may have stayed in the SOCKHASH without a record."""
+        return self.read_counter(_ORPHANS)
+
+    def walk_ends(self) -> Iterator[tuple[int, int]]:
+        """Network namespace (cookie) and name of each end in the SOCKHASH, one by one."""
+        for key in self._maps["spliced"].walk_keys():
+            netns, name = END_KEY_OWNER.unpack(key)
+            yield netns, name
+
+    def list_pairs(self) -> list[Pair]:
+        return [read_pair(value) for _, value in self._maps["pairs"].items()]
+
+    def list_pairs_and_seeds(self) -> list[Pair]:
+        """All that is known, the young ones included."""
+        seeds = [read_seed(value) for _, value in self._maps["seeds"].items()]
+        return [pair for pair in seeds if pair] + self.list_pairs()
+
+    def list_summaries(self) -> list[Summary]:
+        """All that is known, with no more than what can be counted."""
+        young = Summary(STATE_PAIRED, (0, 0), 0, 0)
+        seeds = (value for _, value in self._maps["seeds"].items())
+        pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
+        return [young for seed in seeds if not is_grown(seed)] + pairs
+
+    def begin_draining(self, reason: str) -> int:
+        """Start all that is spliced on its way back; returns the number of pairs. Their events say where to
+        look for them (EventType.DRAIN), and splicing goes on meanwhile."""
+        self.settings.write(stopping=REASON_NAMES.index(reason))
+        try:
+            return self.watch_all().looked
+        finally:
+            self.settings.write(stopping=0)
+
+    def drain(self, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> int:
+        """Stop splicing, and take every end out of the SOCKHASH.
+
+        Returns the number of pairs still in it after `timeout` seconds, or when `is_enough` says so: their
+        readers do not read, or they cannot be visited. That is safe, see ARCHITECTURE.md; verdicts pass then,
+        but for pairs that are still leaving.
+        """
+        self.settings.write(stopping=REASON_NAMES.index("stop"))
+        self.watch_all()
+        try:
+            return self._drain(time.monotonic() + timeout, is_enough)
+        finally:
+            self.settings.write(splicing=False)
+
+    def _drain(self, deadline: float, is_enough: Callable[[], bool]) -> int:
+        # A pair that finds no rest is taken out the hard way: see try_leave() in bpf/adopt.c.
+        hurry_until = time.monotonic() + 0.2
+        pause = 0.001
+        while True:
+            left = [pair for pair in self.list_pairs() if pair.is_in_map]
+            if not left:
+                return 0
+            namespaces: dict[int, set[int]] = {}
+            for pair in left:
+                for end in (pair.client, pair.server):
+                    namespaces.setdefault(end.netns, set()).add(end.tgid)
+            self.sweep(namespaces)
+            if time.monotonic() >= deadline or is_enough():
+                return sum(pair.is_in_map for pair in self.list_pairs())
+            time.sleep(pause)
+            pause = min(pause * 2, 0.01 if time.monotonic() < hurry_until else 0.05)

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the policy in the kernel equal to what settings, labels and the operator want.
+
+Everything here may be called from any thread: the daemon's own, those that answer requests, the watcher's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from splicer.errors import SplicerError
+from splicer.kernel.layout import MODES, NETWORK, NETWORK_KEY, NOTHING_SAID, RULE, RULE_KEY
+from splicer.kernel.libbpf import KernelError, Map
+from splicer.kernel.settings import SettingsMap
+from splicer.logs import Logger
+from splicer.model import Container
+from splicer.policy import entries, labels, overrides
+from splicer.policy.config import Rule, Settings
+from splicer.policy.entries import CGROUP, NETNS, Changes, Compiled, Entry, Explanation, Key
+
+# Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
+QUEUE_MESSAGES = 1024
+QUEUE_BYTES = 2 << 20
+STREAM_MESSAGES = 64
+STREAM_SIZE = 16 << 10
+
+# Shorter ones would match by accident.
+_LEAST_ID = 4
+
+
+class PolicyReconciler:
+    """Owns the policy of one generation of programs."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        live: SettingsMap,
+        maps: Mapping[str, Map],
+        v2_root: str,
+        read_inventory: Callable[[], Mapping[str, Container] | None],
+        log: Logger,
+    ) -> None:
+        """`live` are the settings of the loaded programs. `read_inventory` gives the running containers,
+        by id, or None while nobody has listed them yet."""
+        self._settings = settings
+        self._live = live
+        self._maps = maps
+        self._v2_root = v2_root
+        self._read_inventory = read_inventory
+        self._log = log
+        self._guard = threading.RLock()
+        self._overrides = overrides.load(settings.run_dir, log)
+        self._complaints: frozenset[tuple[str, ...]] = frozenset()
+        self._cgroup_ids: dict[str, int] = {}
+        self._failure = ""
+
+    # -- wanted against actual -------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> str:
+        """Why the kernel does not have the whole policy; empty when it does."""
+        return self._failure
+
+    def use_settings(self, settings: Settings) -> None:
+        """Settings as read again; takes effect with the next `apply`."""
+        with self._guard:
+            self._settings = settings
+
+    def has_moved(self) -> bool:
+        """Has a cgroup that a rule names come, gone, or been made anew under another id?"""
+        with self._guard:
+            return self._find_cgroups() != self._cgroup_ids
+
+    def apply(self) -> bool:
+        """Make the kernel's policy what it should be. True if anything had to change.
+
+        Living connections follow when the programs next look at them: at a read, or in the daemon's watch.
+        """
+        with self._guard:
+            compiled = self._compile()
+            actual = self._read_entries()
+            wanted = dict(compiled.entries)
+            if self._read_inventory() is None:
+                # Until the containers are known, what an earlier daemon knew of them holds.
+                kept = {key: entry for key, entry in actual.items() if key.kind in (CGROUP, NETNS)}
+                wanted = kept | wanted
+            networks = entries.find_changes(compiled.networks, self._read_networks())
+            changes = entries.find_changes(wanted, actual)
+            try:
+                self._write(changes, networks)
+                self._failure = ""
+            except KernelError as error:
+                # Whatever could not be written is as if nobody had asked for it: say so, and try again.
+                self._failure = f"the policy does not fit into the kernel ({error.strerror})"
+                self._log.error("policy_incomplete", rules=len(wanted), error=error.strerror)
+            changed = self._write_settings(
+                compiled, wanted, bool(changes.put or changes.delete or networks.put or networks.delete)
+            )
+            self._complain()
+            if changed:
+                self._log.debug("policy_applied", rules=len(wanted), networks=len(compiled.networks))
+            return changed
+
+    def _compile(self) -> Compiled:
+        self._cgroup_ids = self._find_cgroups()
+        return entries.compile_policy(
+            self._host(),
+            self._settings.policies,
+            list(self._containers().values()),
+            self._overrides,
+            self._cgroup_ids,
+            root=self._v2_root,
+        )
+
+    def _host(self) -> entries.Host:
+        return entries.Host(self._settings.mode, self._settings.default, self._settings.blocking)
+
+    def _containers(self) -> Mapping[str, Container]:
+        return self._read_inventory() or {}
+
+    def _find_cgroups(self) -> dict[str, int]:
+        """The cgroups that rules name, those that are there, to their ids."""
+        found = {}
+        for rule in self._settings.policies:
+            if rule.cgroup is not None:
+                path = entries.find_cgroup(rule.cgroup, self._v2_root)
+                try:
+                    found[rule.cgroup] = os.stat(path).st_ino
+                except OSError:
+                    continue
+        return found
+
+    def _read_entries(self) -> dict[Key, Entry]:
+        found = {}
+        for raw_key, raw in self._maps["rules"].items():
+            key, entry = _unpack_entry(raw_key, raw)
+            found[key] = entry
+        return found
+
+    def _read_networks(self) -> dict[ipaddress.IPv6Network, int]:
+        found = {}
+        networks = self._maps["networks"]
+        for raw_key in list(networks.walk_keys()):
+            prefix, address = NETWORK_KEY.unpack(raw_key)
+            raw = networks.get(raw_key)
+            if raw is not None:
+                found[ipaddress.IPv6Network((address, prefix))] = NETWORK.unpack(raw)[0]
+        return found
+
+    def _write(
+        self,
+        changes: Changes[Key, Entry],
+        networks: Changes[ipaddress.IPv6Network, int],
+    ) -> None:
+        for network in networks.delete:
+            self._maps["networks"].delete(_pack_network(network))
+        for key in changes.delete:
+            self._maps["rules"].delete(_pack_key(key))
+        for key, entry in changes.put.items():
+            self._maps["rules"].set(_pack_key(key), _pack_entry(key, entry))
+        for network, number in networks.put.items():
+            self._maps["networks"].set(_pack_network(network), NETWORK.pack(number))
+
+    def _write_settings(self, compiled: Compiled, entries: Mapping[Key, Entry], changed: bool) -> bool:
+        now = self._live.read()
+        host = compiled.host
+        mode = MODES[host.mode if host.default == "on" else "off"]
+        allow_blocking = host.blocking == "allow"
+        changed |= (mode, allow_blocking) != (now.mode, now.allow_blocking) or not now.policy
+        # Decisions made while the rules were being written carry the old number and are made again.
+        number = now.policy % 0xFFFFFFFF + 1 if changed else now.policy
+        self._live.write(
+            mode=mode,
+            allow_blocking=allow_blocking,
+            policy=number,
+            has_rules=sum({1 << key.kind for key in entries}),
+            has_eager=compiled.has_eager,
+        )
+        return changed
+
+    def start_splicing(self) -> None:
+        """Apply the policy, then let the programs work."""
+        self.apply()
+        self._live.write(
+            splicing=True,
+            # What a daemon that was killed could not take back.
+            stopping=0,
+            finishing=False,
+            registering=True,
+            hot_reads=self._settings.hot_reads,
+            queue_messages=QUEUE_MESSAGES,
+            queue_bytes=QUEUE_BYTES,
+            stream_messages=STREAM_MESSAGES,
+            stream_size=STREAM_SIZE,
+        )
+
+    # -- what is wrong with the labels -----------------------------------------------------------------------
+
+    def list_problems(self) -> list[dict[str, str]]:
+        """Labels that could not be read, with the container they are on."""
+        found = []
+        for container in self._containers().values():
+            for problem in labels.read(container.labels)[1]:
+                found.append(
+                    {
+                        "container": container.name,
+                        "label": problem.label,
+                        "value": problem.value,
+                        "accepted": problem.accepted,
+                    }
+                )
+        return found
+
+    def _complain(self) -> None:
+        problems = {tuple(problem.values()): problem for problem in self.list_problems()}
+        for key, problem in problems.items():
+            if key not in self._complaints:
+                self._log.warning("bad_label", **problem)
+        self._complaints = frozenset(problems)
+
+    # -- requests --------------------------------------------------------------------------------------------
+
+    def find_containers(self, text: str) -> list[Container]:
+        """Containers by name, compose service or the first digits of the id. Raises SplicerError if none."""
+        containers = list(self._containers().values())
+        for matching in (
+            [each for each in containers if each.name == text],
+            [each for each in containers if each.service == text],
+            [each for each in containers if len(text) >= _LEAST_ID and each.id.startswith(text)],
+        ):
+            if matching:
+                return sorted(matching, key=lambda each: each.name)
+        known = sorted({name for each in containers for name in (each.name, each.service) if name})
+        near = difflib.get_close_matches(text, known, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else "list them with: splicer policy"
+        if not containers:
+            hint = "no containers are known; splicer status says whether the container engine is reached"
+        raise SplicerError(f"no running container of that name, service or id ({text})", hint=hint)
+
+    def override(self, text: str, mode: str | None) -> tuple[list[str], list[str]]:
+        """Set containers to a mode, or take that back (None), and apply it.
+
+        Returns the names of those it changed something for and of the others. Raises SplicerError.
+        """
+        with self._guard:
+            if mode is None and text in self._overrides:
+                names = [text]  # it need not run any more
+            else:
+                names = [container.name for container in self.find_containers(text)]
+            changed = [name for name in names if self._overrides.get(name) != mode]
+            if changed:
+                draft = dict(self._overrides)
+                for name in changed:
+                    if mode is None:
+                        draft.pop(name, None)
+                    else:
+                        draft[name] = mode
+                try:
+                    overrides.store(self._settings.run_dir, draft)
+                except OSError as error:
+                    raise SplicerError(
+                        f"cannot store the override ({self._settings.run_dir}: {error.strerror})",
+                        hint="nothing was changed; see whether the file system is full or read-only",
+                    ) from error
+                self._overrides = draft
+                self._log.info("override", containers=changed, mode=mode or "unset")
+            self.apply()
+            return changed, [name for name in names if name not in changed]
+
+    def explain(self, text: str | None) -> list[Explanation]:
+        """The policy of one container, or of all by name. Raises SplicerError for an unknown one."""
+        with self._guard:
+            everybody = list(self._containers().values())
+            chosen = sorted(everybody, key=lambda each: each.name) if not text else self.find_containers(text)
+            return [
+                entries.explain(
+                    each,
+                    self._host(),
+                    self._settings.policies,
+                    self._overrides,
+                    everybody,
+                    root=self._v2_root,
+                )
+                for each in chosen
+            ]
+
+    def list_rules(self) -> list[tuple[Rule, int]]:
+        """The rules of the configuration, each with the number of containers it is about."""
+        containers = list(self._containers().values())
+        return [
+            (rule, sum(entries.is_about(rule, container, self._v2_root) for container in containers))
+            for rule in self._settings.policies
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """The host's own policy."""
+        host = self._host()
+        return {"default": host.default, "mode": host.mode, "blocking": host.blocking}
+
+
+def _pack_entry(key: Key, entry: Entry) -> bytes:
+    """struct rule: of two rules with the same rank the one that names a port comes first."""
+
+    def pack(rank: int, value: int) -> int:
+        return (2 * rank + (not key.port)) << 32 | value if rank else NOTHING_SAID
+
+    return RULE.pack(pack(entry.mode_rank, entry.mode), pack(entry.blocking_rank, entry.blocking))
+
+
+def _unpack_entry(raw_key: bytes, raw: bytes) -> tuple[Key, Entry]:
+    who, kind, port = RULE_KEY.unpack(raw_key)
+    said = [(0, 0) if word == NOTHING_SAID else (word & 0xFFFFFFFF, word >> 33) for word in RULE.unpack(raw)]
+    return Key(kind, who, port), Entry(*said[0], *said[1])
+
+
+def _pack_key(key: Key) -> bytes:
+    return RULE_KEY.pack(key.who, key.kind, key.port)
+
+
+def _pack_network(network: ipaddress.IPv6Network) -> bytes:
+    return NETWORK_KEY.pack(network.prefixlen, network.network_address.packed)

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.pauses import Stopwatch
+
+from splicer.daemon import control
+from splicer.daemon.control import Handler, Server, remove_stale, request, socket_path
+from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
+
+from ..conftest import Log
+
+
+def echo(asked: Mapping[str, object]) -> Mapping[str, object]:
+    return {"schema": 1, "asked": dict(asked)}
+
+
+def refuse(asked: Mapping[str, object]) -> Mapping[str, object]:
+    raise SplicerError("no such flow", hint="splicer flows")
+
+
+def crash(asked: Mapping[str, object]) -> Mapping[str, object]:
+    raise KeyError("secret")
+
+
+def unserialisable(asked: Mapping[str, object]) -> Mapping[str, object]:
+    return {"x": object()}
+
+
+HANDLERS: dict[str, Handler] = {
+    "echo": echo,
+    "refuse": refuse,
+    "crash": crash,
+    "unserialisable": unserialisable,
+}
+
+
+@pytest.fixture
+def server(run_dir: str, log: Log) -> Iterator[Server]:
+    with Server(run_dir, HANDLERS, log, allowed_uid=os.getuid()) as serving:
+        yield serving
+
+
+@pytest.fixture
+def impatient(run_dir: str, log: Log) -> Iterator[Server]:
+    with Server(run_dir, HANDLERS, log, timeout=0.5, allowed_uid=os.getuid()) as serving:
+        yield serving
+
+
+@contextmanager
+def dial(run_dir: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(5)
+        peer.connect(socket_path(run_dir))
+        yield peer
+
+
+def receive(peer: socket.socket) -> bytes:
+    """Everything up to the end of the stream."""
+    received = b""
+    while chunk := peer.recv(65536):
+        received += chunk
+    return received
+
+
+def talk(run_dir: str, sent: bytes) -> list[Any]:
+    """Send and hang up; all replies."""
+    with dial(run_dir) as peer:
+        peer.sendall(sent)
+        peer.shutdown(socket.SHUT_WR)
+        return [json.loads(line) for line in receive(peer).splitlines()]
+
+
+def answering(run_dir: str, reply: bytes, *, when: threading.Event | None = None) -> threading.Thread:
+    """Something that listens on the control socket and is no splicer; it replies at once, or `when` told."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(socket_path(run_dir))
+    listener.listen()
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        with listener, peer:
+            peer.recv(65536)
+            if when is not None:
+                when.wait()
+            with suppress(OSError):
+                peer.sendall(reply)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+@pytest.mark.usefixtures("server")
+class TestRequests:
+    def test_a_request_is_answered(self, run_dir: str) -> None:
+        result = request(run_dir, "echo", {"port": 80})
+        assert result == {"schema": 1, "asked": {"command": "echo", "port": 80}}
+
+    def test_only_the_owner_can_reach_it(self, run_dir: str) -> None:
+        assert os.stat(socket_path(run_dir)).st_mode & 0o777 == 0o600
+
+    def test_several_requests_on_one_connection(self, run_dir: str) -> None:
+        replies = talk(run_dir, b'{"command":"echo"}\n{"command":"refuse"}\n{"command":"echo"}\n')
+        assert [reply["ok"] for reply in replies] == [True, False, True]
+
+    def test_the_wire_format_of_a_refusal(self, run_dir: str) -> None:
+        assert talk(run_dir, b'{"command":"refuse"}\n') == [
+            {"ok": False, "error": "no such flow", "hint": "splicer flows"}
+        ]
+        with pytest.raises(SplicerError, match="no such flow") as caught:
+            request(run_dir, "refuse")
+        assert caught.value.hint == "splicer flows"
+        assert caught.value.exit_code == FAILURE
+
+    @pytest.mark.parametrize("command", ["bogus", None, 1, ["echo"], {}])
+    def test_unknown_commands(self, run_dir: str, command: object) -> None:
+        (reply,) = talk(run_dir, json.dumps({"command": command}).encode() + b"\n")
+        assert reply["ok"] is False
+        assert "unknown command" in reply["error"]
+        assert "echo" in reply["hint"]
+
+    @pytest.mark.parametrize(
+        ("sent", "error"),
+        [
+            (b"nonsense\n", "not valid JSON"),
+            (b"\xff\xfe\n", "not valid JSON"),
+            (b"\n", "not valid JSON"),
+            (b"[" * 50_000 + b"\n", "not valid JSON"),
+            (b"[]\n", "not a JSON object"),
+            (b'"status"\n', "not a JSON object"),
+            (b'{"command":"echo"', "middle of a line"),
+        ],
+    )
+    def test_bad_requests_are_answered_and_end_the_connection(
+        self, run_dir: str, sent: bytes, error: str
+    ) -> None:
+        (reply,) = talk(run_dir, sent)
+        assert reply["ok"] is False
+        assert error in reply["error"]
+        assert request(run_dir, "echo")["schema"] == 1
+
+    def test_a_request_that_is_too_long(self, run_dir: str) -> None:
+        with dial(run_dir) as peer:
+            peer.sendall(b'{"command":"' + b"x" * control.REQUEST_LIMIT + b'"}\n')
+            assert "longer than 65536 bytes" in json.loads(peer.recv(65536))["error"]
+        assert request(run_dir, "echo")["schema"] == 1
+
+    def test_a_mistake_in_a_handler_is_logged_and_survived(self, run_dir: str, log: Log) -> None:
+        for command in ("crash", "unserialisable"):
+            with pytest.raises(SplicerError, match="internal error in the daemon") as caught:
+                request(run_dir, command)
+            assert "secret" not in caught.value.message
+        # That a peer was slow to come or to go is for debugging, and may be true.
+        logged = [event for level, event, _ in log.events if level != "debug"]
+        assert logged == ["control_request_failed"] * 2
+        assert request(run_dir, "echo")["schema"] == 1
+
+    def test_many_at_once(self, run_dir: str) -> None:
+        answers: list[object] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(request(run_dir, "echo")["schema"]))
+            for _ in range(100)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == [1] * 100
+
+
+@pytest.mark.usefixtures("impatient")
+class TestSlowPeers:
+    def test_a_dawdler_is_dropped_and_stops_nobody(self, run_dir: str) -> None:
+        with dial(run_dir) as dawdler:
+            dawdler.sendall(b'{"comm')
+            assert request(run_dir, "echo")["schema"] == 1
+            with Stopwatch() as watch:
+                assert dawdler.recv(1) == b""
+            assert watch.seconds < 3
+
+    def test_the_time_is_for_the_whole_line(self, run_dir: str) -> None:
+        with dial(run_dir) as dripping:
+            with Stopwatch() as watch, suppress(BrokenPipeError, ConnectionResetError):
+                while watch.seconds < 4:
+                    dripping.sendall(b" ")
+                    time.sleep(0.1)
+            assert watch.seconds < 3
+
+    def test_more_silent_peers_than_slots(self, run_dir: str) -> None:
+        peers = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(control.PEERS_AT_ONCE)]
+        for peer in peers:
+            peer.connect(socket_path(run_dir))
+        assert request(run_dir, "echo")["schema"] == 1
+        for peer in peers:
+            peer.close()
+
+
+def test_handlers_run_one_at_a_time(run_dir: str, log: Log) -> None:
+    inside, most = 0, 0
+
+    def count(asked: Mapping[str, object]) -> Mapping[str, object]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.01)
+        inside -= 1
+        return {}
+
+    with Server(run_dir, {"count": count}, log, allowed_uid=os.getuid()):
+        threads = [threading.Thread(target=request, args=(run_dir, "count")) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == 1
+
+
+def test_a_large_answer_arrives_whole(run_dir: str, log: Log) -> None:
+    flows = [{"local": f"10.0.0.1:{port}", "reason": "cold"} for port in range(50_000)]
+    with Server(run_dir, {"flows": lambda _: {"flows": flows}}, log, allowed_uid=os.getuid()):
+        assert request(run_dir, "flows")["flows"] == flows
+
+
+def test_another_user_is_refused(run_dir: str, log: Log) -> None:
+    with (
+        Server(run_dir, HANDLERS, log, allowed_uid=os.getuid() + 1),
+        pytest.raises(SplicerError, match="only root may use the control socket") as caught,
+    ):
+        request(run_dir, "echo")
+    assert caught.value.hint is not None
+    assert log.names() == ["control_peer_refused"]
+
+
+def test_close_removes_the_socket_and_hangs_up(run_dir: str, log: Log) -> None:
+    server = Server(run_dir, HANDLERS, log, allowed_uid=os.getuid())
+    server.start()
+    with dial(run_dir) as peer:
+        peer.sendall(b'{"command":"echo"}\n')
+        assert peer.recv(65536)
+        with Stopwatch() as watch:
+            server.close()
+        assert watch.seconds < 2
+        assert peer.recv(1) == b""
+    assert os.listdir(run_dir) == []
+    server.close()
+
+
+def test_close_without_start(run_dir: str, log: Log) -> None:
+    Server(run_dir, HANDLERS, log).close()
+
+
+def test_close_leaves_the_socket_of_a_successor(run_dir: str, log: Log) -> None:
+    first = Server(run_dir, HANDLERS, log, allowed_uid=os.getuid())
+    first.start()
+    os.unlink(first.path)
+    with Server(run_dir, HANDLERS, log, allowed_uid=os.getuid()):
+        first.close()
+        assert request(run_dir, "echo")["schema"] == 1
+
+
+def leave_stale(run_dir: str) -> str:
+    path = socket_path(run_dir)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(path)
+        dead.listen()
+    return path
+
+
+def test_a_stale_socket_is_replaced(run_dir: str, log: Log) -> None:
+    leave_stale(run_dir)
+    with Server(run_dir, HANDLERS, log, allowed_uid=os.getuid()):
+        assert request(run_dir, "echo")["schema"] == 1
+
+
+def test_remove_stale(run_dir: str) -> None:
+    path = leave_stale(run_dir)
+    assert remove_stale(path)
+    assert not os.path.exists(path)
+    assert not remove_stale(path)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_live_socket_is_not_replaced(run_dir: str, log: Log) -> None:
+    with pytest.raises(SplicerError, match="another process listens"):
+        Server(run_dir, HANDLERS, log, allowed_uid=os.getuid()).start()
+    assert request(run_dir, "echo")["schema"] == 1
+
+
+def test_a_file_in_the_place_of_the_socket(run_dir: str, log: Log) -> None:
+    Path(socket_path(run_dir)).write_text("precious")
+    with pytest.raises(SplicerError, match="in the place of the control socket"):
+        Server(run_dir, HANDLERS, log).start()
+    assert Path(socket_path(run_dir)).read_text() == "precious"
+
+
+def test_a_run_directory_that_is_gone(run_dir: str, log: Log) -> None:
+    with pytest.raises(SplicerError, match="cannot listen"):
+        Server(run_dir + "/gone", HANDLERS, log).start()
+
+
+def test_a_path_that_is_too_long(log: Log) -> None:
+    long = "/tmp/" + "x" * 100
+    with pytest.raises(SplicerError, match="too long") as caught:
+        Server(long, HANDLERS, log).start()
+    assert caught.value.hint == "choose a --run-dir of at most 94 bytes"
+    with pytest.raises(SplicerError, match="too long"):
+        request(long, "echo")
+
+
+class TestNobodyThere:
+    def check(self, run_dir: str) -> None:
+        with pytest.raises(SplicerError, match="not running") as caught:
+            request(run_dir, "status")
+        assert caught.value.exit_code == NOT_RUNNING
+        assert caught.value.hint is not None
+        assert "splicer run" in caught.value.hint
+
+    def test_no_directory(self, run_dir: str) -> None:
+        self.check(run_dir + "/missing")
+
+    def test_no_socket(self, run_dir: str) -> None:
+        self.check(run_dir)
+
+    def test_a_stale_socket(self, run_dir: str) -> None:
+        leave_stale(run_dir)
+        self.check(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (b"", "hung up without an answer"),
+        (b'{"ok":true', "cut off"),
+        (b"HTTP/1.1 400 Bad Request\r\n", "no splicer"),
+        (b"[]\n", "no splicer"),
+        (b'{"ok":true}\n', "no splicer"),
+        (b'{"ok":false}\n', "no splicer"),
+    ],
+)
+def test_strange_answers(run_dir: str, reply: bytes, message: str) -> None:
+    thread = answering(run_dir, reply)
+    with pytest.raises(SplicerError, match=message) as caught:
+        request(run_dir, "status")
+    thread.join()
+    assert caught.value.exit_code == FAILURE
+    assert caught.value.hint is not None
+
+
+def test_a_daemon_that_does_not_answer(run_dir: str) -> None:
+    given_up = threading.Event()
+    thread = answering(run_dir, b"", when=given_up)
+    try:
+        with pytest.raises(SplicerError, match=r"did not answer within 0\.2 seconds"):
+            request(run_dir, "status", timeout=0.2)
+    finally:
+        given_up.set()
+    thread.join()
+
+
+def test_no_permission(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(self: socket.socket, address: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "connect", deny)
+    with pytest.raises(SplicerError, match="no permission") as caught:
+        request(run_dir, "status")
+    assert caught.value.hint == "run it as root: sudo splicer status"
+    assert caught.value.exit_code == FAILURE

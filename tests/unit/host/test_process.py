@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes are named while they live, and never with the name of one that had the pid before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from splicer.host import process
+from splicer.host.process import UNKNOWN, Process, Processes, read_own_usage
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        yield child
+        child.kill()
+
+
+def test_a_living_process(sleeper: subprocess.Popen[bytes]) -> None:
+    # Between fork and exec it is still us.
+    while psutil.Process(sleeper.pid).name() != "sleep":
+        pass
+    assert Processes().find(sleeper.pid) == Process("sleep", "sleep 60")
+
+
+def test_a_process_that_is_gone() -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    processes = Processes()
+    assert processes.find(child.pid) == UNKNOWN == Process("", "")
+    for pid in (0x7FFFFFFF, -1, 1 << 80):
+        assert processes.find(pid) == UNKNOWN
+
+
+def test_a_process_that_ends_is_forgotten(sleeper: subprocess.Popen[bytes]) -> None:
+    processes = Processes()
+    assert processes.find(sleeper.pid) != UNKNOWN
+    sleeper.kill()
+    sleeper.wait()
+    assert processes.find(sleeper.pid) == UNKNOWN
+
+
+class Impostor:
+    """Stands in for psutil.Process: one pid, and a process behind it that can be replaced."""
+
+    born = 1.0
+    called = "first"
+    alive = True
+    reads = 0
+
+    def __init__(self, pid: int) -> None:
+        pass
+
+    def create_time(self) -> float:
+        return Impostor.born
+
+    def oneshot(self) -> Impostor:
+        return self
+
+    def __enter__(self) -> Impostor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def name(self) -> str:
+        Impostor.reads += 1
+        return Impostor.called
+
+    def cmdline(self) -> list[str]:
+        return [Impostor.called, "\x1b[2Jred\nline", "x" * 1000]
+
+    def is_running(self) -> bool:
+        return Impostor.alive
+
+
+@pytest.fixture
+def impostor(monkeypatch: pytest.MonkeyPatch) -> type[Impostor]:
+    monkeypatch.setattr(psutil, "Process", Impostor)
+    for name, value in (("born", 1.0), ("called", "first"), ("alive", True), ("reads", 0)):
+        monkeypatch.setattr(Impostor, name, value)
+    return Impostor
+
+
+def test_a_reused_pid(impostor: type[Impostor]) -> None:
+    processes = Processes(clock=lambda: 0.0)
+    assert processes.find(7).name == "first"
+    assert processes.find(7).name == "first"
+    assert impostor.reads == 1
+    impostor.born, impostor.called = 2.0, "second"
+    assert processes.find(7).name == "second"
+
+
+def test_a_pid_that_passes_on_while_it_is_read(impostor: type[Impostor]) -> None:
+    impostor.alive = False
+    assert Processes().find(7) == UNKNOWN
+
+
+def test_exec_is_noticed_after_a_while(impostor: type[Impostor]) -> None:
+    now = 0.0
+    processes = Processes(clock=lambda: now)
+    processes.find(7)
+    impostor.called = "after exec"
+    now = 9.0
+    assert processes.find(7).name == "first"
+    now = 11.0
+    assert processes.find(7).name == "after exec"
+
+
+def test_a_command_line_cannot_drive_the_terminal(impostor: type[Impostor]) -> None:
+    command = Processes().find(7).command
+    assert command.startswith("first ?[2Jred?line xxx")
+    assert len(command) == 256
+
+
+def test_memory_is_bounded(impostor: type[Impostor]) -> None:
+    processes = Processes(most=10, clock=lambda: 0.0)
+    for pid in range(1, 100):
+        processes.find(pid)
+    assert len(processes._known) == 10
+    assert 99 in processes._known
+
+
+@pytest.mark.parametrize("error", [psutil.AccessDenied, psutil.ZombieProcess, PermissionError, ValueError])
+def test_one_that_may_not_be_read(
+    impostor: type[Impostor], monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(_self: object) -> str:
+        raise error(7)
+
+    monkeypatch.setattr(impostor, "cmdline", refuse)
+    assert Processes().find(7) == UNKNOWN
+
+
+def test_own_usage() -> None:
+    before = read_own_usage()
+    assert before.rss_bytes > 1 << 20
+    assert before.cpu_seconds > 0
+    fd = os.open(os.devnull, os.O_RDONLY)
+    try:
+        assert read_own_usage().fds == before.fds + 1
+    finally:
+        os.close(fd)
+
+
+def test_psutil_is_loaded_only_when_it_is_needed() -> None:
+    source = "import sys, splicer.host.process; sys.exit('psutil' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+    assert process.UNKNOWN.command == ""
+
+
+def test_the_hosts_pid_namespace_is_told_from_others(tmp_path: Path) -> None:
+    assert not process.sees_host_pids(str(tmp_path))
+    for name in ("self", "1"):
+        (tmp_path / name / "ns").mkdir(parents=True)
+        (tmp_path / name / "ns" / "pid").touch()
+        assert not process.sees_host_pids(str(tmp_path))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is made of the kernel's class: its name, and which kernels `splicer run` refuses."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from splicer.cli import prerequisites
+from splicer.errors import UNSUPPORTED, SplicerError
+from splicer.host import cgroups
+from splicer.host.cgroups import Cgroup
+from splicer.kernel import generation, probes
+from splicer.kernel.libbpf import KernelError
+from splicer.kernel.probes import KernelClass
+
+from ..conftest import Invoke
+
+CLASSES = {
+    "A": KernelClass(counts_redirected=False, counts_tcp=True, accounts_memory=True),
+    "B": KernelClass(counts_redirected=True, counts_tcp=False, accounts_memory=True),
+    "C": KernelClass(counts_redirected=True, counts_tcp=True, accounts_memory=True),
+}
+# On these an unread byte may be taken for none, or a sender is never held back.
+UNFIT = [
+    (KernelClass(False, True, True), "class A", "6.6.128"),
+    (KernelClass(False, False, True), "class A", "6.6.128"),
+    (KernelClass(True, False, False), "held back", "newer kernel"),
+    (KernelClass(True, True, False), "held back", "newer kernel"),
+]
+
+
+@pytest.fixture
+def find(monkeypatch: pytest.MonkeyPatch) -> Callable[[KernelClass | KernelError], None]:
+    """Replace what trying it out on this kernel finds."""
+
+    def replace(found: KernelClass | KernelError) -> None:
+        def answer() -> KernelClass:
+            if isinstance(found, KernelError):
+                raise found
+            return found
+
+        monkeypatch.setattr(probes, "find_class", answer)
+
+    return replace
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_names(name: str) -> None:
+    assert CLASSES[name].name == name
+
+
+def test_class_a_whatever_tcp_bytes_do() -> None:
+    assert KernelClass(counts_redirected=False, counts_tcp=False, accounts_memory=True).name == "A"
+
+
+@pytest.mark.parametrize("name", "BC")
+def test_kernels_that_are_fit(find: Callable[..., None], name: str) -> None:
+    find(CLASSES[name])
+    assert probes.require_class() is CLASSES[name]
+
+
+@pytest.mark.parametrize(("found", "told", "hint"), UNFIT)
+def test_kernels_that_are_refused(
+    find: Callable[..., None], found: KernelClass, told: str, hint: str
+) -> None:
+    find(found)
+    with pytest.raises(SplicerError) as caught:
+        probes.require_class()
+    assert caught.value.exit_code == UNSUPPORTED
+    assert told in str(caught.value)
+    assert hint in (caught.value.hint or "")
+
+
+def test_kernel_that_cannot_redirect(find: Callable[..., None]) -> None:
+    find(KernelError(errno.EINVAL, "create a map"))
+    with pytest.raises(SplicerError, match="cannot redirect between sockets") as caught:
+        probes.require_class()
+    assert caught.value.exit_code == UNSUPPORTED
+    assert "CONFIG_NET_SOCK_MSG" in (caught.value.hint or "")
+
+
+def test_run_ends_with_4_before_anything_is_loaded(
+    invoke: Invoke, find: Callable[..., None], run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prerequisites, "require_privileges", lambda command: None)
+    monkeypatch.setattr(prerequisites, "require_bcc", lambda: None)
+    monkeypatch.setattr(cgroups, "find", lambda requested: Cgroup("/v2", requested, 42))
+    monkeypatch.setattr(generation, "establish", lambda *arguments: pytest.fail("it went on"))
+    find(CLASSES["A"])
+    outcome = invoke("run", "--cgroup", "/v2", "--run-dir", run_dir)
+    assert outcome.code == UNSUPPORTED == 4
+    assert outcome.stdout == ""
+    message, hint = outcome.stderr.splitlines()
+    assert message.startswith("splicer: on this kernel FIONREAD does not count redirected bytes (class A)")
+    assert hint.startswith("hint: use a kernel with the fix: ")

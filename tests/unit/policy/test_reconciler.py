@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reconciler on maps that are dictionaries: what it writes, keeps, refuses and says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splicer.errors import SplicerError
+from splicer.kernel.layout import NETWORK_KEY, NOTHING_SAID, RULE, RULE_KEY, KernelSettings
+from splicer.kernel.libbpf import KernelError
+from splicer.kernel.settings import SettingsMap
+from splicer.model import Container
+from splicer.policy.config import Settings
+from splicer.policy.reconciler import PolicyReconciler
+from splicer.policy.rules import Rule
+
+NONE = KernelSettings.unpack(bytes(56))
+CGROUP, NETWORK, PORT = 1, 2, 0
+
+
+class Table:
+    """A map."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.content: dict[bytes, bytes] = {}
+        self.room = room
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.content.get(key)
+
+    def set(self, key: bytes, value: bytes) -> None:
+        if key not in self.content and len(self.content) >= self.room:
+            raise KernelError(7, "update of rules")
+        self.content[key] = value
+
+    def delete(self, key: bytes) -> bool:
+        return self.content.pop(key, None) is not None
+
+    def walk_keys(self) -> Iterator[bytes]:
+        return iter(list(self.content))
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        return list(self.content.items())
+
+
+class Log:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def info(self, event: str, /, **_: object) -> None:
+        self.events.append(event)
+
+    debug = warning = error = exception = info
+
+
+@dataclasses.dataclass
+class World:
+    """A reconciler and everything around it."""
+
+    run_dir: Path
+    live: SettingsMap
+    rules: Table
+    networks: Table
+    log: Log
+    containers: dict[str, Container] | None
+
+    def govern(self, **settings: Any) -> PolicyReconciler:
+        return PolicyReconciler(
+            Settings(run_dir=str(self.run_dir), **settings),
+            self.live,
+            {"rules": self.rules, "networks": self.networks},  # type: ignore[dict-item]
+            str(self.run_dir),
+            lambda: self.containers,
+            self.log,
+        )
+
+    def read_rules(self) -> dict[tuple[int, int, int], tuple[int | None, int | None]]:
+        """(kind, who, port) to (mode, blocking)."""
+        found = {}
+        for key, value in self.rules.items():
+            who, kind, port = RULE_KEY.unpack(key)
+            mode, blocking = (
+                None if word == NOTHING_SAID else word & 0xFFFFFFFF for word in RULE.unpack(value)
+            )
+            found[kind, who, port] = mode, blocking
+        return found
+
+    def run(self, name: str, number: int, **labels: str) -> None:
+        """Start a container whose cgroup has this id."""
+        assert self.containers is not None
+        container = Container(
+            f"{number:064x}",
+            name,
+            "image",
+            {f"splicer.{key}": value for key, value in labels.items()},
+            pid=number,
+            cgroup=f"{self.run_dir}/docker/{number:064x}",
+            cgroup_id=number,
+            netns=number + 1000,
+        )
+        self.containers = {**self.containers, container.id: container}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    settings: Any = Table()
+    settings.set(bytes(4), NONE.pack())
+    return World(tmp_path, SettingsMap(settings), Table(), Table(), Log(), {})
+
+
+def test_nothing_to_say_is_one_number(world: World) -> None:
+    reconciler = world.govern()
+    assert reconciler.apply()
+    assert not world.rules.content
+    assert world.live.read() == dataclasses.replace(NONE, mode=1, policy=1)
+    assert not reconciler.apply(), "nothing has changed"
+    assert world.live.read().policy == 1
+
+
+def test_the_programs_are_let_to_work_after_the_policy(world: World) -> None:
+    world.govern(default="off", blocking="allow", hot_reads=3).start_splicing()
+    settings = world.live.read()
+    assert (settings.mode, settings.allow_blocking, settings.policy) == (0, True, 1)
+    assert (settings.splicing, settings.registering, settings.hot_reads) == (True, True, 3)
+    assert settings.queue_messages
+    assert settings.queue_bytes
+
+
+def test_the_number_never_becomes_zero(world: World) -> None:
+    world.live.write(policy=0xFFFFFFFF)
+    world.govern().apply()
+    assert world.live.read().policy == 1
+
+
+def test_labels_come_and_go_with_their_container(world: World) -> None:
+    reconciler = world.govern()
+    reconciler.apply()
+    world.run("web", 7, mode="off")
+    world.run("app", 8)
+    assert reconciler.apply()
+    assert world.read_rules() == {(CGROUP, 7, 0): (0, None)}
+    assert world.live.read().has_rules == 1 << CGROUP
+    world.containers = {}
+    assert reconciler.apply()
+    assert not world.rules.content
+    assert world.live.read().has_rules == 0
+    assert world.live.read().policy == 3
+
+
+def test_rules_by_port_network_and_cgroup(world: World) -> None:
+    (world.run_dir / "slice").mkdir()
+    inode = (world.run_dir / "slice").stat().st_ino
+    policies = (
+        Rule(ports=(80, 81), mode="off"),
+        Rule(cidr="10.0.0.0/8", blocking="allow"),
+        Rule(cgroup="slice", mode="eager"),
+        Rule(cgroup="missing", mode="off"),
+    )
+    reconciler = world.govern(policies=policies)
+    reconciler.apply()
+    said = world.read_rules()
+    assert said[PORT, 0, 80] == said[PORT, 0, 81] == (0, None)
+    assert said[CGROUP, inode, 0] == (2, None)
+    assert (NETWORK, 1, 0) in said or len([key for key in said if key[0] == NETWORK]) == 1
+    prefixes = {NETWORK_KEY.unpack(key)[0] for key, _ in world.networks.items()}
+    assert prefixes == {104}
+    assert world.live.read().has_eager
+    assert not reconciler.has_moved()
+    (world.run_dir / "missing").mkdir()
+    assert reconciler.has_moved()
+    assert reconciler.apply()
+    assert not reconciler.has_moved()
+
+
+def test_of_equal_ranks_the_one_with_the_port_comes_first(world: World) -> None:
+    world.run("web", 7, ports="80")
+    world.govern().apply()
+    words = {RULE_KEY.unpack(key)[2]: RULE.unpack(value)[0] for key, value in world.rules.items()}
+    assert words[80] < words[0]
+    assert (words[80] & 3, words[0] & 3) == (1, 0)
+
+
+def test_until_the_containers_are_known_an_earlier_daemons_rules_hold(world: World) -> None:
+    world.run("web", 7, mode="off")
+    world.govern().apply()
+    before = dict(world.rules.content)
+    world.containers = None
+    later = world.govern(policies=(Rule(ports=(80,), mode="off"),))
+    later.apply()
+    assert before.items() <= world.rules.content.items()
+    assert (PORT, 0, 80) in world.read_rules()
+    world.containers = {}
+    later.apply()
+    assert set(world.read_rules()) == {(PORT, 0, 80)}
+
+
+def test_rules_that_do_not_fit_are_said_and_tried_again(world: World) -> None:
+    world.rules.room = 2
+    reconciler = world.govern(policies=(Rule(ports=tuple(range(80, 90)), mode="off"),))
+    reconciler.apply()
+    assert "does not fit" in reconciler.failure
+    assert "policy_incomplete" in world.log.events
+    world.rules.room = 100
+    reconciler.apply()
+    assert reconciler.failure == ""
+    assert len(world.rules.content) == 10
+
+
+def test_an_override_is_stored_applied_and_taken_back(world: World) -> None:
+    world.run("web", 7)
+    reconciler = world.govern()
+    reconciler.apply()
+    assert reconciler.override("web", "off") == (["web"], [])
+    assert reconciler.override("web", "off") == ([], ["web"])
+    assert world.read_rules() == {(CGROUP, 7, 0): (0, None)}
+    # By name: it holds for the container that follows, also in the next daemon.
+    world.containers = {}
+    world.run("web", 9, mode="adaptive")
+    another = world.govern()
+    another.apply()
+    assert world.read_rules()[CGROUP, 9, 0] == (0, None)
+    assert another.override("web", None) == (["web"], [])
+    assert world.read_rules()[CGROUP, 9, 0] == (1, None)
+    assert another.override("web", None) == ([], ["web"])
+
+
+def test_an_override_can_be_taken_back_when_its_container_is_gone(world: World) -> None:
+    world.run("web", 7)
+    reconciler = world.govern()
+    reconciler.override("web", "off")
+    world.containers = {}
+    assert reconciler.override("web", None) == (["web"], [])
+    with pytest.raises(SplicerError, match="no running container"):
+        reconciler.override("web", None)
+
+
+def test_an_override_that_cannot_be_stored_changes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.run("web", 7)
+    reconciler = world.govern()
+    reconciler.apply()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("splicer.policy.reconciler.overrides.store", refuse)
+    with pytest.raises(SplicerError, match="No space left"):
+        reconciler.override("web", "off")
+    assert not world.rules.content
+
+
+def find_ids(world: World) -> Callable[[str], list[str]]:
+    reconciler = world.govern()
+    return lambda text: [each.name for each in reconciler.find_containers(text)]
+
+
+def test_containers_are_found_by_name_service_and_id(world: World) -> None:
+    assert world.containers is not None
+    labels: Mapping[str, str] = {"com.docker.compose.service": "web", "com.docker.compose.project": "shop"}
+    for number, name in enumerate(("shop-web-1", "shop-web-2", "web")):
+        identifier = f"{number}abc".ljust(64, "0")
+        world.containers[identifier] = Container(
+            identifier, name, "image", labels if name.startswith("shop") else {}, cgroup_id=number + 1
+        )
+    find = find_ids(world)
+    assert find("shop-web-2") == ["shop-web-2"]
+    assert find("web") == ["web"], "a name goes before a service"
+    assert find("1abc") == ["shop-web-2"]
+    del world.containers["2abc".ljust(64, "0")]
+    assert find("web") == ["shop-web-1", "shop-web-2"]
+    with pytest.raises(SplicerError) as refusal:
+        find("shop-web-3")
+    assert refusal.value.hint is not None
+    assert "shop-web-" in refusal.value.hint
+    with pytest.raises(SplicerError):
+        find("1ab")
+
+
+def test_bad_labels_are_complained_about_once(world: World) -> None:
+    world.run("web", 7, enable="maybe")
+    reconciler = world.govern()
+    reconciler.apply()
+    reconciler.apply()
+    assert world.log.events.count("bad_label") == 1
+    [problem] = reconciler.list_problems()
+    assert (problem["container"], problem["label"], problem["value"]) == ("web", "splicer.enable", "maybe")
+    assert world.read_rules()[CGROUP, 7, 0] == (0, None), "left alone"
+
+
+def test_settings_read_again_take_effect(world: World) -> None:
+    reconciler = world.govern()
+    reconciler.apply()
+    reconciler.use_settings(Settings(run_dir=str(world.run_dir), default="off"))
+    assert reconciler.apply()
+    assert world.live.read().mode == 0
+    assert reconciler.describe() == {"default": "off", "mode": "adaptive", "blocking": "refuse"}
+
+
+def test_rules_are_counted_by_the_containers_they_are_about(world: World) -> None:
+    world.run("web-1", 7)
+    world.run("web-2", 8)
+    world.run("db", 9)
+    reconciler = world.govern(
+        policies=(Rule(container="web-*", mode="off"), Rule(cgroup="docker", mode="off"))
+    )
+    assert [count for _, count in reconciler.list_rules()] == [2, 3]
+    [explained] = reconciler.explain("web-1")
+    assert explained.to_json()["mode"] == "off"
+    assert len(reconciler.explain(None)) == 3
