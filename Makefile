@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps run image test lint unit kernel conformance e2e test-apps soak bench clean
+.PHONY: help setup setup-test setup-e2e setup-apps run image test test-all lint unit kernel conformance e2e test-apps soak bench clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -31,24 +31,28 @@ image: ## the container image `splicer`, with version and commit in its labels; 
 		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
 		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(ARGS) .
 
-test: setup-e2e lint ## setup, ruff, mypy and all tests; a missing prerequisite is a failure
+test: setup-e2e lint ## setup, ruff, mypy, and every guarantee once; a missing prerequisite is a failure
 	SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: setup-e2e lint ## all tests and 10 minutes of soak: what a change to bpf/ passes before it is called done
+	SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest --all $(ARGS)
+	tests/soak/run --minutes 10
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 unit: setup-test ## the tests that need no root
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest --all tests/unit $(ARGS)
 
 kernel: setup-test ## the tests on real sockets (root)
-	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest tests/kernel $(ARGS)
+	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest --all tests/kernel $(ARGS)
 
 conformance: setup-test ## plain TCP against spliced, call by call (root)
-	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest tests/conformance $(ARGS)
+	SPLICER_KERNEL_TESTS=1 $(BIN)/python -m pytest --all tests/conformance $(ARGS)
 
 e2e: setup-e2e ## the tests with containers: a Docker of their own, images from this tree (root)
-	SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest tests/e2e $(ARGS)
+	SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest --all tests/e2e $(ARGS)
 
 test-apps: setup-apps ## real programs, plain and spliced (root); ARGS="--only redis --seconds 10"
 	@exec tests/apps/run --all $(ARGS)

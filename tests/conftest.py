@@ -19,3 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="how long the ordering tests exchange data altogether (default: 8)",
     )
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="also what `make test` leaves to `make test-all` (support/tiers.py)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from support.tiers import select
+
+    select(config, items)

@@ -45,7 +45,7 @@ def lab(_prerequisites: None) -> Iterator[Lab]:
     made.remove()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def host(_prerequisites: None) -> Iterator[Host]:
     with Host() as made:
         yield made

@@ -57,7 +57,7 @@ class Stage:
         namespace = lab.namespace("a")
         self._outside = Peer(namespace, None, ACTOR)
         self._inside = Peer(namespace, host.cgroup, ACTOR)
-        self._plain: dict[str, list[Run]] = {}
+        self._plain: dict[str, Run] = {}
         self._chance = random.Random(1)
         self.tally = Tally()
 
@@ -65,11 +65,16 @@ class Stage:
         self._outside.stop()
         self._inside.stop()
 
-    def plain(self, probe: Probe) -> list[Run]:
-        """Plain TCP, twice: these are the transcripts that all others are compared with."""
+    def plain(self, probe: Probe) -> Run:
+        """Plain TCP, played once: the transcript that all others are compared with."""
         if probe.name not in self._plain:
-            self._plain[probe.name] = self._play(self._outside, probe, [Cut(), Cut()], spliced=False)
+            self._plain[probe.name] = self.play_plain(probe)
         return self._plain[probe.name]
+
+    def play_plain(self, probe: Probe) -> Run:
+        """Plain TCP once more."""
+        [run] = self._play(self._outside, probe, [Cut()], spliced=False)
+        return run
 
     def spliced(self, probe: Probe) -> list[Run]:
         return self._play(self._inside, probe, [Cut()], spliced=True)
@@ -80,7 +85,7 @@ class Stage:
 
     def cut(self, probe: Probe) -> list[Run]:
         """Spliced, and taken back to plain TCP at one moment after another."""
-        moments = self.plain(probe)[0].moments
+        moments = self.plain(probe).moments
         step = max(1.0, moments / probe.cuts)
         chosen = sorted({int(number * step) for number in range(min(moments, probe.cuts))})
         # Every moment in the middle of draining, every other one after it as well.
@@ -89,7 +94,7 @@ class Stage:
 
     def drain(self, probe: Probe) -> list[Run]:
         """Spliced, and drained by the operator at some moments."""
-        moments = self.plain(probe)[0].moments
+        moments = self.plain(probe).moments
         chance = random.Random(probe.name)
         chosen = sorted(chance.sample(range(moments), min(moments, probe.drains)))
         lags = itertools.cycle(chance.sample(DRAIN_LAGS, len(DRAIN_LAGS)))

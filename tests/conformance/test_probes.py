@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every probe on plain TCP, spliced, and in the middle of a transition: the transcripts are the same."""
+"""Every probe on plain TCP, spliced, and in the middle of a transition: the transcripts are the same.
+
+`make test` plays each probe plain, spliced and in one of the transitions, by turns, so that each transition
+meets probes of every kind; `make test-all` plays all of them.
+"""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from support.pauses import Stopwatch
+from support.tiers import spread, thorough
 
 from conformance.differences import DIFFERENCES
 from conformance.probes import Probe, load
@@ -13,7 +20,29 @@ from conformance.stage import Run, Stage, compare, raise_harness_errors
 PROBES = load()
 SPLICED = {name: each for name, each in PROBES.items() if not each.reason}
 EACH = pytest.mark.parametrize("probe", PROBES.values(), ids=PROBES)
-EACH_SPLICED = pytest.mark.parametrize("probe", SPLICED.values(), ids=SPLICED)
+
+# By turns within each module of probes, which are of one kind.
+TRANSITIONS = ("eager", "cut", "drain", "storm")
+CHOSEN = {
+    name: TRANSITIONS[number % len(TRANSITIONS)]
+    for _, names in itertools.groupby(SPLICED, lambda name: SPLICED[name].play.__module__)
+    for number, name in enumerate(names)
+}
+
+
+def _each_spliced(transition: str) -> pytest.MarkDecorator:
+    chosen = [probe for name, probe in SPLICED.items() if CHOSEN[name] == transition]
+    reason = "another transition of this probe is in make test"
+    return pytest.mark.parametrize("probe", spread(SPLICED.values(), chosen, reason), ids=SPLICED)
+
+
+def _play_plain(stage: Stage, probe: Probe) -> Run:
+    """What plain TCP does; that it does so each time is for test_plain to say."""
+    __tracebackhide__ = True
+    run = stage.plain(probe)
+    raise_harness_errors([run])
+    assert run.ended == "ok", f"{run.ended}\n" + "\n".join(run.lines)
+    return run
 
 
 LONG = 0.05  # seconds; a drain that finds no rest for 0.1 s is a hard one, whoever took the time
@@ -44,12 +73,12 @@ def _check_transition(probe: Probe, plain: Run, runs: list[Run], hard: bool = Fa
         pytest.fail(f"{len(wrong)} of {len(runs)} differ:\n" + "\n".join(wrong[:4]), pytrace=False)
 
 
+@thorough("whether a probe can tell anything does not change with splicer")
 @EACH
 def test_plain(stage: Stage, probe: Probe) -> None:
     """The probe does on plain TCP what it does each time: otherwise it could not tell anything."""
-    one, other = stage.plain(probe)
-    raise_harness_errors([one, other])
-    assert one.ended == "ok", f"{one.ended}\n" + "\n".join(one.lines)
+    one, other = _play_plain(stage, probe), stage.play_plain(probe)
+    raise_harness_errors([other])
     difference = compare(one, other)
     assert not difference, f"the probe is not deterministic:\n{difference}"
 
@@ -71,43 +100,43 @@ def _check_spliced(probe: Probe, plain: Run, run: Run) -> None:
 def test_spliced(stage: Stage, probe: Probe) -> None:
     """On a connection that is spliced (or is not, for the documented reason): plain TCP's transcript."""
     [run] = stage.spliced(probe)
-    _check_spliced(probe, stage.plain(probe)[0], run)
+    _check_spliced(probe, _play_plain(stage, probe), run)
 
 
-@EACH_SPLICED
+@_each_spliced("eager")
 def test_spliced_from_the_first_byte(stage: Stage, probe: Probe) -> None:
     """The same under the policy `eager`."""
     [run] = stage.eager(probe)
-    _check_spliced(probe, stage.plain(probe)[0], run)
+    _check_spliced(probe, _play_plain(stage, probe), run)
 
 
-@EACH_SPLICED
+@_each_spliced("cut")
 def test_taken_back_at_any_call(stage: Stage, probe: Probe) -> None:
     """Taken back to plain TCP right before any of its calls, or a little earlier: no difference."""
     runs = stage.cut(probe)
-    _check_transition(probe, stage.plain(probe)[0], runs)
+    _check_transition(probe, _play_plain(stage, probe), runs)
     # An option that was taken back again does not keep a connection plain for ever.
     assert {run.state for run in runs} != {"spliced"}, "it was not taken back"
 
 
-@EACH_SPLICED
+@_each_spliced("drain")
 def test_drained_at_some_calls(stage: Stage, probe: Probe) -> None:
     """Drained by the operator's command around some of its calls: no difference."""
     with Stopwatch() as watch:
         runs = stage.drain(probe)
     hard = any(end - begin > LONG for begin, end in watch.pauses)
-    _check_transition(probe, stage.plain(probe)[0], runs, hard)
+    _check_transition(probe, _play_plain(stage, probe), runs, hard)
 
 
-@EACH_SPLICED
+@_each_spliced("storm")
 def test_drained_again_and_again(stage: Stage, probe: Probe) -> None:
     """While the operator drains everything again and again, and it is adopted again: no difference."""
-    _check_transition(probe, stage.plain(probe)[0], stage.storm(probe))
+    _check_transition(probe, _play_plain(stage, probe), stage.storm(probe))
 
 
 def test_the_storm_was_one(stage: Stage) -> None:
     """The tests above are worth something only if connections did change their state."""
-    if stage.tally.runs < 50:
+    if stage.tally.runs < 20:
         pytest.skip("only a part of the suite was run")
     assert stage.tally.drained > stage.tally.runs / 4
     assert stage.tally.spliced > stage.tally.runs / 4

@@ -20,6 +20,7 @@ from support.docker import Engine
 from support.images import DEMO
 from support.pauses import Stopwatch
 from support.stack import Network, Stack
+from support.tiers import thorough
 
 CONTAINERS = 200
 STAYING = ("sidecar", "web", "client")
@@ -110,6 +111,7 @@ def _live(stack: Stack, number: int) -> float:
 
 
 @pytest.mark.timeout(600)
+@thorough("it takes a minute; unit/containers has the same storm of events without an engine")
 def test_two_hundred_containers(engine: Engine, stack: Stack, network: Network) -> None:
     pid = engine.inspect(stack.sidecar)["State"]["Pid"]
     with ThreadPoolExecutor(PARALLEL) as pool:

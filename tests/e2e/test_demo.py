@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.docker import Engine
 from support.stack import Stack
+from support.tiers import thorough
 
 PAIRS, SECONDS = 3, 3
 # Connections on the way, each of which carries a request and its answer.
@@ -36,6 +37,7 @@ def _share_redirected(legs: list[dict[str, Any]], hops: int) -> float:
     return statistics.median(leg["redirected_messages"] / (2 * hops * leg["requests"]) for leg in legs)
 
 
+@thorough("a minute of load; that its containers are spliced is in test_sidecar.py")
 def test_plain_and_spliced_by_turns(engine: Engine, demo: Stack) -> None:
     load = demo.container("load")
     code = int(engine.docker("wait", load, timeout=180))

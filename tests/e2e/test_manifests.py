@@ -15,6 +15,7 @@ from support.daemon import REPOSITORY, wait_until
 from support.docker import Engine
 from support.images import SPLICER
 from support.stack import Stack
+from support.tiers import thorough
 
 EXAMPLES = REPOSITORY / "examples"
 # systemd's own measure, from 0 to 10; promised in examples/systemd/README.md.
@@ -72,6 +73,7 @@ def swarm(engine: Engine) -> Iterator[Engine]:
         engine.start_dockerd()
 
 
+@thorough("another way to start the image that test_sidecar.py starts")
 def test_swarm_runs_the_stack(swarm: Engine, tmp_path: Path) -> None:
     service = "splicer_splicer"
     file = EXAMPLES / "swarm/stack.yml"

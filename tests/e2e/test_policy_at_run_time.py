@@ -13,6 +13,7 @@ from support.daemon import wait_until
 from support.docker import Engine
 from support.pauses import Stopwatch
 from support.stack import Network, Stack
+from support.tiers import thorough
 
 CONNECTIONS = 4
 # The promise, from the command to the last connection.
@@ -124,6 +125,7 @@ def test_a_rule_in_the_configuration_file(stack: Stack, network: Network) -> Non
     _check_flip(stack, network, lambda: configure(rule), lambda: configure(""))
 
 
+@thorough("unit/policy has overrides of an earlier run")
 def test_an_override_survives_the_sidecar(engine: Engine, stack: Stack, network: Network) -> None:
     wait_until("web is known", lambda: stack.policy("web"))
     stack.splicer("set", "web", "off")
@@ -135,6 +137,7 @@ def test_an_override_survives_the_sidecar(engine: Engine, stack: Stack, network:
     assert stack.policy("web")["mode"] == "adaptive"
 
 
+@thorough("kernel/test_policy.py has a cgroup made anew, unit/containers the restart")
 def test_a_container_is_restarted_under_load(engine: Engine, stack: Stack, network: Network) -> None:
     """Whoever spoke to it tries again and is spliced again; nobody else notices."""
     _start(stack, network)

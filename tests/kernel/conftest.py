@@ -56,15 +56,16 @@ def second_lab(_prerequisites: None) -> Iterator[Lab]:
     made.remove()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_host(_prerequisites: None) -> Iterator[Host]:
+    """One for all modules that do not make their own: to compile and load takes longer than most tests."""
     with Host() as made:
         yield made
 
 
 @pytest.fixture
 def host(shared_host: Host) -> Iterator[Host]:
-    """splicer with the services of support/host.py, shared by a module's tests; peers live for one test."""
+    """splicer with the services of support/host.py, shared by many tests; peers live for one test."""
     assert shared_host.daemon.alive, f"splicer run has ended:\n{shared_host.daemon.tail()}"
     shared_host.expected_rescues = 0
     rescued = shared_host.daemon.totals()["rescued"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support.daemon import REPOSITORY
 from support.pauses import Stopwatch
+from support.tiers import thorough
 
 from splicer.kernel.layout import WATCH_PAIRS
 
@@ -64,6 +65,7 @@ def test_a_connection_for_each_request_is_left_alone(result: dict[str, Any]) -> 
         assert per_request[name] <= calls + TOLERANCE, per_request
 
 
+@thorough("test_watch.py counts looks; this counts them at the size of the benchmark")
 def test_looks_go_to_those_who_ask() -> None:
     """Of many spliced connections a few ask to be looked at: they are, and the others are not looked at more
     often for that. Without any nobody is looked at."""

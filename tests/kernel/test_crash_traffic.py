@@ -29,6 +29,7 @@ from support.engine import FakeEngine
 from support.host import EAGER, Host
 from support.lab import Lab
 from support.pauses import Stopwatch
+from support.tiers import spread, thorough
 
 ROUNDS = 100  # of request and response in a lap
 BULK = 1_500_000  # bytes in a lap
@@ -193,6 +194,7 @@ def _remove_run_directory(host: Host) -> None:
     host.start()
 
 
+MOMENTS = "each event has a test of its own; this adds traffic"
 EVENTS: dict[str, Callable[[Host], None]] = {
     "killed": _kill,
     "stopped": _stop,
@@ -205,7 +207,7 @@ EVENTS: dict[str, Callable[[Host], None]] = {
 }
 
 
-@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("event", spread(EVENTS, ("killed", "bpffs-and-killed"), MOMENTS))
 def test_traffic_goes_on(lab: Lab, event: str) -> None:
     """The daemon, its pins or its files go away and come back: nobody who talks notices."""
     with Host("--stop-timeout=1") as host:
@@ -214,6 +216,7 @@ def test_traffic_goes_on(lab: Lab, event: str) -> None:
         _check_alive(host, lab)
 
 
+@thorough("many starts at once are in test_upgrade_places.py; this adds traffic")
 @pytest.mark.parametrize("left", ["nothing", "pins"])
 def test_starts_race(lab: Lab, left: str) -> None:
     """Two starts at once, before there was any and over the pins of a killed one: exactly one wins, and the
@@ -246,6 +249,7 @@ def test_starts_race(lab: Lab, left: str) -> None:
 # no room
 
 
+@thorough("a start on a full disk is in test_upgrade_places.py; this adds traffic")
 def test_disk_is_full(small_disk: Path, lab: Lab) -> None:
     """The disk with log, lock and socket fills while it runs; then it is killed, and a start without room for
     its ready file refuses. Neither these nor the next start that has room are noticed by the traffic."""
@@ -293,7 +297,7 @@ def _time_namespace(monotonic: int, boottime: int) -> Iterator[tuple[str, ...]]:
         holder.stdout.close()
 
 
-@pytest.mark.parametrize("which", ["both", "boottime"])
+@pytest.mark.parametrize("which", spread(["both", "boottime"], ["both"], "the same scene with one clock"))
 def test_clocks_jump_between_two_lives(lab: Lab, which: str) -> None:
     """The next daemon finds its clocks a day later, and the one after that half the machine's uptime earlier,
     CLOCK_BOOTTIME alone as after a suspension or CLOCK_MONOTONIC too as after a restored checkpoint: each
@@ -328,6 +332,7 @@ time.time_ns = lambda: true_ns() + next(steps) * 10**9
 """
 
 
+@thorough("unit/test_clocks.py forbids the wall clock; this looks whether it is enough")
 def test_wall_clock_jumps_at_each_look(lab: Lab, tmp_path: Path) -> None:
     """For the daemon alone the wall clock jumps by hours whenever it looks: it follows its engine, adopts,
     drains, and stops in time, and the traffic does not notice."""

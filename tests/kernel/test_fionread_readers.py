@@ -17,6 +17,7 @@ from support.host import Host
 from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import HABITS, Pair, Peer
+from support.tiers import thorough
 
 from splicer.kernel.generation import open_pinned
 from splicer.kernel.sweep import Findings
@@ -94,8 +95,19 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
     _unload(host, pairs)
 
 
-@pytest.mark.parametrize("edge", [False, True], ids=["level", "edge"])
-@pytest.mark.parametrize("leave", [_stop, _unload, _unload_late], ids=["stop", "unload", "late"])
+@pytest.mark.parametrize(
+    ("leave", "edge"),
+    [
+        pytest.param(leave, edge, id=f"{name}-{kind}", marks=() if always else thorough("each has its turn"))
+        for name, leave, usual in (
+            ("stop", _stop, True),
+            ("unload", _unload, False),
+            ("late", _unload_late, True),
+        )
+        for kind, edge in (("level", False), ("edge", True))
+        for always in (edge is usual,)
+    ],
+)
 def test_reader_that_is_stopped_while_splicer_stops(
     lab: Lab, leave: Callable[[Host, list[Pair]], None], edge: bool
 ) -> None:

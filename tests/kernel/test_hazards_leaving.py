@@ -14,6 +14,7 @@ from support.lab import Lab
 from support.loans import borrow
 from support.pauses import Stopwatch
 from support.players import JUGGLER, Pair
+from support.tiers import spread
 
 # A daemon that gets its CPU time needs milliseconds; the bound is for one that does not.
 LONGEST_DENIAL = 1.0  # seconds
@@ -146,7 +147,7 @@ def test_reader_far_behind_when_splicer_stops(lab: Lab) -> None:
 # crashes
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.003, 0.02])
+@pytest.mark.parametrize("delay", spread([0.0, 0.003, 0.02], [0.003], "further moments"))
 def test_killed_while_a_drain_goes_on_under_an_exact_reader(lab: Lab, delay: float) -> None:
     """The daemon dies at some moment of `splicer drain`, which leaves pairs half out or on their way. A
     reader that reads only what FIONREAD says has got everything soon after the next start."""

@@ -29,6 +29,7 @@ from support.lab import Lab
 from support.load import Load
 from support.pauses import Stopwatch
 from support.players import End, Pair
+from support.tiers import spread, thorough
 
 FAILURE, USAGE, NOT_RUNNING, UNSUPPORTED = 1, 2, 3, 4
 UNPRIVILEGED = {
@@ -58,7 +59,9 @@ def _run(host: Host, *arguments: str, prefix: tuple[str, ...] = (), **changes: s
 # stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", spread([signal.SIGTERM, signal.SIGINT], [signal.SIGTERM], "one handler for both")
+)
 def test_stop_under_load(lab: Lab, number: int) -> None:
     """A signal under load: exit code 0 within seconds, no byte lost, nothing left while traffic goes on."""
     with Host() as host:
@@ -108,7 +111,7 @@ def test_second_signal_does_not_wait(lab: Lab) -> None:
         pair.verify()
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.2, 0.4, 0.6])
+@pytest.mark.parametrize("delay", spread([0.05, 0.2, 0.4, 0.6], [0.2, 0.6], "further moments"))
 def test_stop_while_starting(delay: float) -> None:
     """A signal at any moment of the start leaves a clean state."""
     with Host(start=False) as host:
@@ -144,6 +147,7 @@ def test_signals_at_any_moment(lab: Lab) -> None:
         assert '"name": "SIGTERM"' in host.daemon.log.read_text()
 
 
+@thorough("test_stop_under_load again and again; the soak does it too")
 def test_stopped_and_started_again_under_load(lab: Lab) -> None:
     """Traffic survives several lives of the daemon, and the last one splices as the first did."""
     with Host() as host:

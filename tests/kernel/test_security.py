@@ -16,6 +16,7 @@ from support.lab import Lab
 from support.load import Load
 from support.pauses import Stopwatch
 from support.players import End, Pair
+from support.tiers import thorough
 
 SIDES = ("client", "server")
 # Source ports that tests fix: below the ephemeral ones.
@@ -261,7 +262,13 @@ ENDINGS = ("reset-unread", "server-first", "reset-both")
 LONGEST = 40.0  # seconds for all the connections of a test
 
 
-@pytest.mark.parametrize("port", [0, EAGER], ids=["adaptive", "eager"])
+@pytest.mark.parametrize(
+    "port",
+    [
+        pytest.param(0, id="adaptive"),
+        pytest.param(EAGER, id="eager", marks=thorough("the name is compared in the same place")),
+    ],
+)
 def test_four_tuple_used_again_at_once_under_load(host: Host, lab: Lab, port: int) -> None:
     """The same addresses and ports hundreds of times in a row, while other connections work: no byte of an
     old connection, redirected or not, comes out of a new one, and each can be spliced."""

@@ -16,6 +16,7 @@ from support.daemon import call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.tiers import spread, thorough
 from support.trees import copy_changed
 
 from splicer.kernel import libbpf
@@ -35,7 +36,7 @@ def _use(host: Host, tree: Path | None) -> None:
     host.prefix = ("env", f"PYTHONPATH={tree}") if tree else ()
 
 
-@pytest.mark.parametrize("ending", ["killed", "stopped"])
+@pytest.mark.parametrize("ending", spread(["killed", "stopped"], ["killed"], "the easier of the two endings"))
 def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> None:
     """Upgrade and downgrade: the old generation is drained and gone before the new one is attached, each
     connection goes on as plain TCP, and new ones are spliced by the new build."""
@@ -75,6 +76,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
         host.check_alive(lab)
 
 
+@thorough("test_another_build_under_load with connections that come and go")
 def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other_build: Path) -> None:
     """Connections established in the gap between two generations are whole: known and spliced, or plain."""
     with Host("--stop-timeout", "0.5") as host:
@@ -114,7 +116,7 @@ def _pin_former_watch(host: Host) -> None:
     build.symlink_to("0123456789abcdef")
 
 
-@pytest.mark.parametrize("how", ["start", "unload"])
+@pytest.mark.parametrize("how", spread(["start", "unload"], ["start"], "the same code on the other way"))
 def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
     """It cannot be run any more, and is drained and removed without it."""
     with Host("--stop-timeout", "0.5") as host:
@@ -146,6 +148,7 @@ def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
         host.check_alive(lab)
 
 
+@thorough("one start for each pin that may be missing")
 def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
     """What a killed loader left is cleared away: whichever piece is missing."""
     with Host() as host:

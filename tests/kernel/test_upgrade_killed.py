@@ -17,10 +17,13 @@ from support.daemon import call, command_line, environment
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.tiers import spread, thorough
 
 from splicer.kernel import libbpf
 from splicer.kernel.generation import LINKS
 from splicer.kernel.layout import KernelSettings
+
+MOMENTS = "further moments"
 
 
 def _places(host: Host) -> list[str]:
@@ -39,6 +42,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+@thorough("test_lifecycle.py kills once; this kills often")
 def test_killed_again_and_again_under_load(lab: Lab) -> None:
     """SIGKILL at random moments, most of them in the middle of a start or of an adoption."""
     chance = random.Random(7)
@@ -62,7 +66,7 @@ def test_killed_again_and_again_under_load(lab: Lab) -> None:
         host.check_alive(lab)
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("delay", spread([0.3, 0.5, 0.7, 0.9], [0.5], MOMENTS))
 def test_killed_while_it_loads(lab: Lab, delay: float) -> None:
     """The loader is a process of its own, and may live on for a moment: the next start is not disturbed."""
     with Host(start=False) as host:
@@ -76,7 +80,10 @@ def test_killed_while_it_loads(lab: Lab, delay: float) -> None:
         assert {each.name for each in (host.pin_dir / "links").iterdir()} == set(LINKS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["stopping", "draining"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, id="stopping", marks=thorough(MOMENTS)), pytest.param(None, id="draining")],
+)
 def test_killed_while_it_drains(lab: Lab, number: int | None) -> None:
     """SIGKILL some milliseconds after SIGTERM, or after `splicer drain`: the next daemon finds the kernel
     told to stop or half drained, and splices again."""
@@ -117,7 +124,7 @@ def test_killed_while_it_finishes_adoptions(lab: Lab) -> None:
         host.check_alive(lab)
 
 
-@pytest.mark.parametrize("milliseconds", [300, 380, 500])
+@pytest.mark.parametrize("milliseconds", spread([300, 380, 500], [380], MOMENTS))
 def test_unload_is_killed(lab: Lab, milliseconds: int) -> None:
     """`splicer unload` dies at work: another one, or a start, finishes what it began."""
     with Host() as host:

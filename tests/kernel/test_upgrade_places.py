@@ -22,6 +22,7 @@ from support.host import Host
 from support.lab import Lab
 from support.load import Load
 from support.players import Pair
+from support.tiers import spread, thorough
 
 FAILURE, NOT_RUNNING = 1, 3
 STARTS = 6
@@ -82,6 +83,7 @@ def test_bpffs_is_unmounted_while_it_runs(lab: Lab) -> None:
         host.check_clean()
 
 
+@thorough("test_crash_traffic.py does it under traffic")
 def test_bpffs_is_unmounted_and_the_daemon_killed(lab: Lab) -> None:
     """Without pins nothing outlives the daemon: all is detached at once, the connections go on, and a new
     daemon starts beside what the living sockets still hold."""
@@ -128,6 +130,7 @@ def test_control_socket_is_removed(lab: Lab) -> None:
             pair.verify()
 
 
+@thorough("test_control_socket_is_removed with all that is beside it")
 def test_run_directory_is_removed(lab: Lab) -> None:
     """The lock goes with the directory, and the pins keep a second daemon out all the same."""
     with Host() as host:
@@ -149,7 +152,9 @@ def test_run_directory_is_removed(lab: Lab) -> None:
 # several at once
 
 
-@pytest.mark.parametrize("left", ["nothing", "pins", "run-directory"])
+@pytest.mark.parametrize(
+    "left", spread(["nothing", "pins", "run-directory"], ["pins"], "other beginnings of the same race")
+)
 def test_many_starts_at_once(lab: Lab, left: str) -> None:
     """Exactly one of them wins and splices; the others say who runs and change nothing."""
     with Host(start=left == "pins") as host:
@@ -261,7 +266,7 @@ LOGS = {
 }
 
 
-@pytest.mark.parametrize("log", LOGS)
+@pytest.mark.parametrize("log", spread(LOGS, ["full-pipe"], "other ways in which nobody takes a line"))
 def test_log_that_cannot_be_written(lab: Lab, log: str) -> None:
     """No line of the log is worth a splice: with stderr on a full disk, a pipe that nobody reads any more, or
     one that nobody empties, or none at all, it starts, serves, drains and stops."""

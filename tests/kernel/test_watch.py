@@ -13,6 +13,7 @@ from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
 from support.players import Pair
+from support.tiers import spread
 
 from splicer.kernel import libbpf
 from splicer.kernel.generation import open_pinned
@@ -128,7 +129,9 @@ def _remember_server_as_splicer(host: Host) -> None:
         splicers.close()
 
 
-@pytest.mark.parametrize("change", ["blocks", "splices"])
+@pytest.mark.parametrize(
+    "change", spread(["blocks", "splices"], ["splices"], "another change, found by the same look")
+)
 def test_old_and_silent_connections_are_looked_at_like_any_other(lab: Lab, change: str) -> None:
     """They have been spliced for long and carry nothing. One look finds all whose reader has become unfit."""
     with Host() as host:
@@ -203,7 +206,7 @@ def test_client_that_stays_when_its_server_has_closed(host: Host, lab: Lab, unre
         assert pair.client.expect_eof()
 
 
-@pytest.mark.parametrize("many", [4, 600])
+@pytest.mark.parametrize("many", spread([4, 600], [4], "as many as need several searches"))
 def test_clients_whose_servers_closed_while_no_daemon_ran(lab: Lab, many: int) -> None:
     """Nobody was there to be told: the next daemon finds them, also among more than it walks over at a
     time."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from support.tiers import thorough
 
 from soak.chaos import USUAL
 from soak.findings import Options
@@ -19,6 +20,7 @@ CONNECTIONS = 100
 READS_JUDGED = tuple(each for each in READS if each != EXACT)
 
 
+@thorough("a minute; `make test-all` ends with ten of them")
 def test_short_soak(_prerequisites: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Everything happens once or more, and every promise is kept."""
     seed = random.SystemRandom().randrange(1 << 32)
