@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/configuration.md and docs/policy.md name what the code has, and nothing else."""
+"""What README.md and docs/ list is what the code has: settings, labels, commands, events, exit codes."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
+
 from splicer import errors
-from splicer.cli.main import make_parser
+from splicer.cli.main import COMMANDS, make_parser
 from splicer.policy import config, labels, rules
 from splicer.policy.config import VALUE_TYPES, Settings, option_of, variable_of
 
-DOCS = Path(__file__).resolve().parents[3] / "docs"
+TOP = Path(__file__).resolve().parents[2]
+DOCS = TOP / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text()
 POLICY = (DOCS / "policy.md").read_text()
+OPERATIONS = (DOCS / "operations.md").read_text()
 
 
 def _rows(document: str, heading: str) -> list[list[str]]:
@@ -106,3 +111,23 @@ def test_the_example_is_valid(tmp_path: Path) -> None:
 
 def test_every_mode_is_listed() -> None:
     assert _names(_rows(POLICY, "| mode | meaning |")) == set(rules.CONTAINER_MODES)
+
+
+def test_every_command_is_listed() -> None:
+    named = " ".join(_names(_rows(OPERATIONS, "| command | what it does |"))).replace(",", "").split()
+    assert set(named) - {"splicer"} == set(COMMANDS)
+
+
+def test_events_that_are_listed_are_logged() -> None:
+    source = "".join(path.read_text() for path in (TOP / "splicer").rglob("*.py"))
+    for event in _names(_rows(OPERATIONS, "| event | meaning |")):
+        assert re.search(rf'log\.(warning|error)\(\s*"{event}"', source), event
+
+
+@pytest.mark.parametrize("path", [TOP / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+def test_commands_that_are_shown_are_valid(path: Path) -> None:
+    """Each `splicer` in a block of commands, up to a pipe, a redirection or the next command."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", path.read_text(), re.M | re.S)
+    for line in "\n".join(blocks).splitlines():
+        for call in re.findall(r"(?:^\$.*?[\s(\"'/]|&& )splicer ((?:[^|>&)#']|'[^']*')*)", line):
+            assert make_parser().parse_args(shlex.split(call)).command in COMMANDS, line
