@@ -286,7 +286,7 @@ def put_table(document: str, figures: Sequence[Figure]) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"no {BEGIN} and {END} in the document")
-    return "\n".join([before + begin, *make_table(figures), end]) + after
+    return "\n".join([before + begin, "", *make_table(figures), "", end]) + after
 
 
 def draw_all() -> dict[Path, str]:
