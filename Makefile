@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps run image test test-all lint unit kernel conformance e2e test-apps soak bench clean
+.PHONY: help setup setup-test setup-e2e setup-apps run image test test-all lint unit kernel conformance e2e test-apps soak bench pictures clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -62,6 +62,9 @@ soak: setup-test ## connections that check themselves while things go wrong (roo
 
 bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
 	@exec examples/netns-benchmark/run $(ARGS)
+
+pictures: ## the pictures and the table in docs/, drawn anew from docs/figures.json
+	@python3 docs/draw.py
 
 clean: ## remove what make and the tools made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

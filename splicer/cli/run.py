@@ -24,7 +24,7 @@ for the connections. One whose reader takes nothing within --stop-timeout
 keeps its data and stays as it is. SIGHUP reads the configuration file again.
 After a crash connections stay spliced, and the next run takes over.
 Kernels without what splicer needs are found by trying, and end with exit
-code 4; KNOWN_ISSUES.md says which they are."""
+code 4; docs/kernels.md says which they are."""
 
 
 def _make_epilog() -> str:

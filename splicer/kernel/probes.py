@@ -38,7 +38,7 @@ class KernelClass:
 
     @property
     def name(self) -> str:
-        """A, B or C as in ARCHITECTURE.md."""
+        """A, B or C as in docs/kernels.md."""
         if not self.counts_redirected:
             return "A"
         return "C" if self.counts_tcp else "B"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is compiled means what the documents say.
 
-The oracle takes the sentences of README.md, "Policy", one by one and knows nothing of keys and ranks. The
+The oracle takes the sentences of docs/policy.md one by one and knows nothing of keys and ranks. The
 model of the kernel knows nothing but the lookup of bpf/policy.h. They have to agree about random hosts.
 """
 
