@@ -15,12 +15,12 @@
  *
  * Taking a pair out that cannot wait, or is never at rest. Deleting an end throws
  * away what its reader has not read, and a sender that has decided to redirect
- * may not have arrived yet. The
- * sender's psock tells: a system call on a spliced socket holds a reference to
- * it from before the verdict until after the message was queued. One reference
- * is the map's. So: state DRAINING, then the sender's psock seen with the
- * map's reference only (any later send passes) or, by the verdict of its next
- * send, with one more; then the reader's queue seen empty under its lock.
+ * may not have arrived yet. The sender's psock tells: a system call on a spliced
+ * socket holds a reference to it from before the verdict until after the message
+ * was queued. One reference is the map's. So: state DRAINING, then the sender's
+ * psock seen with the map's reference only (any later send passes) or, by the
+ * verdict of its next send, with one more; then the reader's queue seen empty
+ * under its lock.
  */
 
 #define SETTLE_NS		10000000000ULL
@@ -96,11 +96,9 @@ static __always_inline int has_been_read(void *tp, struct end *peer)
  */
 static __always_inline int is_stranded(struct end *first)
 {
-	u32 rcv_nxt = 0, copied_seq = 0;
+	u32 copied_seq = 0, unread = probe_unread_data(first->sk, &copied_seq);
 
-	PROBE(rcv_nxt, first->sk, tcp_sock_rcv_nxt);
-	PROBE(copied_seq, first->sk, tcp_sock_copied_seq);
-	return note_waiting(first, rcv_nxt != copied_seq, copied_seq) >= STRANDED_MS &&
+	return note_waiting(first, unread, copied_seq) >= STRANDED_MS &&
 	       first->waiting_for == copied_seq;
 }
 
@@ -131,25 +129,79 @@ static __always_inline long put_into_map(void *sk, struct end_key *key)
 	return err;
 }
 
+/* Why this end may not go in, or REASON_NONE. The policy is asked anew if it has changed. */
+static __always_inline u32
+find_refusal(void *tp, struct settings *s, struct pair *p, struct end *e)
+{
+	u32 reason;
+
+	if (p->policy != s->policy)
+		decide(p, s);
+	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
+	    FIELD(tp, u8, sock_sk_shutdown))
+		return REASON_CLOSING;
+	if (p->mode == MODE_OFF)
+		return REASON_POLICY;
+	reason = find_misfit((u64)tp, p, e);
+	if (reason)
+		return reason;
+	/* Asked before either end goes in. */
+	if (FIELD(tp, u64, sock_sk_user_data) && !(e->flags & (END_IN_MAP | END_LEFT)))
+		return REASON_FOREIGN_PSOCK;
+	return REASON_NONE;
+}
+
+/*
+ * May this end go in now? half: the other one is in already, and waits for it. A
+ * stream never comes to rest at its receiver, so the first end goes in only after
+ * both were seen at rest, at whatever visit.
+ */
+static __always_inline int
+is_good_moment(void *tp, struct settings *s, struct pair *p, struct end *e, struct end *peer,
+	       u32 half)
+{
+	if (unread_bytes(tp) || !is_caught_up(tp, peer))
+		return 0;
+	e->flags |= END_RESTED;
+	if (!half) {
+		if (!(peer->flags & END_RESTED) || s->finishing)
+			return 0;
+		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
+			return 0;
+	} else if (!is_quiet(peer) || (!has_been_read(tp, peer) && p->half <= PATIENT_HALF)) {
+		/*
+		 * Better neither end has TCP bytes to read when both are in. Where
+		 * both send all the time there is no such moment.
+		 */
+		return 0;
+	}
+	/* Not our own psock of last time, on its way out. */
+	return !FIELD(tp, u64, sock_sk_user_data);
+}
+
+/* Both ends are in: from here on verdicts redirect. */
+static __always_inline void begin_splicing(struct pair *p)
+{
+	p->reason = REASON_NONE;
+	p->changed_ns = bpf_ktime_get_ns();
+	p->dir[CLIENT].burst = 0;
+	p->dir[SERVER].burst = 0;
+	p->dir[CLIENT].primed = 0;
+	p->dir[SERVER].primed = 0;
+	p->dir[CLIENT].fit = 1;
+	p->dir[SERVER].fit = 1;
+	p->dir[CLIENT].settled = 0;
+	p->dir[SERVER].settled = 0;
+	WRITE_ONCE(p->state, STATE_SPLICED);
+}
+
 static __always_inline void
 try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pair *p,
 	  struct end *e, struct end *peer)
 {
+	u32 reason = find_refusal(tp, s, p, e), half;
 	struct end_key key;
-	long err;
 
-	u32 reason, half;
-
-	if (p->policy != s->policy)
-		decide(p, s);
-	reason = p->mode == MODE_OFF ? REASON_POLICY : find_misfit((u64)tp, p, e);
-	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
-	    FIELD(tp, u8, sock_sk_shutdown))
-		reason = REASON_CLOSING;
-	/* Asked before either end goes in. */
-	if (!reason && FIELD(tp, u64, sock_sk_user_data) &&
-	    !(e->flags & (END_IN_MAP | END_LEFT)))
-		reason = REASON_FOREIGN_PSOCK;
 	if (reason) {
 		refuse(p, reason, REFUSED_RETRY_NS);
 		return;
@@ -166,28 +218,8 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
 		return;
 	}
-	/*
-	 * A stream never comes to rest at its receiver, so the first end goes
-	 * in only after both were seen at rest, at whatever visit.
-	 */
-	if (unread_bytes(tp) || !is_caught_up(tp, peer))
+	if (!is_good_moment(tp, s, p, e, peer, half))
 		goto later;
-	e->flags |= END_RESTED;
-	if (!half) {
-		if (!(peer->flags & END_RESTED) || s->finishing)
-			goto later;
-		if (e->flags & END_PARTIAL && !(peer->flags & END_PARTIAL))
-			goto later;
-	} else if (!is_quiet(peer) || (!has_been_read(tp, peer) && p->half <= PATIENT_HALF)) {
-		/*
-		 * Better neither end has TCP bytes to read when both are in. Where
-		 * both send all the time there is no such moment.
-		 */
-		goto later;
-	}
-
-	if (FIELD(tp, u64, sock_sk_user_data))
-		goto later;	/* our own psock of last time, on its way out */
 	/* The other end is looked at once more: it may have changed while it was in. */
 	if (half) {
 		reason = find_misfit(peer->sk, p, peer);
@@ -199,8 +231,7 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 	/* The record may have been reused; with our own id the key is ours. */
 	key = e->key;
 	key.id = *id;
-	err = put_into_map(sk, &key);
-	if (err) {
+	if (put_into_map(sk, &key)) {
 		refuse(p, REASON_FULL, REFUSED_RETRY_NS);
 		return;
 	}
@@ -210,17 +241,7 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		goto later;
 	}
 
-	p->reason = REASON_NONE;
-	p->changed_ns = bpf_ktime_get_ns();
-	p->dir[CLIENT].burst = 0;
-	p->dir[SERVER].burst = 0;
-	p->dir[CLIENT].primed = 0;
-	p->dir[SERVER].primed = 0;
-	p->dir[CLIENT].fit = 1;
-	p->dir[SERVER].fit = 1;
-	p->dir[CLIENT].settled = 0;
-	p->dir[SERVER].settled = 0;
-	WRITE_ONCE(p->state, STATE_SPLICED);
+	begin_splicing(p);
 	/*
 	 * A send whose verdict came before may be on its way through TCP to an
 	 * end that is in now. Its reference to the psock was taken before its

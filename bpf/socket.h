@@ -101,11 +101,29 @@ static __always_inline u32 unread_bytes(void *tp)
 #define FIN_RECEIVED	(TCPF(BPF_TCP_CLOSE_WAIT) | TCPF(BPF_TCP_LAST_ACK) | \
 			 TCPF(BPF_TCP_CLOSING) | TCPF(BPF_TCP_CLOSE))
 
+/* A FIN waits behind redirected bytes, as it should. */
+static __always_inline u32 without_fin(u32 unread, u8 state)
+{
+	return unread && TCPF(state) & FIN_RECEIVED ? unread - 1 : unread;
+}
+
 static __always_inline u32 unread_data(void *tp)
 {
-	u32 unread = unread_bytes(tp);
+	return without_fin(unread_bytes(tp), FIELD(tp, u8, sock_skc_state));
+}
 
-	return unread && TCPF(FIELD(tp, u8, sock_skc_state)) & FIN_RECEIVED ? unread - 1 : unread;
+/* The same for a socket that is not locked, and how far its reader has come. */
+static __always_inline u32 probe_unread_data(u64 sk, u32 *copied_seq)
+{
+	u32 rcv_nxt = 0;
+	u8 state = 0;
+
+	PROBE(rcv_nxt, sk, tcp_sock_rcv_nxt);
+	PROBE(*copied_seq, sk, tcp_sock_copied_seq);
+	if (rcv_nxt == *copied_seq)
+		return 0;
+	PROBE(state, sk, sock_skc_state);
+	return without_fin(rcv_nxt - *copied_seq, state);
 }
 
 static __always_inline void read_ip4(u32 to[4], u32 ip_be)

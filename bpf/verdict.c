@@ -95,19 +95,150 @@ static __always_inline u32 take_one_element(struct sk_msg_md *msg)
 	return first;
 }
 
+/* Which way a message goes. */
+enum way {
+	WAY_TCP,
+	WAY_TCP_WATCHED,	/* and have the watch look whether it is read */
+	WAY_REDIRECT,
+};
+
+/* What the peer has read, and what waits at it. */
+struct receiver {
+	u32 copied_seq;
+	u32 queued;		/* redirected bytes that it has not read */
+};
+
+/* Does the state of the pair, of splicer and of the sender allow it? */
+static __always_inline int
+may_redirect(struct settings *s, struct pair *p, u32 progress, struct direction *d, void *tp)
+{
+	u32 state;
+
+	if (!s || !is_redirecting(progress) ||
+	    (!s->splicing && progress != STATE_LEAVING)) {
+		if (progress == STATE_DRAINING)
+			note_settled(d, tp);
+		return 0;
+	}
+	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
+	state = FIELD(tp, u8, sock_skc_state);
+	if (!(TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT))))
+		return 0;
+	/* kTLS hands plaintext to the verdict. */
+	return !FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops);
+}
+
+/*
+ * The peer's address may be stale. Memory of sockets stays memory of sockets
+ * (SLAB_TYPESAFE_BY_RCU) and a new one starts without a cookie, so if the cookie
+ * is right at last, all that was read before it is. 0 if it is not, or reads no more.
+ */
+static __always_inline int look_at_receiver(struct end *peer, struct receiver *receiver)
+{
+	u64 sk = peer->sk, cookie = 0;
+	u8 shutdown = 0;
+
+	PROBE(receiver->copied_seq, sk, tcp_sock_copied_seq);
+	PROBE(receiver->queued, sk, sock_sk_rmem_alloc);
+	PROBE(shutdown, sk, sock_sk_shutdown);
+	PROBE(cookie, sk, sock_skc_cookie);
+	return cookie == peer->cookie && !(shutdown & RCV_SHUTDOWN);
+}
+
+/* Can the peer's reader see a redirected message now, and would it come in order? */
+static __always_inline enum way
+check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_seq, void *tp)
+{
+	u32 reason;
+
+	/*
+	 * Order. Both ends share one sequence space and redirected bytes move
+	 * neither number: equal means that all that ever went through TCP in
+	 * this direction has been read.
+	 */
+	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq))
+		return WAY_TCP_WATCHED;
+	/*
+	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
+	 * and would not see redirected bytes. TCP bytes get it out of there;
+	 * observe sees it return.
+	 */
+	if (p->allow_blocking && !d->primed)
+		return WAY_TCP_WATCHED;
+	if (d->fit)
+		return WAY_REDIRECT;
+	/* Eager: inserted before anything was known about it. */
+	reason = find_misfit(peer->sk, p, peer);
+	if (reason && reason != REASON_UNACCEPTED) {
+		start_draining(p, reason);
+		return WAY_TCP;
+	}
+	/* How it reads is known only after observe has seen it read. */
+	if (reason || !d->primed)
+		return WAY_TCP_WATCHED;
+	d->fit = 1;
+	return WAY_REDIRECT;
+}
+
+/* Is it too much for the reader, or better merged by TCP? Then the pair goes back. */
+static __always_inline enum way
+check_load(struct settings *s, struct pair *p, u32 progress, struct direction *d,
+	   struct direction *back, u32 queued, u32 size)
+{
+	if (is_overfull(s, d, queued, size)) {
+		start_draining(p, REASON_BACKPRESSURE);
+		return WAY_TCP;
+	}
+	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size)) {
+		start_draining(p, REASON_STREAM);
+		return WAY_TCP;
+	}
+	return WAY_REDIRECT;
+}
+
+static __always_inline enum way
+choose_way(struct sk_msg_md *msg, void *tp, struct pair *p, struct direction *d,
+	   struct direction *back, struct end *peer, u32 *size)
+{
+	u32 progress = READ_ONCE(p->state);
+	struct settings *s = get_settings();
+	struct receiver receiver = {};
+	enum way way;
+
+	if (!may_redirect(s, p, progress, d, tp) || !look_at_receiver(peer, &receiver))
+		return WAY_TCP;
+	way = check_reader(p, d, peer, receiver.copied_seq, tp);
+	if (way != WAY_REDIRECT)
+		return way;
+	*size = take_one_element(msg);
+	if (!*size)
+		return WAY_TCP_WATCHED;
+	return check_load(s, p, progress, d, back, receiver.queued, *size);
+}
+
+/*
+ * Our own name of the connection completes the key: should the record have been
+ * reused meanwhile, nothing is found under it.
+ */
+static __always_inline int redirect(struct sk_msg_md *msg, struct end *peer, struct pair_id *id)
+{
+	struct end_key to = peer->key;
+
+	to.id = *id;
+	int found = spliced.msg_redirect_hash(msg, &to, BPF_F_INGRESS);
+	return found == SK_PASS;
+}
+
 int verdict(struct sk_msg_md *msg)
 {
-	u32 progress, state, size, reason, copied_seq = 0, queued = 0;
 	struct direction *d, *back;
-	u64 peer_sk, cookie = 0;
-	struct settings *s;
-	struct pair_id id;
-	struct end_key to;
 	struct end *own, *peer;
-	u8 shutdown = 0;
-	struct pair *p;
-	int side;
 	void *sk = msg->sk, *tp;
+	struct pair_id id;
+	struct pair *p;
+	u32 size = 0;
+	enum way way;
+	int side;
 
 	/* What the verdict on the element before has said holds until it is taken back. */
 	bpf_msg_apply_bytes(msg, 0);
@@ -142,94 +273,16 @@ int verdict(struct sk_msg_md *msg)
 	 */
 	if (!is_end(own, tp))
 		return SK_PASS;
-	s = get_settings();
-	progress = READ_ONCE(p->state);
-	if (!s || !is_redirecting(progress) ||
-	    (!s->splicing && progress != STATE_LEAVING)) {
-		if (progress == STATE_DRAINING)
-			note_settled(d, tp);
-		goto pass;
+	way = choose_way(msg, tp, p, d, back, peer, &size);
+	if (way == WAY_REDIRECT && redirect(msg, peer, &id)) {
+		d->redirected_bytes += size;
+		d->redirected_messages++;
+		count(COUNT_REDIRECTED_BYTES, size);
+		count(COUNT_REDIRECTED_MESSAGES, 1);
+		return SK_PASS;
 	}
-
-	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
-	state = FIELD(tp, u8, sock_skc_state);
-	if (!(TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT))))
-		goto pass;
-
-	/* kTLS hands plaintext to the verdict. */
-	if (FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops))
-		goto pass;
-
-	/*
-	 * The address may be stale. Memory of sockets stays memory of sockets
-	 * (SLAB_TYPESAFE_BY_RCU) and a new one starts without a cookie, so if
-	 * the cookie is right at last, all that was read before it is.
-	 */
-	peer_sk = peer->sk;
-	PROBE(copied_seq, peer_sk, tcp_sock_copied_seq);
-	PROBE(queued, peer_sk, sock_sk_rmem_alloc);
-	PROBE(shutdown, peer_sk, sock_sk_shutdown);
-	PROBE(cookie, peer_sk, sock_skc_cookie);
-	if (cookie != peer->cookie || shutdown & RCV_SHUTDOWN)
-		goto pass;
-
-	/*
-	 * Order. Both ends share one sequence space and redirected bytes move
-	 * neither number: equal means that all that ever went through TCP in
-	 * this direction has been read.
-	 */
-	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq))
-		goto pass_watched;
-	/*
-	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
-	 * and would not see redirected bytes. TCP bytes get it out of there;
-	 * observe sees it return.
-	 */
-	if (p->allow_blocking && !d->primed)
-		goto pass_watched;
-	if (!d->fit) {
-		/* Eager: inserted before anything was known about it. */
-		reason = find_misfit(peer_sk, p, peer);
-		if (reason == REASON_UNACCEPTED)
-			goto pass_watched;
-		if (reason) {
-			start_draining(p, reason);
-			goto pass;
-		}
-		/* How it reads is known only after observe has seen it read. */
-		if (!d->primed)
-			goto pass_watched;
-		d->fit = 1;
-	}
-	size = take_one_element(msg);
-	if (!size)
-		goto pass_watched;
-	if (is_overfull(s, d, queued, size)) {
-		start_draining(p, REASON_BACKPRESSURE);
-		goto pass;
-	}
-	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size)) {
-		start_draining(p, REASON_STREAM);
-		goto pass;
-	}
-
-	/*
-	 * Our own name of the connection completes the key: should the record
-	 * have been reused meanwhile, nothing is found under it.
-	 */
-	to = peer->key;
-	to.id = id;
-	int found = spliced.msg_redirect_hash(msg, &to, BPF_F_INGRESS);
-	if (found != SK_PASS)
-		goto pass;
-	d->redirected_bytes += size;
-	d->redirected_messages++;
-	count(COUNT_REDIRECTED_BYTES, size);
-	count(COUNT_REDIRECTED_MESSAGES, 1);
-	return SK_PASS;
-pass_watched:
-	ask_for_watch(p);
-pass:
+	if (way == WAY_TCP_WATCHED)
+		ask_for_watch(p);
 	count_pass(d);
 	return SK_PASS;
 }

@@ -78,19 +78,9 @@ static __always_inline u32 look_at_pair(struct pair *p, struct settings *s)
 static __always_inline u32
 find_waiting(struct end *e, u64 sk, struct direction *inbound, u32 *look)
 {
-	u32 rcv_nxt = 0, copied_seq = 0, unread, waited;
-	u8 state = 0;
+	u32 copied_seq = 0, unread = probe_unread_data(sk, &copied_seq);
+	u32 waited = note_waiting(e, unread, copied_seq);
 
-	PROBE(rcv_nxt, sk, tcp_sock_rcv_nxt);
-	PROBE(copied_seq, sk, tcp_sock_copied_seq);
-	unread = rcv_nxt - copied_seq;
-	if (unread) {
-		PROBE(state, sk, sock_skc_state);
-		/* A FIN waits behind redirected bytes, as it should. */
-		if (TCPF(state) & FIN_RECEIVED)
-			unread--;
-	}
-	waited = note_waiting(e, unread, copied_seq);
 	if (!unread)
 		return REASON_NONE;
 	if (waited < RESCUE_MS) {
