@@ -13,41 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from splicer.containers.connection import ConnectionState
 from splicer.containers.engine import (
     Engine,
     EngineError,
-    Events,
     Inspected,
     find_endpoint,
     list_candidates,
     path_of,
 )
-from splicer.containers.inventory import (
-    EMPTY,
-    NO_WORK,
-    Inventory,
-    Work,
-    collect_hints,
-    find_changed,
-    is_complete,
-    is_current,
-    locate,
-    merge,
-    sort_by_need,
-)
+from splicer.containers.feed import Feed
+from splicer.containers.inventory import EMPTY, Inventory, is_current, locate
+from splicer.containers.reconciler import InventoryReconciler
 from splicer.host import namespaces
 from splicer.host.scopes import Scopes
 from splicer.logs import Logger
 from splicer.model import Container
-
-State = Literal["connected", "absent", "lost", "off"]
-
-# Containers inspected before new hints are looked at, and the inventory is handed out.
-_BATCH = 16
-# A container that just started is asked about again after 0.1, 0.2, 0.4 and 0.8 s, if something is missing.
-_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -64,46 +47,6 @@ class Timing:
 
 
 TIMING = Timing()
-
-
-class Feed:
-    """A thread that reads a stream of events, and keeps what they hint at until it is taken."""
-
-    def __init__(self, stream: Events, changed: threading.Condition) -> None:
-        self.work = NO_WORK
-        self.ended = False
-        self.stream = stream
-        self.opened = time.monotonic()
-        # The engine's events carry wall-clock time.
-        self.opened_ns = time.time_ns()
-        self._changed = changed
-        self._thread = threading.Thread(target=self._read, name="watcher-events", daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        # Whatever ends the stream, the remedy is a new one.
-        try:
-            with contextlib.suppress(EngineError):
-                for events in self.stream:
-                    with self._changed:
-                        self.work = collect_hints(events, self.work)
-                        self._changed.notify_all()
-        finally:
-            self.stream.release()
-            with self._changed:
-                self.ended = True
-                self._changed.notify_all()
-
-    def take(self) -> Work:
-        """What events have hinted at since the last time."""
-        with self._changed:
-            work, self.work = self.work, NO_WORK
-            return work
-
-    def close(self) -> None:
-        """End the thread and the stream."""
-        self.stream.stop()
-        self._thread.join(TIMING.stop)
 
 
 class Watcher:
@@ -124,13 +67,10 @@ class Watcher:
     ) -> None:
         """`docker` is "auto", "off" or an address. `on_change` is called by the watcher's thread."""
         self._docker = docker
-        self._scopes = scopes
         self._on_change = on_change
         self._log = log
         self._environ = environ
         self._connect = connect
-        self._locate = locate
-        self._is_current = is_current
         self._timing = timing
         self._thread: threading.Thread | None = None
 
@@ -140,21 +80,11 @@ class Watcher:
         self._feed: Feed | None = None
         self._published: Inventory | None = EMPTY if docker == "off" else None
         self._tried = docker == "off"
-        self._state: State = "off" if docker == "off" else "absent"
-        self._since = time.monotonic()
-        self._endpoint = "" if docker in ("auto", "off") else docker
-        self._error = ""
+        self._state = ConnectionState(docker, log, self._changed)
 
         # The thread's own.
-        self._inventory = EMPTY
-        self._known: dict[str, int] = {}
-        self._waiting: dict[
-            str, int | None
-        ] = {}  # to inspect, with the fingerprint if the list brought it up
-        self._again: dict[str, tuple[int, float]] = {}  # attempts, and when to make the next
+        self._reconciler = InventoryReconciler(scopes, log, timing.pause, locate, is_current)
         self._round_at = 0.0
-        self._was_connected = False
-        self._complaint = ""
 
     # -- for other threads ---------------------------------------------------------------------------------
 
@@ -199,13 +129,7 @@ class Watcher:
     def describe(self) -> dict[str, Any]:
         """The state of the connection, for `splicer status`."""
         with self._changed:
-            return {
-                "state": self._state,
-                "endpoint": self._endpoint,
-                "containers": len(self._published or EMPTY),
-                "since_seconds": round(time.monotonic() - self._since, 3),
-                "error": self._error,
-            }
+            return self._state.describe(len(self._published or EMPTY))
 
     # -- the connection ------------------------------------------------------------------------------------
 
@@ -233,38 +157,22 @@ class Watcher:
             self._rest(backoff, sockets)
             backoff = min(2 * backoff, self._timing.longest_backoff)
 
-    def _candidates(self) -> tuple[str, ...]:
+    def _list_candidates(self) -> tuple[str, ...]:
         # While one engine restarts, another one's containers are not what to go on with.
-        return (self._endpoint,) if self._was_connected else list_candidates(self._docker, self._environ)
+        if self._state.was_connected:
+            return (self._state.endpoint,)
+        return list_candidates(self._docker, self._environ)
 
     def _watch(self) -> None:
         """Connect, and follow the engine until the watcher is stopped. Raises EngineError."""
-        endpoint = find_endpoint(self._candidates())
-        with self._changed:
-            self._endpoint = endpoint
-        self._waiting.clear()
-        self._again.clear()
+        endpoint = find_endpoint(self._list_candidates())
+        self._state.note_endpoint(endpoint)
+        self._reconciler.begin_anew()
         with contextlib.closing(self._connect(endpoint, self._environ)) as engine:
             self._follow(engine)
 
-    def _set_state(self, state: State, error: str = "") -> bool:
-        with self._changed:
-            changed = state != self._state
-            if changed:
-                self._state, self._since = state, time.monotonic()
-            self._error = error
-            return changed
-
     def _lose(self, kind: str, error: str) -> None:
-        self._set_state("lost" if self._was_connected else "absent", error)
-        # Once for each outage, and again if its reason is one that somebody has to do something about.
-        complaint = "refused" if kind == "refused" else "gone"
-        if complaint != self._complaint:
-            self._complaint = complaint
-            if self._was_connected:
-                self._log.warning("docker_lost", endpoint=self._endpoint, error=error)
-            else:
-                self._log.warning("docker_absent", endpoint=self._endpoint, error=error)
+        self._state.note_lost(kind, error)
         with self._changed:
             self._tried = True
             self._changed.notify_all()
@@ -278,8 +186,9 @@ class Watcher:
                     return
 
     def _look_at_sockets(self) -> tuple[tuple[int, ...], ...]:
+        """What tells a socket from one that was made anew in its place."""
         found = []
-        for endpoint in self._candidates():
+        for endpoint in self._list_candidates():
             with contextlib.suppress(OSError):
                 if path := path_of(endpoint):
                     status = os.stat(path)
@@ -303,10 +212,11 @@ class Watcher:
                         everything_at = 0.0
                     feed = self._reopen(engine, feed)
                 if work.everything or time.monotonic() >= everything_at:
-                    self._reconcile(engine)
+                    self._state.note_connected(self._reconciler.compare(engine))
                     everything_at = time.monotonic() + self._timing.everything
-                self._mark(work)
-                self._inspect(engine)
+                self._reconciler.queue(work)
+                self._reconciler.inspect(engine)
+                self._publish()
                 self._round_at = time.monotonic()
         finally:
             with self._changed:
@@ -332,9 +242,9 @@ class Watcher:
 
     def _wait(self, feed: Feed, everything_at: float) -> None:
         """Return when there is something to do, though not sooner than `pause` after the last round."""
-        if self._waiting:
+        if self._reconciler.is_behind:
             return
-        due = min([everything_at, *(due for _, due in self._again.values())])
+        due = min(everything_at, self._reconciler.retry_at)
         with self._changed:
             pause = self._round_at + self._timing.pause - time.monotonic()
             self._changed.wait_for(lambda: self._stopping, pause)
@@ -342,76 +252,15 @@ class Watcher:
                 lambda: self._stopping or feed.ended or bool(feed.work), due - time.monotonic()
             )
 
-    def _reconcile(self, engine: Engine) -> None:
-        """Ask for the list: forget who is not on it, and have inspected who is not as before."""
-        listed = engine.list_running()
-        there = {each.id for each in listed}
-        self._known = {each: mark for each, mark in self._known.items() if each in there}
-        self._again = {each: again for each, again in self._again.items() if each in there}
-        self._inventory = merge(self._inventory, (), [each for each in self._inventory if each not in there])
-        hinted = [each for each, mark in self._waiting.items() if mark is None and each in there]
-        self._waiting = dict(find_changed(self._inventory, listed, self._known, self._is_current))
-        self._waiting |= dict.fromkeys(hinted)
-        self._was_connected = True
-        self._complaint = ""
-        if self._set_state("connected"):
-            self._log.info("docker_connected", endpoint=engine.endpoint, containers=len(listed))
-
-    def _mark(self, work: Work) -> None:
-        """Put what is to be inspected in order: what events hint at comes first."""
-        dirty, gone = sort_by_need(work.dirty, self._inventory, self._is_current)
-        self._inventory = merge(self._inventory, (), gone)
-        for each in dirty:
-            self._again.pop(each, None)
-        now = time.monotonic()
-        due = [each for each, (_, at) in self._again.items() if at <= now]
-        first: dict[str, int | None] = dict.fromkeys([*dirty, *due])
-        self._waiting = first | {each: mark for each, mark in self._waiting.items() if each not in first}
-
-    def _inspect(self, engine: Engine) -> None:
-        """Inspect the first of those that wait, and hand out what comes of it."""
-        found: list[Container] = []
-        gone: list[str] = []
-        for identifier in list(self._waiting)[:_BATCH]:
-            mark = self._waiting.pop(identifier)
-            self._known.pop(identifier, None)
-            try:
-                inspected = engine.inspect(identifier)
-            except EngineError as error:
-                if error.kind != "failed":
-                    raise
-                self._log.debug("docker_inspect_failed", container=identifier, error=error.message)
-                self._try_again(identifier)
-                continue
-            if inspected is None or not inspected.pid:
-                gone.append(identifier)
-                self._again.pop(identifier, None)
-                continue
-            container = self._locate(inspected, self._scopes)
-            found.append(container)
-            if is_complete(container):
-                self._again.pop(identifier, None)
-            else:
-                self._try_again(identifier)
-            # What an event brought up may have changed since the list was made.
-            if mark is not None:
-                self._known[identifier] = mark
-        self._inventory = merge(self._inventory, found, gone)
-        self._publish()
-
-    def _try_again(self, identifier: str) -> None:
-        attempts = self._again.get(identifier, (0, 0.0))[0] + 1
-        pause = self._timing.pause * 2**attempts if attempts <= _ATTEMPTS else float("inf")
-        self._again[identifier] = attempts, time.monotonic() + pause
-
     def _publish(self) -> None:
+        inventory = self._reconciler.inventory
         # The first inventory is all there is: somebody may be waiting to act on what is not in it.
-        if self._inventory is self._published or (self._published is None and self._waiting):
+        if inventory is self._published or (self._published is None and self._reconciler.is_behind):
             return
         with self._changed:
             if self._stopping:
                 return
-            self._published = self._inventory
+            self._published = inventory
             self._tried = True
             self._changed.notify_all()
         self._on_change()

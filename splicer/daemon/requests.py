@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon's answers to requests on the control socket, put together in the threads that serve them."""
+"""The daemon's answers to requests on the control socket, put together in the threads that serve them. What
+takes longer, or is not theirs to do, they leave for the daemon's loop."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import Any
 from splicer import __version__
 from splicer.containers.watcher import Watcher
 from splicer.daemon.attribution import Amount, Attribution
+from splicer.daemon.control import Handler
+from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import read_own_pid, read_own_usage
@@ -27,7 +30,7 @@ _HEARTBEAT_S = 15.0
 
 
 class RequestHandlers:
-    """RequestHandlers about one generation of programs."""
+    """Answers about one generation of programs, and changes of it."""
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class RequestHandlers:
         reconciler: PolicyReconciler,
         watcher: Watcher,
         attribution: Attribution,
+        mailbox: Mailbox,
         read_heartbeat: Callable[[], float],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
@@ -48,8 +52,20 @@ class RequestHandlers:
         self._reconciler = reconciler
         self._watcher = watcher
         self._attribution = attribution
+        self._mailbox = mailbox
         self._read_heartbeat = read_heartbeat
         self._started = time.monotonic()
+
+    def by_command(self) -> dict[str, Handler]:
+        """The handlers, by the name of the command that asks for them."""
+        return {
+            "status": self.status,
+            "flows": self.flows,
+            "policy": self.policy,
+            "set": self.set,
+            "unset": self.unset,
+            "drain": self.drain,
+        }
 
     def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
         found = []
@@ -156,11 +172,17 @@ class RequestHandlers:
                 f"unknown mode ({mode})", hint=f"accepted: {', '.join(CONTAINER_MODES)}", exit_code=USAGE
             )
         changed, unchanged = self._reconciler.override(_read_container(request), mode)
+        self._mailbox.post(Task.LOOK_AT_ALL)
         return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged, "mode": mode}
 
     def unset(self, request: Mapping[str, Any]) -> dict[str, Any]:
         changed, unchanged = self._reconciler.override(_read_container(request), None)
+        self._mailbox.post(Task.LOOK_AT_ALL)
         return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged}
+
+    def drain(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        self._mailbox.post(Task.DRAIN_ALL)
+        return {"schema": SCHEMA, "draining": True}
 
 
 def _read_container(request: Mapping[str, Any]) -> str:

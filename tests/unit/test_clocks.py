@@ -19,7 +19,7 @@ MONOTONIC = {"monotonic", "monotonic_ns", "perf_counter", "sleep"}
 CLOCKS = {"CLOCK_MONOTONIC", "CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW"}
 ALLOWED = MONOTONIC | CLOCKS | {"clock_gettime", "clock_gettime_ns"}
 # The engine is told since when events are wanted, in its own time: once, and nothing is decided by it here.
-WALL_CLOCK = {"watcher.py": 1}
+WALL_CLOCK = {"feed.py": 1}
 # Modules that look at the wall clock by themselves.
 OTHERS = {"datetime", "sched", "calendar"}
 # bpf-helpers(7): CLOCK_MONOTONIC, a coarse one, and CLOCK_BOOTTIME. bpf_ktime_get_tai_ns can be set.

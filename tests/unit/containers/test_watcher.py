@@ -565,7 +565,7 @@ def test_what_nobody_thought_of_does_not_end_the_thread(bench: Bench, watcher: W
             raise RuntimeError("a bug")
         return real(found, scopes)
 
-    watcher._locate = locate
+    watcher._reconciler._locate = locate
     bench.fake.run(2)
     wait_until(lambda: watcher.describe()["state"] == "lost")
     assert "docker_failed" in bench.log.names()
@@ -623,5 +623,6 @@ def test_nothing_leaks(bench: Bench, watcher: Watcher) -> None:
     churn(200, 500)
     bench.settle(watcher)
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds)
-    assert len(watcher._known) <= 40
-    wait_until(lambda: len(watcher._again) == len(watcher._waiting) == 0)
+    reconciler = watcher._reconciler
+    assert len(reconciler._known) <= 40
+    wait_until(lambda: len(reconciler._again) == len(reconciler._waiting) == 0)
