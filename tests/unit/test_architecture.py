@@ -163,7 +163,7 @@ def _evaluate(node: ast.expr) -> Fraction | None:
 
 
 def read_constants(file: str, text: str) -> dict[str, Fraction]:
-    """Numbers with a name, times in seconds: macros, constants of a module, fields of dataclasses in FIELDS."""
+    """Numbers by name, times in seconds: macros, constants of a module, fields of dataclasses in FIELDS."""
     found: dict[str, Fraction] = {}
     if not file.endswith(".py"):
         for name, value in re.findall(r"^#define\s+(\w+)\s+(.*?)\s*(?:/\*.*)?$", text, re.M):
