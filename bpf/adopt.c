@@ -6,10 +6,11 @@
  * Putting a pair in. The ends are visited one after the other, and between the
  * two visits bytes still flow through TCP. An end that is in the SOCKHASH must
  * not be left with TCP bytes it has not read: on kernels of class B its
- * FIONREAD would not count them (DESIGN: readers like nginx then wait for
- * ever). So the end that was never seen to leave bytes behind goes first. From
- * then on each of its sends passes the verdict, so when the second end goes in
- * at a moment with nothing in flight towards it, its next bytes are redirected.
+ * FIONREAD would not count them (readers like nginx then wait for ever: see
+ * "Three kernel classes" in ARCHITECTURE.md). So the end that was never seen to
+ * leave bytes behind goes first. From then on each of its sends passes the
+ * verdict, so when the second end goes in at a moment with nothing in flight
+ * towards it, its next bytes are redirected.
  *
  * Taking a pair out, if there is time: see try_leave().
  *
