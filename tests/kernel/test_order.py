@@ -131,7 +131,7 @@ def test_draining_does_not_lose_what_waits_unread(host: Host, lab: Lab) -> None:
     an edge-triggered reader is woken for them."""
     pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
     host.make_hot(pair)
-    pair.server.watch_all()
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     pair.client.send(3000)
     host.daemon.drain()

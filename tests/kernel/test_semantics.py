@@ -230,7 +230,7 @@ def test_poll_events(wire: Wire) -> None:
 def test_edge_triggered_wakeups(wire: Wire) -> None:
     """EPOLLET: one wake-up for each arrival, none without, whatever has been read."""
     pair = wire.hot_pair()
-    pair.server.watch_all()
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     pair.client.say("a")
     assert pair.server.wakeup() == ["IN"]
@@ -264,7 +264,7 @@ def test_level_triggered_wakeups(wire: Wire) -> None:
 def test_every_arrival_wakes_an_edge_triggered_reader(wire: Wire) -> None:
     """An edge-triggered reader that always reads to EAGAIN is woken for every later message."""
     pair = wire.hot_pair()
-    pair.server.watch_all()
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     for _ in range(150):
         pair.client.send(33)
