@@ -13,7 +13,7 @@ from select import EPOLLET, EPOLLOUT
 from typing import Any
 
 from support import pauses
-from support.peer import FaultingMemory
+from support.connection import FaultingMemory
 
 from conformance.probes import probe
 from conformance.probes.processes import Child
