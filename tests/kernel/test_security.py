@@ -23,9 +23,7 @@ USED_AGAIN = 22_101
 
 
 def _victim(host: Host, lab: Lab, port: int = 0) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
-    host.make_hot(pair)
-    return pair
+    return host.hot_pair(lab, port=port)
 
 
 def _attacker(host: Host, lab: Lab) -> Hostile:
@@ -125,7 +123,7 @@ def test_forged_end_stays_while_its_victim_is_drained_and_adopted(host: Host, la
 def test_forged_reads_do_not_count(host: Host, lab: Lab, side: str) -> None:
     """A connection that is not hot yet: reads by a forged end do not make it so, and it is never spliced with
     the forger. It may stay plain, if somebody claims to be an end of it."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    pair = host.pair(lab)
     pair.pingpong(5)
     hostile = _attacker(host, lab)
     local, remote = _claim(hostile, pair, side)

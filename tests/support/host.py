@@ -243,9 +243,13 @@ class Host:
         pair.pingpong(4)
         return flow
 
-    def hot_pair(self, lab: Lab) -> Pair:
-        """A new connection between two hosts, spliced."""
-        pair = self.connect(self.peer(lab, "a"), self.peer(lab, "b"), lab.address("b"))
+    def pair(self, lab: Lab, **arguments: Any) -> Pair:
+        """A connection between new peers on two hosts; `arguments` as for `connect`."""
+        return self.connect(self.peer(lab, "a"), self.peer(lab, "b"), lab.address("b"), **arguments)
+
+    def hot_pair(self, lab: Lab, **arguments: Any) -> Pair:
+        """The same, spliced."""
+        pair = self.pair(lab, **arguments)
         self.make_hot(pair)
         return pair
 
