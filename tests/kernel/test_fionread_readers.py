@@ -79,14 +79,14 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
     generation = open_pinned(str(host.pin_dir))
     sweeper = generation.sweeper()
     try:
-        watch = sweeper.watch
+        watch = sweeper.watch_all
 
         def watch_and_pause() -> Findings:
             findings = watch()
             time.sleep(0.3)
             return findings
 
-        sweeper.watch = watch_and_pause  # type: ignore[method-assign]
+        sweeper.watch_all = watch_and_pause  # type: ignore[method-assign]
         assert sweeper.drain(0.5) == CONNECTIONS
     finally:
         sweeper.close()

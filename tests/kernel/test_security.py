@@ -186,20 +186,15 @@ def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) ->
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     before = read_map(host, "rendezvous")
     # The last segment of the handshake is ignored until data comes: time enough for the attack.
-    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-    local, remote = client.call(
-        "connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port, sends=900, receives=901
-    )
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
+    local, remote = pair.client.local, pair.client.remote
     name = find_new_name(host, before)
     hostile = _attacker(host, lab)
     hostile.call("claim", address=local[0])
     hostile.call("shake_hands", conn="forged", local=local, remote=remote, seqs=name.as_client)
-    client.call("send", conn="c", count=10)
-    server.call("accept", listener="door", conn="s", sends=901, receives=900)
-    server.call("recv", conn="s", count=10)
-    pair = Pair(
-        End(client, "c", tuple(local), tuple(remote)), End(server, "s", tuple(remote), tuple(local)), "victim"
-    )
+    pair.client.send(10)
+    host.accept(pair)
+    pair.server.recv(10)
     pair.pingpong(30, size=10, answer=10)
     # The forger is where the client is now: 310 bytes sent, 300 read.
     hostile.call("say", conn="forged", text="x" * 310)
@@ -208,8 +203,8 @@ def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) ->
     for _ in range(4):
         hostile.call("say", conn="forged", text="x")
         hostile.call("confirm", conn="forged")
-        client.call("send", conn="c", count=1)
-        server.call("recv", conn="s", count=1)
+        pair.client.send(1)
+        pair.server.recv(1)
         hostile.call("be_told", conn="forged", count=1)
         server.call("send", conn="s", count=1)
         client.call("recv", conn="c", count=1)

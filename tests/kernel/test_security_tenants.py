@@ -240,8 +240,7 @@ def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, vict
     connections at once would: the connection is plain and works, and the next one is spliced."""
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     before = read_map(host, "rendezvous")
-    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-    client.call("connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port)
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
     find_new_name(host, before)
     slots = libbpf.Map.open(str(host.pin_dir / "maps" / "rendezvous"))
     for number in range(SLOTS):
@@ -250,11 +249,11 @@ def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, vict
         slots.set(struct.pack("=I", number), struct.pack("=2I", number, 7) + value[8:])
     slots.close()
     known = len(host.daemon.flows())
-    client.call("send", conn="c", count=64)
-    server.call("accept", listener="door", conn="s")
-    assert server.call("recv", conn="s", count=64) == 64
+    pair.client.send(64)
+    host.accept(pair)
+    assert pair.server.recv(64) == 64
     assert len(host.daemon.flows()) == known
-    assert client.call("report", conn="c")["sent_sum"] == server.call("report", conn="s")["received_sum"]
+    assert pair.client.report()["sent_sum"] == pair.server.report()["received_sum"]
     late = host.hot_pair(lab)
     late.verify()
     _check_spliced(host, victims)
