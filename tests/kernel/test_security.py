@@ -15,7 +15,7 @@ from support.hostile import Hostile, Name, find_new_name, read_map, read_name
 from support.lab import Lab
 from support.load import Load
 from support.pauses import Stopwatch
-from support.players import End, Pair
+from support.players import Pair
 
 SIDES = ("client", "server")
 # Source ports that tests fix: below the ephemeral ones.
@@ -206,12 +206,12 @@ def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) ->
         pair.client.send(1)
         pair.server.recv(1)
         hostile.call("be_told", conn="forged", count=1)
-        server.call("send", conn="s", count=1)
-        client.call("recv", conn="c", count=1)
+        pair.server.send(1)
+        pair.client.recv(1)
         time.sleep(0.15)
-    server.call("send", conn="s", count=500)
+    pair.server.send(500)
     assert hostile.attempt("hear_once", conn="forged", count=1000) == "EAGAIN", "the forger got a message"
-    assert client.attempt("recv", conn="c", count=500, timeout=2.0) == 500
+    assert pair.client.attempt("recv", count=500, timeout=2.0) == 500
     for _ in range(10):
         pair.pingpong(20)
     pair.verify()
@@ -225,25 +225,20 @@ def test_same_slot_at_the_rendezvous(host: Host, lab: Lab) -> None:
     hostile.call("claim", address="10.66.0.2")
     for number in range(3):
         before = read_map(host, "rendezvous")
-        door = f"door-{number}"
-        port = server.call("listen", name=door, family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-        where = {"family": socket.AF_INET, "host": lab.address("b"), "port": port}
-        seeds = {"sends": 800, "receives": 801}
-        ends = client.call("connect", conn=door, **where, **seeds)
+        pair = host.dial(client, server, lab.address("b"), defer_accept=5)
         name = find_new_name(host, before)
         other = Name(name.client_seq ^ 2048, name.server_seq)
         assert other.slot == name.slot
         hostile.call(
             "shake_hands",
-            conn=door,
+            conn=f"forged-{number}",
             local=["10.66.0.2", 20_000 + number],
-            remote=[lab.address("b"), port],
+            remote=pair.client.remote,
             seqs=other.as_client,
         )
-        client.call("send", conn=door, count=64)
-        server.call("accept", listener=door, conn=door, sends=801, receives=800)
-        server.call("recv", conn=door, count=64)
-        pair = Pair(End(client, door, *map(tuple, ends)), End(server, door, *map(tuple, ends[::-1])), door)
+        pair.client.send(64)
+        host.accept(pair)
+        pair.server.recv(64)
         pair.pingpong(60)
         flow = host.find_flow(pair)
         assert flow is None, flow
