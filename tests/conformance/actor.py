@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conformance.memory import Bound, remove_bounds
+from conformance.memory import Bound, make_bound, remove_bounds
 from conformance.probes import PROBES, Probe, load
 from conformance.scene import Cut, End, Overdue, Scene
 
@@ -152,11 +152,12 @@ def play(probe: Probe, cuts: list[Cut], control: Control | None, port: int, tell
     """Each run on a connection of its own, all of them made hot together."""
     scenes = []
     for number, cut in enumerate(cuts):
-        bound = Bound(f"{BOUND}{os.getpid()}-{number}") if probe.bound else None
+        bound = make_bound(f"{BOUND}{os.getpid()}-{number}") if probe.bound else None
         client, server = connect(probe, port, bound)
         scenes.append(Scene(End("client", client), End("server", server), cut))
         if bound:
-            scenes[-1].memory = scenes[-1].keep(bound)
+            scenes[-1].memory = bound
+            scenes[-1].keep(contextlib.ExitStack()).callback(bound.remove)
         if control is not None:
             scenes[-1].drain = lambda: control.ask("drain")
     stormy = any(cut.drag for cut in cuts)

@@ -243,8 +243,7 @@ def test_reader_that_splices_while_bytes_wait(quiet_host: Host, lab: Lab) -> Non
     """Not guaranteed, see KNOWN_ISSUES.md: a first splice(2) while redirected bytes wait does not see them.
     They are kept for recv(2), nothing is lost or reordered, and the connection is plain from then on."""
     host = quiet_host
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     pair.client.send(1000)
     assert pair.server.attempt("splice_nothing") == "EAGAIN"
     pair.client.send(500)
@@ -258,8 +257,7 @@ def test_reader_that_starts_to_block(quiet_host: Host, lab: Lab) -> None:
     """Guaranteed within the watch's second: a spliced socket whose O_NONBLOCK was cleared goes back to plain
     TCP, with the reason; then MSG_WAITALL and SO_RCVTIMEO mean what they say."""
     host = quiet_host
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     pair.server.setblocking(blocking=True)
     host.wait_flow(pair, "paired", "blocking_reader", timeout=2.5)
     pair.server.begin("recv_once", count=900, flags=0x100)

@@ -117,8 +117,7 @@ class Traffic:
 def _check_alive(host: Host, lab: Lab) -> None:
     """The daemon is well, and splices what is new."""
     assert host.daemon.status()["healthy"]
-    fresh = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(fresh)
+    fresh = host.hot_pair(lab)
     fresh.verify()
 
 
@@ -304,8 +303,7 @@ def test_clocks_jump_between_two_lives(lab: Lab, which: str) -> None:
     takes over, adopts, drains and stops in time, and the traffic does not notice."""
     back = -int(time.clock_gettime(time.CLOCK_MONOTONIC) / 2)
     with Host("--stop-timeout=1") as host, contextlib.ExitStack() as stack:
-        quiet = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-        host.make_hot(quiet)
+        quiet = host.hot_pair(lab)
         with Traffic(host, lab):
             for offset in (DAY, back):
                 host.prefix = stack.enter_context(_time_namespace(offset if which == "both" else 0, offset))

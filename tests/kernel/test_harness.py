@@ -67,7 +67,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
 def test_wrong_bytes_are_found(lab: Lab) -> None:
     """The receiver names the offset of the first byte that differs from what should have come."""
     with Host(start=False) as host:
-        pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+        pair = host.pair(lab)
         pair.client.send(100_000)
         assert pair.server.recv(100_000) == 100_000
         pair.verify()

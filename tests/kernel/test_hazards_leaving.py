@@ -68,7 +68,7 @@ def test_reader_of_what_is_available_while_an_option_is_asked_for(host: Host, la
     """Large messages go round while an option takes the connections back at once. Both ends read a byte and
     then what FIONREAD says: it may say 0 while bytes wait, and not for long."""
     pairs = _juggling_pairs(host, lab, 3)
-    sockets = [borrow(pair.server, pair.server.fileno()) for pair in pairs]
+    sockets = [borrow(pair.server.peer.pid, pair.server.fileno()) for pair in pairs]
     try:
         for _ in range(TALKS):
             for pair in pairs:

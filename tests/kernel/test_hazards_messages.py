@@ -103,8 +103,7 @@ def test_buffer_that_ends_within_a_message(wire: Wire, size: int, waiting: int) 
 def test_stream_goes_back_and_stays_longer_each_time(host: Host, lab: Lab) -> None:
     """Many small messages without an answer: the connection goes back as a `stream`, with a cool-down that
     grows."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     for least in (2.0, 4.0):
         started = time.monotonic()
         # More messages than make a stream, and fewer than may wait: a reader may be late.

@@ -4,7 +4,6 @@ HAZARDS.md that is named."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,7 @@ from support.host import EAGER, Host
 from support.hostile import Hostile, Name, find_new_name, read_map
 from support.lab import Lab
 from support.meddler import callbacks_forgotten
-from support.players import HABITS, End, Pair, Peer
+from support.players import HABITS, Pair, Peer
 
 from splicer.kernel import layout, libbpf
 
@@ -64,10 +63,8 @@ def _forge_client_in_time(host: Host, lab: Lab) -> tuple[Hostile, Pair]:
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     before = read_map(host, "rendezvous")
     # The last segment of the handshake is ignored until data comes: time enough for the attack.
-    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-    local, remote = client.call(
-        "connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port, sends=900, receives=901
-    )
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
+    local, remote = pair.client.local, pair.client.remote
     name = find_new_name(host, before)
     hostile = Hostile(host, [lab.address("a"), lab.address("b")])
     hostile.call("claim", address=local[0])
@@ -75,11 +72,10 @@ def _forge_client_in_time(host: Host, lab: Lab) -> tuple[Hostile, Pair]:
     assert other.slot == name.slot
     hostile.call("shake_hands", conn="other", local=[local[0], 20_001], remote=remote, seqs=other.as_client)
     hostile.call("shake_hands", conn="forged", local=local, remote=remote, seqs=name.as_client)
-    client.call("send", conn="c", count=SIZE)
-    server.call("accept", listener="door", conn="s", sends=901, receives=900)
-    server.call("recv", conn="s", count=SIZE)
-    ends = End(client, "c", tuple(local), tuple(remote)), End(server, "s", tuple(remote), tuple(local))
-    return hostile, Pair(*ends, "victim")
+    pair.client.send(SIZE)
+    host.accept(pair)
+    pair.server.recv(SIZE)
+    return hostile, pair
 
 
 @pytest.mark.parametrize("reads", [False, True], ids=["never-reads", "reads-once"])

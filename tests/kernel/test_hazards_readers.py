@@ -32,10 +32,6 @@ def host(host: Host) -> Iterator[Host]:
     return host
 
 
-def _pair(host: Host, lab: Lab) -> Pair:
-    return host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-
-
 def _read_at_server(pair: Pair, messages: int) -> None:
     """So many reads by the server while the client reads nothing: the connection is not hot."""
     for _ in range(messages):
@@ -49,9 +45,9 @@ def _read_at_server(pair: Pair, messages: int) -> None:
 def test_fewer_reads_than_needed(host: Host, lab: Lab) -> None:
     """Fifteen reads at each end leave a connection cold, though others become hot meanwhile; five more do
     not."""
-    pair = _pair(host, lab)
+    pair = host.pair(lab)
     pair.pingpong(HOT_READS - 1)
-    host.make_hot(_pair(host, lab))
+    host.hot_pair(lab)
     flow = host.find_flow(pair)
     assert flow is not None
     assert (flow["state"], flow["reason"]) == ("paired", "cold")
@@ -85,7 +81,7 @@ def test_wait_all_after_adoption_under_allow(wire: Wire) -> None:
 def test_splice_after_the_first_reads(host: Host, lab: Lab) -> None:
     """A reader that has done all the reads that make an end hot, and then one splice(2) while its connection
     is still plain, is not spliced when the other end has become hot, too."""
-    pair = _pair(host, lab)
+    pair = host.pair(lab)
     _read_at_server(pair, 2 * HOT_READS)
     pair.client.send(64)
     assert pair.server.splice_in(count=64) == 64
@@ -98,8 +94,7 @@ def test_splice_after_the_first_reads(host: Host, lab: Lab) -> None:
 def test_splice_after_the_way_back(host: Host, lab: Lab, how: str) -> None:
     """The same for a connection that was spliced and is plain again: after `splicer drain`, and in the
     cool-down after an option was asked for."""
-    pair = _pair(host, lab)
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     if how == "drained":
         host.daemon.drain()
         host.wait_flow(pair, "paired")
@@ -207,7 +202,7 @@ def test_under_repair(host: Host, lab: Lab) -> None:
     """An end that is under repair when its connection becomes hot is not spliced before it is repaired."""
     # Without Nagle, or the client would get a few large segments and not be looked at.
     options: tuple[list[list[int]], list[list[int]]] = ([], [[socket.IPPROTO_TCP, socket.TCP_NODELAY, 1]])
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), options=options)
+    pair = host.pair(lab, options=options)
     messages = 2 * HOT_READS
     _read_at_server(pair, messages)
     pair.server.send(64 * messages, chunk=64)
@@ -266,7 +261,7 @@ def test_foreign_psock(host: Host, lab: Lab, at: str) -> None:
 
 def test_tls_before(host: Host, lab: Lab) -> None:
     """A socket with TLS in the kernel stays plain."""
-    pair = _pair(host, lab)
+    pair = host.pair(lab)
     if pair.client.attempt("set_ulp", name="tls") == "ENOENT":
         pytest.skip("this kernel has no TLS")
     host.watch_cold(pair, "ulp")

@@ -275,7 +275,7 @@ def test_beside_another_one(lab: Lab) -> None:
     with Host() as host:
         other = Daemon(host.cgroup.path, host.directory / "other", host.bpffs.path / "other")
         try:
-            pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+            pair = host.pair(lab)
             # Each may have put one end in first; then both go back, and one of them tries again sooner.
 
             def states() -> list[str]:

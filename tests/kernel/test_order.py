@@ -107,8 +107,7 @@ def test_coming_and_going_while_adopting_and_draining(host: Host, lab: Lab, port
 
 def test_requests_while_adopting_and_draining(host: Host, lab: Lab) -> None:
     """Request and response go on, exactly, while the connection is drained between any two of them."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     before = host.daemon.totals()["drained"]
     drained = number = 0
     # Drains that come too fast for the daemon are one.
@@ -129,9 +128,8 @@ def test_requests_while_adopting_and_draining(host: Host, lab: Lab) -> None:
 def test_draining_does_not_lose_what_waits_unread(host: Host, lab: Lab) -> None:
     """Bytes that were redirected and not yet read survive draining; those sent during it come after them, and
     an edge-triggered reader is woken for them."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
-    pair.server.watch_all()
+    pair = host.hot_pair(lab)
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     pair.client.send(3000)
     host.daemon.drain()

@@ -163,8 +163,7 @@ def test_a_network_is_switched_off_and_on(host: Host, lab: Lab, family: int, cid
 
 def test_a_network_within_a_network(host: Host, lab: Lab) -> None:
     """The first rule that matches wins, whichever network is the larger one."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     wide, narrow = "10.0.0.0/8", "10.77.0.0/16"
     host.reload(table(cidr=wide, mode="off") + table(cidr=narrow, mode="adaptive"))
     host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
@@ -177,8 +176,7 @@ def test_a_port_is_switched_off_and_on(host: Host, lab: Lab) -> None:
     """A rule by port is about the server's own port, and no other."""
     port, other_port = next(_ports), next(_ports)
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
-    pair = host.connect(client, server, lab.address("b"), port=port)
-    other = host.connect(client, server, lab.address("b"), port=other_port)
+    pair, other = (host.connect(client, server, lab.address("b"), port=each) for each in (port, other_port))
     host.make_hot(pair)
     host.make_hot(other)
     host.reload(table(ports=port, mode="off"))
@@ -214,8 +212,7 @@ def test_only_what_is_switched_on(host: Host, lab: Lab, end: str) -> None:
     inside = [web if end == "client" else None, web if end == "server" else None]
     client, server = (host.peer(lab, name, cgroup=cgroup) for name, cgroup in zip("ab", inside, strict=True))
     pair = host.connect(client, server, lab.address("b"))
-    other = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(other)
+    other = host.hot_pair(lab)
     host.reload('default = "off"\n')
     host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     host.talk_until(other, "paired", "policy_off", timeout=FLIP)
@@ -234,9 +231,7 @@ def test_only_what_is_switched_on(host: Host, lab: Lab, end: str) -> None:
 def test_blocking_readers_are_allowed_and_refused(host: Host, lab: Lab) -> None:
     """`blocking` is a policy of its own: allowed at run time it adopts, refused again it drains."""
     port = next(_ports)
-    pair = host.connect(
-        host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port, blocking=(True, True)
-    )
+    pair = host.pair(lab, port=port, blocking=(True, True))
     pair.pingpong(100)
     host.wait_flow(pair, "paired", "blocking_reader")
     host.reload(table(ports=port, blocking="allow"))
@@ -249,7 +244,7 @@ def test_eager_at_run_time(host: Host, lab: Lab) -> None:
     """A port that becomes eager has its next connections spliced before they have said anything."""
     port = next(_ports)
     host.reload(table(ports=port, mode="eager"))
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
+    pair = host.pair(lab, port=port)
     assert host.find_flow(pair)["state"] == "spliced"  # type: ignore[index]
     host.reload(table(ports=port, mode="off"))
     host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
@@ -285,7 +280,7 @@ def test_switched_to_and_fro_under_load(host: Host, lab: Lab) -> None:
 def test_a_mistake_in_the_file_changes_nothing(host: Host, lab: Lab, wrong: str) -> None:
     """What cannot be read is refused with a message in the log; the policy in force stays."""
     port = next(_ports)
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
+    pair = host.pair(lab, port=port)
     host.reload(table(ports=port, mode="off"))
     host.reload(wrong)
     assert "reload_failed" in host.daemon.tail(3)
@@ -304,8 +299,7 @@ def test_a_taken_over_generation_gets_the_policy_of_its_new_daemon(lab: Lab) -> 
     """Rules that changed while no daemon ran reach the connections that were spliced all the time."""
     with Host(services="") as host:
         port = next(_ports)
-        pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
-        host.make_hot(pair)
+        pair = host.hot_pair(lab, port=port)
         host.daemon.kill()
         host.config.write_text(table(ports=port, mode="off"))
         pair.pingpong(20)

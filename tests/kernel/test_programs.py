@@ -60,8 +60,7 @@ def test_three_capabilities_are_enough(lab: Lab) -> None:
     with Host(start=False) as host:
         host.prefix = ("setpriv", f"--bounding-set={capabilities}", "--inh-caps=-all")
         host.start()
-        pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-        host.make_hot(pair)
+        pair = host.hot_pair(lab)
         pair.verify()
 
 

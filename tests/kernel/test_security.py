@@ -15,7 +15,7 @@ from support.hostile import Hostile, Name, find_new_name, read_map, read_name
 from support.lab import Lab
 from support.load import Load
 from support.pauses import Stopwatch
-from support.players import End, Pair
+from support.players import Pair
 from support.tiers import thorough
 
 SIDES = ("client", "server")
@@ -24,9 +24,7 @@ USED_AGAIN = 22_101
 
 
 def _victim(host: Host, lab: Lab, port: int = 0) -> Pair:
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
-    host.make_hot(pair)
-    return pair
+    return host.hot_pair(lab, port=port)
 
 
 def _attacker(host: Host, lab: Lab) -> Hostile:
@@ -126,7 +124,7 @@ def test_forged_end_stays_while_its_victim_is_drained_and_adopted(host: Host, la
 def test_forged_reads_do_not_count(host: Host, lab: Lab, side: str) -> None:
     """A connection that is not hot yet: reads by a forged end do not make it so, and it is never spliced with
     the forger. It may stay plain, if somebody claims to be an end of it."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+    pair = host.pair(lab)
     pair.pingpong(5)
     hostile = _attacker(host, lab)
     local, remote = _claim(hostile, pair, side)
@@ -189,20 +187,15 @@ def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) ->
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     before = read_map(host, "rendezvous")
     # The last segment of the handshake is ignored until data comes: time enough for the attack.
-    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-    local, remote = client.call(
-        "connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port, sends=900, receives=901
-    )
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
+    local, remote = pair.client.local, pair.client.remote
     name = find_new_name(host, before)
     hostile = _attacker(host, lab)
     hostile.call("claim", address=local[0])
     hostile.call("shake_hands", conn="forged", local=local, remote=remote, seqs=name.as_client)
-    client.call("send", conn="c", count=10)
-    server.call("accept", listener="door", conn="s", sends=901, receives=900)
-    server.call("recv", conn="s", count=10)
-    pair = Pair(
-        End(client, "c", tuple(local), tuple(remote)), End(server, "s", tuple(remote), tuple(local)), "victim"
-    )
+    pair.client.send(10)
+    host.accept(pair)
+    pair.server.recv(10)
     pair.pingpong(30, size=10, answer=10)
     # The forger is where the client is now: 310 bytes sent, 300 read.
     hostile.call("say", conn="forged", text="x" * 310)
@@ -211,15 +204,15 @@ def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) ->
     for _ in range(4):
         hostile.call("say", conn="forged", text="x")
         hostile.call("confirm", conn="forged")
-        client.call("send", conn="c", count=1)
-        server.call("recv", conn="s", count=1)
+        pair.client.send(1)
+        pair.server.recv(1)
         hostile.call("be_told", conn="forged", count=1)
-        server.call("send", conn="s", count=1)
-        client.call("recv", conn="c", count=1)
+        pair.server.send(1)
+        pair.client.recv(1)
         time.sleep(0.15)
-    server.call("send", conn="s", count=500)
+    pair.server.send(500)
     assert hostile.attempt("hear_once", conn="forged", count=1000) == "EAGAIN", "the forger got a message"
-    assert client.attempt("recv", conn="c", count=500, timeout=2.0) == 500
+    assert pair.client.attempt("recv", count=500, timeout=2.0) == 500
     for _ in range(10):
         pair.pingpong(20)
     pair.verify()
@@ -233,25 +226,20 @@ def test_same_slot_at_the_rendezvous(host: Host, lab: Lab) -> None:
     hostile.call("claim", address="10.66.0.2")
     for number in range(3):
         before = read_map(host, "rendezvous")
-        door = f"door-{number}"
-        port = server.call("listen", name=door, family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-        where = {"family": socket.AF_INET, "host": lab.address("b"), "port": port}
-        seeds = {"sends": 800, "receives": 801}
-        ends = client.call("connect", conn=door, **where, **seeds)
+        pair = host.dial(client, server, lab.address("b"), defer_accept=5)
         name = find_new_name(host, before)
         other = Name(name.client_seq ^ 2048, name.server_seq)
         assert other.slot == name.slot
         hostile.call(
             "shake_hands",
-            conn=door,
+            conn=f"forged-{number}",
             local=["10.66.0.2", 20_000 + number],
-            remote=[lab.address("b"), port],
+            remote=pair.client.remote,
             seqs=other.as_client,
         )
-        client.call("send", conn=door, count=64)
-        server.call("accept", listener=door, conn=door, sends=801, receives=800)
-        server.call("recv", conn=door, count=64)
-        pair = Pair(End(client, door, *map(tuple, ends)), End(server, door, *map(tuple, ends[::-1])), door)
+        pair.client.send(64)
+        host.accept(pair)
+        pair.server.recv(64)
         pair.pingpong(60)
         flow = host.find_flow(pair)
         assert flow is None, flow

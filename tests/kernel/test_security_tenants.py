@@ -44,10 +44,6 @@ def victims(host: Host, lab: Lab) -> list[Pair]:
     return pairs
 
 
-def _newcomer(host: Host, lab: Lab, port: int = 0) -> Pair:
-    return host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port)
-
-
 def _check_spliced(host: Host, pairs: list[Pair]) -> None:
     """All are spliced, and each of their messages is redirected."""
     for pair in pairs:
@@ -108,7 +104,7 @@ def test_tenant_with_more_connections_than_there_is_room_for(
     refused = host.daemon.totals()["refused"]["map_full"]
     assert refused - before >= len(taken) - _share(len(victims))
     _check_spliced(host, victims)
-    newcomers = [_newcomer(host, lab, number) for number in (0, port)]
+    newcomers = [host.pair(lab, port=number) for number in (0, port)]
     for newcomer in newcomers:
         host.make_hot(newcomer)
     _check_spliced(host, [*victims, *newcomers])
@@ -119,8 +115,7 @@ def test_tenant_with_more_connections_than_there_is_room_for(
         assert pair.server.recv(1000) == 1000
     _leave(host, tenant, len(victims) + len(newcomers))
     for number in (0, port):
-        late = _newcomer(host, lab, number)
-        host.make_hot(late)
+        late = host.hot_pair(lab, port=number)
         late.verify()
     _check_spliced(host, victims)
 
@@ -151,8 +146,7 @@ def test_tenant_that_comes_and_goes_all_the_time(host: Host, lab: Lab, victims: 
         connections += done["connections"]
         server.finish()
     wait_until("their records are gone", lambda: len(host.daemon.flows()) == len(victims))
-    late = _newcomer(host, lab)
-    host.make_hot(late)
+    late = host.hot_pair(lab)
     late.verify()
 
 
@@ -161,7 +155,7 @@ def test_more_events_than_the_ring_buffer_holds(host: Host, lab: Lab, victims: l
     tenant = host.cgroup.child("tenant")
     server, client = host.peer(lab, "b", cgroup=tenant), host.peer(lab, "b", cgroup=tenant)
     port = server.call("listen", name="door", family=socket.AF_INET, host="127.0.0.1", port=EAGER)
-    waiting = _newcomer(host, lab)
+    waiting = host.pair(lab)
     lost = _count(host, "events_lost")
     os.kill(host.daemon.pid, signal.SIGSTOP)
     try:
@@ -201,7 +195,7 @@ def test_more_hints_than_are_kept(host: Host, lab: Lab, victims: list[Pair]) -> 
     )
     made = 0
     while hostile.is_waiting(0.05):
-        newcomer = _newcomer(host, lab, EAGER)
+        newcomer = host.pair(lab, port=EAGER)
         newcomer.pingpong(30)
         newcomer.verify()
         newcomer.close()
@@ -210,7 +204,7 @@ def test_more_hints_than_are_kept(host: Host, lab: Lab, victims: list[Pair]) -> 
     assert made > 1
     _check_spliced(host, victims)
     for _ in range(3):
-        late = _newcomer(host, lab, EAGER)
+        late = host.pair(lab, port=EAGER)
         late.pingpong(3)
         flow = host.find_flow(late)
         assert flow is not None
@@ -246,8 +240,7 @@ def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, vict
     connections at once would: the connection is plain and works, and the next one is spliced."""
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     before = read_map(host, "rendezvous")
-    port = server.call("listen", name="door", family=socket.AF_INET, host=lab.address("b"), defer_accept=5)
-    client.call("connect", conn="c", family=socket.AF_INET, host=lab.address("b"), port=port)
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
     find_new_name(host, before)
     slots = libbpf.Map.open(str(host.pin_dir / "maps" / "rendezvous"))
     for number in range(SLOTS):
@@ -256,13 +249,12 @@ def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, vict
         slots.set(struct.pack("=I", number), struct.pack("=2I", number, 7) + value[8:])
     slots.close()
     known = len(host.daemon.flows())
-    client.call("send", conn="c", count=64)
-    server.call("accept", listener="door", conn="s")
-    assert server.call("recv", conn="s", count=64) == 64
+    pair.client.send(64)
+    host.accept(pair)
+    assert pair.server.recv(64) == 64
     assert len(host.daemon.flows()) == known
-    assert client.call("report", conn="c")["sent_sum"] == server.call("report", conn="s")["received_sum"]
-    late = _newcomer(host, lab)
-    host.make_hot(late)
+    assert pair.client.report()["sent_sum"] == pair.server.report()["received_sum"]
+    late = host.hot_pair(lab)
     late.verify()
     _check_spliced(host, victims)
 
@@ -270,7 +262,7 @@ def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, vict
 def test_splicing_readers_are_crowded_out(host: Host, lab: Lab) -> None:
     """Thousands of processes read with splice(2), so that others that do are forgotten: one of these is found
     out again by the way it reads, and loses nothing."""
-    pair = _newcomer(host, lab)
+    pair = host.pair(lab)
     pair.client.send(300, chunk=100)
     assert pair.server.splice_in(count=300) == 300
     splicers = libbpf.Map.open(str(host.pin_dir / "maps" / "splicers"))

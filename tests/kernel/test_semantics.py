@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import socket
 import time
-from socket import AF_INET, MSG_DONTWAIT, MSG_MORE, MSG_PEEK, MSG_TRUNC
+from socket import MSG_DONTWAIT, MSG_MORE, MSG_PEEK, MSG_TRUNC
+from typing import Any
 
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER
 from support.pauses import Stopwatch
-from support.players import End, Pair, PeerError
+from support.players import Pair, PeerError
 from support.wire import Wire
 
 TCP_FASTOPEN = 23
@@ -19,18 +20,9 @@ TCP_INQ = 36
 ADAPTIVE_AND_EAGER = pytest.mark.parametrize("port", [0, EAGER], ids=["adaptive", "eager"])
 
 
-def _dial(wire: Wire, port: int, fast_open: str = "", **listening: object) -> Pair:
-    """A connection whose server has not accepted yet: `_accept` does that."""
-    client, server = wire.peers("a", "b")
-    address = wire.lab.address("b")
-    port = server.call("listen", name="late", family=AF_INET, host=address, port=port, **listening)
-    ends = client.call("connect", conn="late", family=AF_INET, host=address, port=port, fast_open=fast_open)
-    local, remote = (tuple(each) for each in ends)
-    return Pair(End(client, "late", local, remote), End(server, "late", remote, local), "late")
-
-
-def _accept(pair: Pair) -> None:
-    pair.server.peer.call("accept", listener="late", conn="late")
+def _dial(wire: Wire, **arguments: Any) -> Pair:
+    """A connection whose server has not accepted yet."""
+    return wire.host.dial(*wire.peers("a", "b"), wire.lab.address("b"), **arguments)
 
 
 # beginnings
@@ -39,11 +31,11 @@ def _accept(pair: Pair) -> None:
 @ADAPTIVE_AND_EAGER
 def test_order_under_defer_accept(wire: Wire, port: int) -> None:
     """TCP_DEFER_ACCEPT: what the client sent before the server's end existed is read first."""
-    pair = _dial(wire, port, defer_accept=5)
+    pair = _dial(wire, port=port, defer_accept=5)
     pair.client.say("1111")
     time.sleep(0.05)
     pair.client.say("2222")
-    _accept(pair)
+    wire.host.accept(pair)
     pair.client.say("3333")
     assert pair.server.hear(12) == "111122223333"
     pair.server.say("yes")
@@ -55,10 +47,10 @@ def test_order_under_defer_accept(wire: Wire, port: int) -> None:
 @ADAPTIVE_AND_EAGER
 def test_data_sent_before_accept(wire: Wire, port: int) -> None:
     """What waits in the receive queue before accept(2) comes before what is sent afterwards."""
-    pair = _dial(wire, port)
+    pair = _dial(wire, port=port)
     for word in ("one ", "two ", "three "):
         pair.client.say(word)
-    _accept(pair)
+    wire.host.accept(pair)
     pair.client.say("four")
     assert pair.server.hear(18) == "one two three four"
     wire.heat(pair)
@@ -103,14 +95,14 @@ def test_fast_open(wire: Wire, port: int) -> None:
     wire.lab.set_sysctl("a", "net.ipv4.tcp_fastopen", "3")
     wire.lab.set_sysctl("b", "net.ipv4.tcp_fastopen", "3")
     for text in ("to get a cookie", "in the SYN"):
-        pair = _dial(wire, port, fast_open=text, options=[[socket.IPPROTO_TCP, TCP_FASTOPEN, 5]])
-        _accept(pair)
+        pair = _dial(wire, port=port, fast_open=text, options=[[socket.IPPROTO_TCP, TCP_FASTOPEN, 5]])
+        wire.host.accept(pair)
         pair.client.say(" and on")
         assert pair.server.hear(len(text) + 7) == f"{text} and on"
         for _ in range(5):
             pair.pingpong(40)
         pair.verify()
-        pair.server.peer.call("unlisten", listener="late")
+        pair.server.peer.call("unlisten", listener=pair.label)
         pair.close()
 
 
@@ -230,7 +222,7 @@ def test_poll_events(wire: Wire) -> None:
 def test_edge_triggered_wakeups(wire: Wire) -> None:
     """EPOLLET: one wake-up for each arrival, none without, whatever has been read."""
     pair = wire.hot_pair()
-    pair.server.watch_all()
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     pair.client.say("a")
     assert pair.server.wakeup() == ["IN"]
@@ -264,7 +256,7 @@ def test_level_triggered_wakeups(wire: Wire) -> None:
 def test_every_arrival_wakes_an_edge_triggered_reader(wire: Wire) -> None:
     """An edge-triggered reader that always reads to EAGAIN is woken for every later message."""
     pair = wire.hot_pair()
-    pair.server.watch_all()
+    pair.server.watch()
     pair.server.wakeup(timeout=0)
     for _ in range(150):
         pair.client.send(33)

@@ -117,8 +117,7 @@ def test_both_ends_in_one_process(host: Host, lab: Lab) -> None:
 @pytest.mark.parametrize("size", [1, 1000, 16_384, 65_536, 200_000])
 def test_messages_of_every_size_arrive(host: Host, lab: Lab, size: int) -> None:
     """Request and response of any size are byte-exact, and small ones are one redirected message each."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     if size <= 16_384:
         _expect_all_redirected(host, pair, rounds=20, size=size)
     else:
@@ -221,8 +220,7 @@ def test_eager_is_spliced_from_the_start(host: Host, lab: Lab) -> None:
 
 def test_status_and_flows_have_the_documented_keys(host: Host, lab: Lab) -> None:
     """The JSON of both nouns has the documented keys, on the command line and on the control socket."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     status = json.loads(call("status", "--json", "--run-dir", str(host.run_dir)).stdout)
     assert set(status) >= STATUS_KEYS
     assert set(status["connections"]) == {"paired", "spliced", "draining"}

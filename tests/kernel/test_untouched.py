@@ -68,13 +68,11 @@ def test_service_that_is_off(empty_host: Host, lab: Lab) -> None:
 def test_daemon_whose_mode_is_off(lab: Lab) -> None:
     """`--default off` splices nothing but what a service rule asks for."""
     with Host("--default", "off") as host:
-        client, server = host.peer(lab, "a"), host.peer(lab, "b")
-        pair = host.connect(client, server, lab.address("b"))
+        pair = host.pair(lab)
         for _ in range(10):
             pair.pingpong(40)
             assert host.count_spliced() == 0
-        eager = host.connect(client, server, lab.address("b"), port=EAGER)
-        host.make_hot(eager)
+        host.hot_pair(lab, port=EAGER)
         assert host.count_spliced() == 2
 
 
@@ -84,8 +82,7 @@ def test_daemon_whose_mode_is_off(lab: Lab) -> None:
 )
 def test_blocking_sockets(empty_host: Host, lab: Lab, blocking: tuple[bool, bool], port: int) -> None:
     """A connection with a blocking socket at either end stays plain TCP, with the reason blocking_reader."""
-    client, server = empty_host.peer(lab, "a"), empty_host.peer(lab, "b")
-    pair = empty_host.connect(client, server, lab.address("b"), port=port, blocking=blocking)
+    pair = empty_host.pair(lab, port=port, blocking=blocking)
     if port == EAGER:
         # Seen once it is spliced, so it is drained.
         pair.pingpong(40)
@@ -97,8 +94,7 @@ def test_blocking_sockets(empty_host: Host, lab: Lab, blocking: tuple[bool, bool
 
 def test_blocking_socket_that_stops_blocking(host: Host, lab: Lab) -> None:
     """What was refused for being blocking is spliced once O_NONBLOCK is set and it goes on being hot."""
-    client, server = host.peer(lab, "a"), host.peer(lab, "b")
-    pair = host.connect(client, server, lab.address("b"), blocking=(False, True))
+    pair = host.pair(lab, blocking=(False, True))
     host.watch_cold(pair, "blocking_reader")
     pair.server.setblocking(blocking=False)
     host.make_hot(pair)
@@ -116,8 +112,7 @@ def _splice_rounds(pair: Pair, rounds: int) -> None:
 @pytest.mark.parametrize("port", [0, ALLOW], ids=["refuse", "allow"])
 def test_splice_reader(empty_host: Host, lab: Lab, port: int) -> None:
     """A connection read by splice(2) stays plain, with the reason splice_reader."""
-    client, server = empty_host.peer(lab, "a"), empty_host.peer(lab, "b")
-    pair = empty_host.connect(client, server, lab.address("b"), port=port)
+    pair = empty_host.pair(lab, port=port)
     _splice_rounds(pair, 60)
     empty_host.wait_flow(pair, "paired", "splice_reader")
     _splice_rounds(pair, 20)
@@ -138,8 +133,7 @@ def test_splice_reader_is_sticky_per_process(empty_host: Host, lab: Lab) -> None
 def test_splice_on_a_spliced_end(host: Host, lab: Lab) -> None:
     """The first splice(2) on a spliced end, even one that finds nothing, takes the connection back to TCP;
     the bytes that follow are seen by splice(2)."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     assert pair.server.attempt("splice_nothing") == "EAGAIN"
     pair.client.send(5000)
     assert pair.server.splice_in(count=5000) == 5000
@@ -162,9 +156,7 @@ def test_option_set_before(host: Host, lab: Lab, reason: str, at: str, port: int
     """An end with a socket option that a psock cannot serve is not spliced; the reason names the option."""
     option = [OPTIONS[reason]]
     options = (option, []) if at == "client" else ([], option)
-    pair = host.connect(
-        host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"), port=port, options=options
-    )
+    pair = host.pair(lab, port=port, options=options)
     if port == EAGER and at == "server":
         # Set after accept(2): spliced by then, so it is drained.
         pair.pingpong(40)
@@ -177,8 +169,7 @@ def test_option_set_before(host: Host, lab: Lab, reason: str, at: str, port: int
 @pytest.mark.parametrize("reason", OPTIONS)
 def test_option_set_while_spliced(host: Host, lab: Lab, reason: str, at: str) -> None:
     """An application that asks for such an option on a spliced connection gets plain TCP; no byte is lost."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     end, other = (pair.client, pair.server) if at == "client" else (pair.server, pair.client)
     other.send(1000)
     end.setsockopt(*OPTIONS[reason])
@@ -191,8 +182,7 @@ def test_option_set_while_spliced(host: Host, lab: Lab, reason: str, at: str) ->
 
 def test_rcvlowat_holds_while_spliced(host: Host, lab: Lab) -> None:
     """SO_RCVLOWAT set on a spliced socket means what it says for whatever is sent afterwards."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1000)
     host.wait_flow(pair, "paired", "rcvlowat")
     pair.client.send(400)
@@ -205,8 +195,7 @@ def test_rcvlowat_holds_while_spliced(host: Host, lab: Lab) -> None:
 
 def test_zerocopy_completes_while_spliced(host: Host, lab: Lab) -> None:
     """MSG_ZEROCOPY on a socket that was spliced gets its completion message."""
-    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
-    host.make_hot(pair)
+    pair = host.hot_pair(lab)
     pair.client.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
     host.wait_flow(pair, "paired", "zerocopy")
     pair.client.send_once(count=20_000, flags=MSG_ZEROCOPY)

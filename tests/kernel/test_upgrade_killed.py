@@ -110,7 +110,7 @@ def test_killed_while_it_finishes_adoptions(lab: Lab) -> None:
     """The kernel had been told to begin no adoption until those begun are through, and nobody took that back:
     the next daemon does."""
     with Host() as host:
-        quiet = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+        quiet = host.pair(lab)
         host.daemon.kill()
         settings = libbpf.Map.open(str(host.pin_dir / "maps" / "settings"))
         try:

@@ -119,7 +119,7 @@ def test_control_socket_is_removed(lab: Lab) -> None:
         assert f"already running (pid {host.daemon.pid}" in _last_line(outcome)
         assert call("unload", *_places(host)).code == FAILURE
         quiet.pingpong(50)
-        fresh = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+        fresh = host.pair(lab)
         host.daemon.send_signal(signal.SIGHUP)
         wait_until("the configuration was read", lambda: host.count_reloads() == 1)
         load.finish()
@@ -197,7 +197,7 @@ def test_many_starts_at_once(lab: Lab, left: str) -> None:
             )
             status = json.loads(call("status", "--json", f"--run-dir={host.run_dir}").stdout)
             assert status["pid"] == winner.pid
-            pair = host.connect(host.peer(lab, "a"), host.peer(lab, "b"), lab.address("b"))
+            pair = host.pair(lab)
             wait_until("it splices", lambda: pair.pingpong(20) or _is_spliced(host, pair))
             pair.verify()
             winner.send_signal(signal.SIGTERM)

@@ -15,16 +15,13 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from support.cgroup import Cgroup
+from support.cgroup import Cgroup, V1Cgroup, find_v1
+from support.memory import EVERYTHING, Bound, can_bound_sockets, is_limited
 
-from soak.hierarchy import find_home, find_v1, move, remove_empty
-
-PAGE = 4096
-UNLIMITED = 1 << 60
 NO_LIMIT = "-1"
-# Bytes for the sockets of a group. Any limit does; the kernel counts from the first one that is set.
-PLENTY = 1 << 34
-TRIES = 8
+# How much more than wanted a group is left each time that a limit was refused, and for how long that goes on.
+STEP = 1 << 16  # bytes
+PATIENCE = 0.5  # seconds
 
 
 class Pressure:
@@ -38,98 +35,78 @@ class Pressure:
         """
         self.by, self.why_not = "", "no memory controller of cgroups"
         self.sockets = False
-        self._groups: dict[str, Path] = {}
-        self._directory: Path | None = None
+        self._bounds: dict[str, Bound] = {}
+        self._v1: V1Cgroup | None = None
         if "memory" in (root.path / "cgroup.controllers").read_text().split():
             with contextlib.suppress(OSError):
                 (root.path / "cgroup.subtree_control").write_text("+memory")
                 self.by = "v2"
-        mount = None if self.by else find_v1("memory")
-        if mount is None:
+        found = None if self.by else find_v1("memory")
+        if found is None:
             return
-        if is_limited(find_home("memory", mount), mount):
+        mount, self._home = found
+        if is_limited(self._home, mount):
             self.why_not = "this process has a limit of its own (cgroup v1), which its workers would leave"
             return
         # Of the same name, so that support/leftovers.py finds it.
-        self._directory = mount / root.path.name
-        self._directory.mkdir()
+        self._v1 = V1Cgroup(mount / root.path.name, self._home)
         self.by = "v1"
-        self.sockets = sockets and (self._directory / "memory.kmem.tcp.limit_in_bytes").exists()
+        self.sockets = sockets and can_bound_sockets(self._v1.path)
 
     def join(self, group: Cgroup, pid: int) -> None:
         """A new worker of a group, before it makes a socket."""
-        if self._directory is not None:
-            move(pid, self._find(group))
+        if self._v1 is not None:
+            self._find(group).add(pid)
 
     def limit(self, group: Cgroup, spare: int, killer: bool = False) -> None:
         """Leave a group so many bytes more than it has; with `killer` (version 1) its OOM killer is on."""
-        if self._directory is None:
+        if self._v1 is None:
             used = int((group.path / "memory.current").read_text())
             (group.path / "memory.high").write_text(str(used + spare))
             return
-        directory = self._find(group)
-        (directory / "memory.oom_control").write_text("0" if killer else "1")
-        _limit(directory, "memory", spare)
+        bound = self._find(group)
+        (bound.path / "memory.oom_control").write_text("0" if killer else "1")
+        with contextlib.suppress(OSError):
+            bound.leave(spare, EVERYTHING, STEP, PATIENCE)
 
     def free(self, group: Cgroup) -> None:
-        if self._directory is None:
+        if self._v1 is None:
             (group.path / "memory.high").write_text("max")
         else:
-            (self._find(group) / "memory.limit_in_bytes").write_text(NO_LIMIT)
+            (self._find(group).path / "memory.limit_in_bytes").write_text(NO_LIMIT)
 
     def limit_sockets(self, group: Cgroup, spare: int) -> None:
         """Leave a group's TCP sockets so many bytes more than they hold."""
-        _limit(self._find(group), "memory.kmem.tcp", spare)
+        with contextlib.suppress(OSError):
+            self._find(group).leave(spare, step=STEP, timeout=PATIENCE)
 
     def free_sockets(self, group: Cgroup) -> None:
-        (self._find(group) / "memory.kmem.tcp.limit_in_bytes").write_text(str(PLENTY))
+        self._find(group).free()
 
     def count_refused(self) -> int:
         """Allocations that did not find memory at once, so far."""
-        return sum(int((each / "memory.failcnt").read_text()) for each in self._groups.values())
+        return sum(int((each.path / "memory.failcnt").read_text()) for each in self._bounds.values())
 
     def count_killed(self, group: Cgroup) -> int:
         """Processes that the OOM killer has ended, so far."""
         if self.by == "v2":
             return read_field(group.path / "memory.events", "oom_kill")
-        return read_field(self._find(group) / "memory.oom_control", "oom_kill") if self.by else 0
+        return read_field(self._find(group).path / "memory.oom_control", "oom_kill") if self.by else 0
 
     def remove(self) -> None:
-        for directory in (*self._groups.values(), self._directory):
-            if directory is not None:
-                remove_empty(directory)
+        for each in (*self._bounds.values(), self._v1):
+            if each is not None:
+                each.remove()
 
-    def _find(self, group: Cgroup) -> Path:
-        assert self._directory is not None
-        directory = self._directory / group.path.name
-        if group.path.name not in self._groups:
-            directory.mkdir()
-            self._groups[group.path.name] = directory
-            if self.sockets:
-                (directory / "memory.kmem.tcp.limit_in_bytes").write_text(str(PLENTY))
-        return directory
-
-
-def is_limited(directory: Path, mount: Path) -> bool:
-    """True if a version 1 memory cgroup or one above it has a limit."""
-    while directory != mount and mount in directory.parents:
-        if int((directory / "memory.limit_in_bytes").read_text()) < UNLIMITED:
-            return True
-        directory = directory.parent
-    return False
+    def _find(self, group: Cgroup) -> Bound:
+        assert self._v1 is not None
+        name = group.path.name
+        if name not in self._bounds:
+            self._bounds[name] = Bound(self._v1.path / name, self._home, self.sockets)
+        return self._bounds[name]
 
 
 def read_field(path: Path, name: str) -> int:
     """A number out of a file with a name and a number on each line; 0 if it is not there."""
     fields = dict(line.split() for line in path.read_text().splitlines())
     return int(fields.get(name, 0))
-
-
-def _limit(directory: Path, what: str, spare: int) -> None:
-    """A limit below what is used is refused (EBUSY), and what is used changes all the time."""
-    for number in range(TRIES):
-        used = int((directory / f"{what}.usage_in_bytes").read_text())
-        wanted = (used + spare + number * 16 * PAGE) // PAGE * PAGE
-        with contextlib.suppress(OSError):
-            (directory / f"{what}.limit_in_bytes").write_text(str(wanted))
-            return

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 
-from support.cgroup import Cgroup
-
-from soak.hierarchy import find_home, find_v1, move, remove_empty
+from support.cgroup import Cgroup, V1Cgroup, find_v1
 
 PERIOD_US = 100_000
 
@@ -23,42 +20,37 @@ class Quota:
 
     def __init__(self, root: Cgroup) -> None:
         """`by` is "v2", "v1" or empty afterwards."""
-        self._directory: Path | None = None
+        self._v1: V1Cgroup | None = None
         self.by = ""
         if "cpu" in (root.path / "cgroup.controllers").read_text().split():
             with contextlib.suppress(OSError):
                 (root.path / "cgroup.subtree_control").write_text("+cpu")
                 self.by = "v2"
-        mount = None if self.by else find_v1("cpu")
-        if mount is not None:
-            self._home = find_home("cpu", mount)
+        found = None if self.by else find_v1("cpu")
+        if found is not None:
+            mount, home = found
             # Of the same name, so that support/leftovers.py finds it.
-            directory = mount / root.path.name
-            directory.mkdir()
-            self._directory = directory
-            self.by = "v1" if (directory / "cpu.cfs_quota_us").exists() else ""
+            self._v1 = V1Cgroup(mount / root.path.name, home)
+            self.by = "v1" if (self._v1.path / "cpu.cfs_quota_us").exists() else ""
 
     def limit(self, group: Cgroup, pids: Iterable[int], share: float) -> None:
         """Give a group so much of one CPU."""
         quota = max(1000, int(PERIOD_US * share))
-        if self._directory is None:
+        if self._v1 is None:
             (group.path / "cpu.max").write_text(f"{quota} {PERIOD_US}")
             return
-        (self._directory / "cpu.cfs_quota_us").write_text(str(quota))
+        (self._v1.path / "cpu.cfs_quota_us").write_text(str(quota))
         for pid in pids:
-            move(pid, self._directory)
+            self._v1.add(pid)
 
     def free(self, group: Cgroup) -> None:
-        if self._directory is None:
+        if self._v1 is None:
             (group.path / "cpu.max").write_text(f"max {PERIOD_US}")
             return
-        (self._directory / "cpu.cfs_quota_us").write_text("-1")
-        for pid in (self._directory / "cgroup.procs").read_text().split():
-            move(int(pid), self._home)
+        (self._v1.path / "cpu.cfs_quota_us").write_text("-1")
+        self._v1.send_home()
 
     def remove(self) -> None:
-        if self._directory is not None:
-            (self._directory / "cpu.cfs_quota_us").write_text("-1")
-            for pid in (self._directory / "cgroup.procs").read_text().split():
-                move(int(pid), self._home)
-            remove_empty(self._directory)
+        if self._v1 is not None:
+            (self._v1.path / "cpu.cfs_quota_us").write_text("-1")
+            self._v1.remove()

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+from support.memory import is_limited
 
 from soak.keeper import read_unread
-from soak.pressure import is_limited, read_field
+from soak.pressure import read_field
 from soak.scarcity import insist
 
 NO_LIMIT = "9223372036854771712\n"

@@ -18,13 +18,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from support.bpf import Bpffs
-from support.cgroup import Cgroup, find_v2_root
+from support.cgroup import Cgroup, remove_v1_directories
 from support.daemon import wait_until
 
 START_TIMEOUT = 60.0  # seconds
@@ -244,21 +243,3 @@ def _run(
         said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
         raise DockerError(f"{' '.join(command)}: exit code {done.returncode}\n{said}")
     return done.stdout
-
-
-def remove_v1_directories(name: str, timeout: float = 5.0) -> None:
-    """Remove what dockerd made under `name` in version 1 hierarchies, which hybrid hosts have beside v2."""
-    root = find_v2_root()
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        path = Path(before.split()[4]) / name
-        if after.split()[0] != "cgroup" or path.parent == root or not path.is_dir():
-            continue
-        deadline = time.monotonic() + timeout
-        while path.exists():
-            for directory, _, _ in os.walk(path, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(directory)
-            if time.monotonic() > deadline:
-                raise OSError(f"still busy: {path}")
-            time.sleep(0.02)

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import peer
+from connection import Connection, Overdue
 
 NOBODY = 65534
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -148,7 +149,7 @@ class Forger(peer.Peer):
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
             sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack("I", seq & 0xFFFFFFFF))
         sock.connect((remote[0], remote[1]))
-        self._connections[conn] = peer.Connection(sock, 0, 1)
+        self._connections[conn] = Connection(sock, 0, 1)
         sent, received = amounts or [0, 0]
         self.pretend_sent(conn, sent)
         self.feed(conn, received)
@@ -196,7 +197,7 @@ class Forger(peer.Peer):
                 heard = hardware + b"\x08\0" + socket.inet_aton(DOOR) + socket.inet_aton(client)
                 for port in range(ports[0], ports[1]):
                     if time.monotonic() > deadline:
-                        raise peer.Overdue(count)
+                        raise Overdue(count)
                     puppet.say(heard, (port, service), 1000, 0, SYN, b"")
                     count += 1
             time.sleep(0.05)
@@ -211,7 +212,7 @@ class Forger(peer.Peer):
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, SEND_QUEUE)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, struct.pack("I", seqs[0] & 0xFFFFFFFF))
-        self._connections[conn] = peer.Connection(sock, 0, 1)
+        self._connections[conn] = Connection(sock, 0, 1)
         self.unrepair(conn)
         puppet = Puppet("beyond")
         sock.setblocking(False)
@@ -222,11 +223,11 @@ class Forger(peer.Peer):
             if heard is not None and heard[5] & (SYN | ACK) == SYN and heard[2] == remote[1]:
                 break
             if time.monotonic() > deadline:
-                raise peer.Overdue("no SYN")
+                raise Overdue("no SYN")
         ports = (remote[1], local[1])
         puppet.say(heard[0], ports, seqs[1] - 1, heard[3] + 1, SYN | ACK, b"")
         if not select.select([], [sock], [], 3.0)[1] or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise peer.Overdue("no handshake")
+            raise Overdue("no handshake")
         self._pretended[conn] = (puppet, heard[0], ports, seqs[1], heard[3] + 1)
 
     def confirm(self, conn: str) -> int:
@@ -248,7 +249,7 @@ class Forger(peer.Peer):
             puppet.say(heard, ports, seq, ack, PUSH | ACK, b"p" * count)
             self._pretended[conn] = (puppet, heard, ports, seq + count, ack)
             if not select.select([sock], [], [], timeout)[0]:
-                raise peer.Overdue(total)
+                raise Overdue(total)
             total += len(sock.recv(count))
         return total
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import select
 import socket
-import struct
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import peer
+from connection import Connection, Overdue, count_waiting
 
 GLANCE = 0.05  # seconds
-
-
-def count_waiting(sock: socket.socket) -> int:
-    """Bytes waiting to be read, as ioctl(FIONREAD) says."""
-    return int(struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0\0\0\0"))[0])
 
 
 def is_readable(sock: socket.socket) -> bool:
@@ -42,7 +35,7 @@ def is_readable(sock: socket.socket) -> bool:
 class Talk:
     """One connection of `talk`: what is still to be done on it, and how FIONREAD has treated its reader."""
 
-    def __init__(self, connection: peer.Connection, size: int, rounds: int, opens: bool) -> None:
+    def __init__(self, connection: Connection, size: int, rounds: int, opens: bool) -> None:
         self.connection = connection
         self.size = size
         self.opens = opens
@@ -117,7 +110,7 @@ class Habitual(peer.Peer):
         while left:
             patience = max(deadline - time.monotonic(), 0.0)
             if not self._epolls[conn].poll(patience) or not patience:
-                raise peer.Overdue({"left": left, "refused": refused})
+                raise Overdue({"left": left, "refused": refused})
             try:
                 while left:
                     left -= connection.put_stream(min(chunk, left))
@@ -155,7 +148,7 @@ class Habitual(peer.Peer):
             idle += GLANCE
             if idle > patience:
                 waiting = {name: is_readable(self._connections[name].sock) for name in conns}
-                raise peer.Overdue({"left": list(left.values()), "readable": waiting})
+                raise Overdue({"left": list(left.values()), "readable": waiting})
             if events:
                 time.sleep(GLANCE)  # it would go round and round
         poller.close()
@@ -177,7 +170,7 @@ class Habitual(peer.Peer):
         deadline = time.monotonic() + timeout
         while any(each.events for each in talks.values()):
             if time.monotonic() > deadline:
-                raise peer.Overdue([each.unread for each in talks.values()])
+                raise Overdue([each.unread for each in talks.values()])
             for fd, events in poller.poll(GLANCE * 1000):
                 each = talks[fd]
                 if events & select.POLLOUT:

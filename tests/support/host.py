@@ -243,9 +243,34 @@ class Host:
         pair.pingpong(4)
         return flow
 
-    def hot_pair(self, lab: Lab) -> Pair:
-        """A new connection between two hosts, spliced."""
-        pair = self.connect(self.peer(lab, "a"), self.peer(lab, "b"), lab.address("b"))
+    def dial(
+        self,
+        client: Peer,
+        server: Peer,
+        address: str,
+        *,
+        port: int = 0,
+        fast_open: str = "",
+        **listening: Any,
+    ) -> Pair:
+        """A connection whose server has not accepted yet: `accept` does that."""
+        name = f"c{next(self._names)}"
+        where = {"family": socket.AF_INET, "host": address}
+        port = server.call("listen", name=name, port=port, **where, **listening)
+        ends = client.call("connect", conn=name, port=port, fast_open=fast_open, **where)
+        local, remote = (tuple(each) for each in ends)
+        return Pair(End(client, name, local, remote), End(server, name, remote, local), name)
+
+    def accept(self, pair: Pair) -> None:
+        pair.server.peer.call("accept", listener=pair.label, conn=pair.server.conn)
+
+    def pair(self, lab: Lab, **arguments: Any) -> Pair:
+        """A connection between new peers on two hosts; `arguments` as for `connect`."""
+        return self.connect(self.peer(lab, "a"), self.peer(lab, "b"), lab.address("b"), **arguments)
+
+    def hot_pair(self, lab: Lab, **arguments: Any) -> Pair:
+        """The same, spliced."""
+        pair = self.pair(lab, **arguments)
         self.make_hot(pair)
         return pair
 

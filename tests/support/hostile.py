@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import struct
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +20,8 @@ class Hostile(Peer):
 
     def __init__(self, host: Host, beyond: list[str], cgroup: Cgroup | None = None) -> None:
         """`beyond`: addresses it can send to, and be a puppet at."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        self.pid = self._process.pid
-        self._unread = b""
-        self._pending = "start"
-        self._timeout = 10.0
+        super().__init__(None, cgroup or host.cgroup, PROGRAM)
         host._peers.append(self)
-        self.finish()
-        (cgroup or host.cgroup).add(self.pid)
         self.call("lay_cable", beyond=beyond)
 
 

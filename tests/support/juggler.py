@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import habits
 import peer
+from connection import FaultingMemory, Overdue
 
 CLONE_NEWNET = 0x40000000
 SIOCSIFFLAGS = 0x8914
@@ -35,7 +36,7 @@ class Held:
 
     def __init__(self, sock: socket.socket, count: int) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._memory = peer.FaultingMemory(self._libc)
+        self._memory = FaultingMemory(self._libc)
         self._got = 0
         self._thread = threading.Thread(target=self._receive, args=(sock.fileno(), count))
         self._thread.start()
@@ -75,7 +76,7 @@ class Juggler(habits.Habitual):
         """Begin a recv(2) of bytes that wait; returns when it sits in the kernel with the socket locked."""
         self._held[conn] = Held(self._connections[conn].sock, count)
         if not self._held[conn].is_held(timeout):
-            raise peer.Overdue
+            raise Overdue
 
     def release(self, conn: str) -> int:
         """Let the recv(2) of `hold` go on; what it got."""
@@ -104,14 +105,14 @@ class Juggler(habits.Habitual):
         thread, done = self._sends[conn]
         thread.join(timeout)
         if thread.is_alive():
-            raise peer.Overdue
+            raise Overdue
         return done[0]
 
     # going elsewhere
 
     def leave_home(self) -> int:
         """Go to a new network namespace with nothing but a loopback interface; its cookie."""
-        self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._home = _open_namespace("self")
         _enter(ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
@@ -120,8 +121,7 @@ class Juggler(habits.Habitual):
 
     def follow(self, pid: int) -> int:
         """Go to the network namespace of another process; its cookie."""
-        self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        there = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._home, there = _open_namespace("self"), _open_namespace(pid)
         try:
             _enter(ctypes.CDLL(None, use_errno=True).setns(there, CLONE_NEWNET))
         finally:
@@ -147,6 +147,10 @@ class Juggler(habits.Habitual):
         """Bytes that have come to this end through TCP."""
         info = self._connections[conn].sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         return int(struct.unpack_from("=Q", info, BYTES_RECEIVED)[0])
+
+
+def _open_namespace(pid: int | str) -> int:
+    return os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _enter(result: int) -> None:

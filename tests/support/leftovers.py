@@ -9,8 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from support.cgroup import Cgroup, find_v2_root
-from support.docker import remove_v1_directories
+from support.cgroup import Cgroup, find_v2_root, remove_v1_directories
 
 _NAMED = re.compile(r"(?:spltest|splicer-test)-(\d+)-")
 NETNS = Path("/run/netns")

@@ -4,7 +4,6 @@ SOCKHASH that has the socket of somebody else's process."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splicer.kernel import libbpf
+from support.loans import borrow
 
 ACTIVE_ESTABLISHED, PASSIVE_ESTABLISHED = 4, 5
-PIDFD_GETFD = 438  # the same on every architecture
 
 
 def _write(code: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
@@ -59,20 +58,10 @@ def callbacks_forgotten(cgroup: Path) -> Iterator[None]:
 @contextmanager
 def in_foreign_sockhash(pid: int, fd: int) -> Iterator[None]:
     """A process's socket is in a SOCKHASH that has no programs, which gives it a psock."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    process = os.pidfd_open(pid)
-    try:
-        sock = libc.syscall(PIDFD_GETFD, process, fd, 0)
-        if sock < 0:
-            raise OSError(ctypes.get_errno(), "pidfd_getfd")
-    finally:
-        os.close(process)
-    made = -1
-    try:
+    with borrow(pid, fd) as sock:
         made = libbpf.create_map(libbpf.BPF_MAP_TYPE_SOCKHASH, "meddler", 4, 8, 1)
-        libbpf.Map(made).set(struct.pack("=I", 1), struct.pack("=Q", sock))
-        yield
-    finally:
-        os.close(sock)
-        if made >= 0:
+        try:
+            libbpf.Map(made).set(struct.pack("=I", 1), struct.pack("=Q", sock.fileno()))
+            yield
+        finally:
             os.close(made)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import peer
 from conformance.probes.uring import Uring
+from connection import Overdue
 
 SO_ATTACH_FILTER = 26
 RETURN_CONSTANT = 6  # BPF_RET | BPF_K of classic BPF
@@ -66,7 +67,7 @@ class Quirky(peer.Peer):
                 self._ring.submit(OP_RECV, self.fileno(conn), ctypes.addressof(buffer), left, sqe_flags=ASYNC)
                 got = self._ring.wait(timeout)
                 if got is None:
-                    raise peer.Overdue
+                    raise Overdue
                 if got <= 0:
                     raise OSError(-got or errno.ECONNRESET, "recv")
                 connection.note_received(buffer.raw[:got])

@@ -6,9 +6,11 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +64,14 @@ class Log:
     def names(self) -> list[str]:
         return [event for _, event, _ in self.events]
 
-    def debug(self, event: str, /, **keys: object) -> None:
-        self.events.append(("debug", event, keys))
+    def _note(self, level: str, event: str, /, **keys: object) -> None:
+        self.events.append((level, event, keys))
 
-    def info(self, event: str, /, **keys: object) -> None:
-        self.events.append(("info", event, keys))
-
-    def warning(self, event: str, /, **keys: object) -> None:
-        self.events.append(("warning", event, keys))
-
-    def error(self, event: str, /, **keys: object) -> None:
-        self.events.append(("error", event, keys))
-
-    def exception(self, event: str, /, **keys: object) -> None:
-        self.events.append(("exception", event, keys))
+    debug = partialmethod(_note, "debug")
+    info = partialmethod(_note, "info")
+    warning = partialmethod(_note, "warning")
+    error = partialmethod(_note, "error")
+    exception = partialmethod(_note, "exception")
 
 
 @pytest.fixture
@@ -93,6 +89,13 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def terminal() -> Terminal:
     return Terminal()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        yield child
+        child.kill()
 
 
 @pytest.fixture

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from splicer.cli import flows, owners, status
-from splicer.daemon.control import Server
 from splicer.daemon.instance import acquire
 
-from ..conftest import Invoke, Log
+from ..conftest import Invoke
+from .conftest import Answers
 from .test_nouns import FLOWS, STATUS, flow
 
 WEB = {
@@ -41,20 +39,10 @@ NAMED = [
 ]
 
 
-class Answers:
-    """What the daemon answers."""
-
-    def __init__(self) -> None:
-        self.status: dict[str, Any] = {**STATUS, "healthy": True}
-        self.flows: dict[str, Any] = {"schema": 1, "flows": NAMED}
-
-
 @pytest.fixture
-def answers(run_dir: str, log: Log) -> Iterator[Answers]:
-    given = Answers()
-    handlers = {"status": lambda _: given.status, "flows": lambda _: given.flows}
-    with Server(run_dir, handlers, log, allowed_uid=os.getuid()):
-        yield given
+def answers(answers: Answers) -> Answers:
+    answers.status, answers.flows = {**STATUS, "healthy": True}, {"schema": 1, "flows": NAMED}
+    return answers
 
 
 class TestHealth:

@@ -8,20 +8,20 @@ import os
 import socket
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splicer.cli import flows, prerequisites, status
-from splicer.daemon.control import Server, socket_path
+from splicer.daemon.control import socket_path
 from splicer.daemon.instance import acquire
 from splicer.errors import SplicerError
 from splicer.model import Connections, Flow, Status, Totals
 from splicer.text import Palette
 
-from ..conftest import Invoke, Log
+from ..conftest import Invoke
+from .conftest import Answers
 
 STATUS = Status(
     pid=4242,
@@ -69,20 +69,10 @@ FLOWS = [
 ]
 
 
-class Answers:
-    """What the daemon answers."""
-
-    def __init__(self) -> None:
-        self.status: dict[str, Any] = dict(STATUS)
-        self.flows: dict[str, Any] = {"schema": 1, "flows": FLOWS}
-
-
 @pytest.fixture
-def answers(run_dir: str, log: Log) -> Iterator[Answers]:
-    given = Answers()
-    handlers = {"status": lambda _: given.status, "flows": lambda _: given.flows}
-    with Server(run_dir, handlers, log, allowed_uid=os.getuid()):
-        yield given
+def answers(answers: Answers) -> Answers:
+    answers.status, answers.flows = dict(STATUS), {"schema": 1, "flows": FLOWS}
+    return answers
 
 
 class TestStatus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,13 +146,6 @@ def test_what_to_inspect_of_a_list() -> None:
 
 
 # -- what the kernel says ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        yield child
-        child.kill()
 
 
 class Tree(Scopes):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,13 +13,6 @@ import pytest
 
 from splicer.host import process
 from splicer.host.process import UNKNOWN, Process, Processes, read_own_usage
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as child:
-        yield child
-        child.kill()
 
 
 def test_a_living_process(sleeper: subprocess.Popen[bytes]) -> None:

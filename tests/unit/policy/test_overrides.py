@@ -12,15 +12,7 @@ import pytest
 
 from splicer.policy import overrides
 
-
-class Log:
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def warning(self, event: str, /, **_: object) -> None:
-        self.events.append(event)
-
-    debug = info = error = exception = warning
+from ..conftest import Log
 
 
 def test_what_was_stored_is_loaded(tmp_path: Path) -> None:
@@ -57,7 +49,7 @@ def test_a_broken_file_is_named_and_left_alone(tmp_path: Path, content: str) -> 
     (tmp_path / overrides.FILE_NAME).write_text(content)
     log = Log()
     assert overrides.load(str(tmp_path), log) == {}
-    assert log.events == ["overrides_unreadable"]
+    assert log.names() == ["overrides_unreadable"]
     assert (tmp_path / overrides.FILE_NAME).read_text() == content
 
 

@@ -19,6 +19,8 @@ from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 from splicer.policy.rules import Rule
 
+from ..conftest import Log
+
 NONE = KernelSettings.unpack(bytes(56))
 CGROUP, NETWORK, PORT = 1, 2, 0
 
@@ -46,16 +48,6 @@ class Table:
 
     def items(self) -> list[tuple[bytes, bytes]]:
         return list(self.content.items())
-
-
-class Log:
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def info(self, event: str, /, **_: object) -> None:
-        self.events.append(event)
-
-    debug = warning = error = exception = info
 
 
 @dataclasses.dataclass
@@ -204,7 +196,7 @@ def test_rules_that_do_not_fit_are_said_and_tried_again(world: World) -> None:
     reconciler = world.govern(policies=(Rule(ports=tuple(range(80, 90)), mode="off"),))
     reconciler.apply()
     assert "does not fit" in reconciler.failure
-    assert "policy_incomplete" in world.log.events
+    assert "policy_incomplete" in world.log.names()
     world.rules.room = 100
     reconciler.apply()
     assert reconciler.failure == ""
@@ -287,7 +279,7 @@ def test_bad_labels_are_complained_about_once(world: World) -> None:
     reconciler = world.govern()
     reconciler.apply()
     reconciler.apply()
-    assert world.log.events.count("bad_label") == 1
+    assert world.log.names().count("bad_label") == 1
     [problem] = reconciler.list_problems()
     assert (problem["container"], problem["label"], problem["value"]) == ("web", "splicer.enable", "maybe")
     assert world.read_rules()[CGROUP, 7, 0] == (0, None), "left alone"
