@@ -32,11 +32,11 @@ image: ## the container image `splicer`, with version and commit in its labels; 
 		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(ARGS) .
 
 test: setup-e2e lint ## setup, ruff, mypy, and every guarantee once; a missing prerequisite is a failure
-	SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest $(ARGS)
+	@scripts/test.sh $(ARGS)
 
 test-all: setup-e2e lint ## all tests and 10 minutes of soak: what a change to bpf/ passes before it is called done
-	SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1 $(BIN)/python -m pytest --all $(ARGS)
-	tests/soak/run --minutes 10
+	@scripts/test.sh --all $(ARGS)
+	@tests/soak/run --minutes 10
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check .
