@@ -32,7 +32,7 @@ DRAIN_PAUSE_MAX_S = 0.25
 _PENDING = REASON_NAMES.index("pending")
 
 
-class Settings(Protocol):
+class SettingsWriter(Protocol):
     """See kernel.settings.SettingsMap."""
 
     def write(self, **changes: Any) -> None: ...
@@ -42,7 +42,7 @@ class Sweep(Protocol):
     """What the queues need of a Sweeper."""
 
     @property
-    def settings(self) -> Settings: ...
+    def settings(self) -> SettingsWriter: ...
     def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> Counts: ...
 
 

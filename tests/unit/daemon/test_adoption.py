@@ -131,6 +131,16 @@ def test_what_comes_during_the_pause_is_not_lost(queues: SweepQueues, sweeper: S
     assert sweeper.sweeps[-2][1] == {9: {70, 80}}
 
 
+@pytest.mark.parametrize("kind", [EventType.ADOPT, EventType.DRAIN])
+def test_nothing_is_swept_before_it_is_due(queues: SweepQueues, sweeper: Sweeper, kind: EventType) -> None:
+    sweeper.counts = Counts(to_adopt=1, to_drain=1)
+    queues.receive(event(kind))
+    queues.work(sweeper.now)
+    before = len(sweeper.sweeps)
+    queues.work(sweeper.now)
+    assert len(sweeper.sweeps) == before
+
+
 def test_draining_comes_first(queues: SweepQueues, sweeper: Sweeper) -> None:
     queues.receive(event(EventType.ADOPT, (1, 1)))
     queues.receive(event(EventType.DRAIN, (2, 2)))
@@ -151,7 +161,10 @@ def test_draining_waits_longer_and_longer_until_somebody_is_in_a_hurry(
     for hurry in (lambda: queues.receive(event(EventType.DRAIN)), lambda: queues.drain(9)):
         hurry()
         assert queues.deadline <= sweeper.now + DRAIN_PAUSE_S
+        before = len(sweeper.sweeps)
         run(queues, sweeper, 1.0)
+        first, second, third = sweeper.times[before : before + 3]
+        assert (second - first, third - second) == pytest.approx((DRAIN_PAUSE_S, 2 * DRAIN_PAUSE_S))
     assert sweeper.sweeps[-1][1] == {7: {70, 80}, 8: {70, 80}, 9: set()}
 
 
