@@ -34,8 +34,7 @@ def _sleepy_rounds(sleeper: End, waker: End, rounds: int) -> None:
 
 def _find_state(host: Host, pair: Pair) -> tuple[str, str]:
     """State and reason."""
-    flow = host.find_flow(pair)
-    assert flow is not None
+    flow = host.flow(pair)
     return flow["state"], flow["reason"]
 
 

@@ -137,16 +137,14 @@ def test_another_socket_in_the_memory_of_an_end(host: Host, lab: Lab) -> None:
     name that is not its own, and nothing is redirected for it, or to it."""
     pair = host.hot_pair(lab)
     cookie = _set_cookie(host, 1)
-    before = host.find_flow(pair)
+    before = host.flow(pair)
     pair.pingpong(40)
-    after = host.find_flow(pair)
-    assert before is not None and after is not None
+    after = host.flow(pair)
     assert after["redirected_messages"] == before["redirected_messages"]
     _set_cookie(host, cookie)
     pair.pingpong(40)
     pair.verify()
-    last = host.find_flow(pair)
-    assert last is not None
+    last = host.flow(pair)
     assert last["redirected_messages"] > after["redirected_messages"]
 
 
@@ -161,8 +159,7 @@ def test_spliced_through_masquerading(host: Host, second_lab: Lab) -> None:
     before = host.make_hot(pair)
     before = host.find_flow(pair) or before
     pair.pingpong(100)
-    after = host.find_flow(pair)
-    assert after is not None
+    after = host.flow(pair)
     assert after["redirected_messages"] - before["redirected_messages"] == 200
     assert after["passed_messages"] == before["passed_messages"]
     pair.verify()

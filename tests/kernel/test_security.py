@@ -45,8 +45,7 @@ def _check_unharmed(host: Host, pair: Pair, before: dict[str, Any]) -> None:
     """The connection is still spliced, has been without a break, and only its own messages were counted."""
     rounds = 50
     pair.pingpong(rounds)
-    after = host.find_flow(pair)
-    assert after is not None
+    after = host.flow(pair)
     assert after["state"] == "spliced"
     assert after["redirected_messages"] - before["redirected_messages"] == 2 * rounds
     assert after["passed_messages"] == before["passed_messages"], "somebody else's messages were counted"
@@ -66,8 +65,7 @@ def test_forged_end_of_a_spliced_connection(host: Host, lab: Lab, side: str, how
     local, remote = _claim(hostile, pair, side)
     drained = host.daemon.totals()["drained"]
     pair.client.send(1000, chunk=100)
-    before = host.find_flow(pair)
-    assert before is not None
+    before = host.flow(pair)
     # That the server has not read these yet is seen by what it reads afterwards.
     for number in range(3):
         forged = f"forged-{number}"
@@ -164,8 +162,7 @@ def test_forged_end_in_the_sockhash_injects_nothing(host: Host, lab: Lab) -> Non
         service=EAGER,
     )
     local, remote = _claim(hostile, pair, "client")
-    before = host.find_flow(pair)
-    assert before is not None
+    before = host.flow(pair)
     # Another client at the same place of the rendezvous, so that nothing there reminds of the victim.
     other = Name(name.client_seq ^ 2048, name.server_seq)
     hostile.call("shake_hands", conn="other", local=[local[0], 20_001], remote=remote, seqs=other.as_client)

@@ -47,12 +47,10 @@ def victims(host: Host, lab: Lab) -> list[Pair]:
 def _check_spliced(host: Host, pairs: list[Pair]) -> None:
     """All are spliced, and each of their messages is redirected."""
     for pair in pairs:
-        before = host.find_flow(pair)
-        assert before is not None
+        before = host.flow(pair)
         assert before["state"] == "spliced", before
         pair.pingpong(10)
-        after = host.find_flow(pair)
-        assert after is not None
+        after = host.flow(pair)
         assert after["redirected_messages"] - before["redirected_messages"] == 20
         pair.verify()
 
@@ -206,8 +204,7 @@ def test_more_hints_than_are_kept(host: Host, lab: Lab, victims: list[Pair]) -> 
     for _ in range(3):
         late = host.pair(lab, port=EAGER)
         late.pingpong(3)
-        flow = host.find_flow(late)
-        assert flow is not None
+        flow = host.flow(late)
         if flow["reason"] != "unaccepted":
             break  # else its server was not let run before its first read
     host.wait_flow(late, "spliced")
@@ -281,7 +278,6 @@ def test_splicing_readers_are_crowded_out(host: Host, lab: Lab) -> None:
         assert again.server.splice_in(count=50) == 50
         again.server.send(50)
         assert again.client.recv(50) == 50
-    flow = host.find_flow(again)
-    assert flow is not None
+    flow = host.flow(again)
     assert (flow["state"], flow["reason"]) == ("paired", "splice_reader")
     again.verify()
