@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
-from support.hostile import Hostile, find_new_name, read_map
+from support.hostile import Hostile, dial
 from support.lab import Lab
 from support.players import Pair, Peer
 
@@ -235,10 +235,7 @@ def test_invented_hint_for_a_connection_to_another_machine(host: Host, lab: Lab)
 def test_every_place_at_the_rendezvous_is_overwritten(host: Host, lab: Lab, victims: list[Pair]) -> None:
     """Between a client's arrival and its server's somebody has taken its place, as thousands of
     connections at once would: the connection is plain and works, and the next one is spliced."""
-    client, server = host.peer(lab, "a"), host.peer(lab, "b")
-    before = read_map(host, "rendezvous")
-    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
-    find_new_name(host, before)
+    pair, _ = dial(host, lab, host.peer(lab, "a"), host.peer(lab, "b"))
     slots = libbpf.Map.open(str(host.pin_dir / "maps" / "rendezvous"))
     for number in range(SLOTS):
         value = slots.get(struct.pack("=I", number))
