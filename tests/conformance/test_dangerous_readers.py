@@ -217,10 +217,10 @@ def test_reader_that_starts_to_splice(quiet_host: Host, lab: Lab) -> None:
         host.make_hot(pair)
     first = pairs[0]
     assert first.server.attempt("splice_nothing") == "EAGAIN"
-    redirected = _row(host, first)["redirected_messages"]
+    redirected = host.flow(first)["redirected_messages"]
     first.client.send(5000)
     assert first.server.splice_in(count=5000) == 5000
-    assert _row(host, first)["redirected_messages"] == redirected
+    assert host.flow(first)["redirected_messages"] == redirected
     host.wait_flow(first, "paired", "splice_reader")
     for pair in pairs[1:]:
         host.wait_flow(pair, "paired", "splice_reader", timeout=2.5)
@@ -228,15 +228,9 @@ def test_reader_that_starts_to_splice(quiet_host: Host, lab: Lab) -> None:
         pair.verify()
     late = host.connect(client, server, address)
     host.watch_cold(late, "splice_reader")
-    assert _row(host, other)["state"] == "spliced"
+    assert host.flow(other)["state"] == "spliced"
     other.pingpong(10)
     other.verify()
-
-
-def _row(host: Host, pair: Pair) -> dict[str, Any]:
-    flow = host.find_flow(pair)
-    assert flow is not None
-    return flow
 
 
 def test_reader_that_splices_while_bytes_wait(quiet_host: Host, lab: Lab) -> None:
@@ -377,7 +371,7 @@ def test_misbehaviour_in_the_middle_of_traffic(quiet_host: Host, lab: Lab, kind:
         KINDS[kind](pair)
         pair.server.echo(rounds=30 + number * 30, size=500, answer=500)
         pair.client.finish()
-        wait_until("plain", lambda pair=pair: _row(host, pair)["state"] == "paired")
+        wait_until("plain", lambda pair=pair: host.flow(pair)["state"] == "paired")
         pair.pingpong(20)
         pair.verify()
         pair.close()

@@ -48,8 +48,7 @@ def test_fewer_reads_than_needed(host: Host, lab: Lab) -> None:
     pair = host.pair(lab)
     pair.pingpong(HOT_READS - 1)
     host.hot_pair(lab)
-    flow = host.find_flow(pair)
-    assert flow is not None
+    flow = host.flow(pair)
     assert (flow["state"], flow["reason"]) == ("paired", "cold")
     host.talk_until(pair, "spliced", rounds=5)
     pair.verify()
@@ -226,8 +225,7 @@ def test_read_by_a_kernel_worker(host: Host, lab: Lab) -> None:
         pair.server.begin("echo_by_worker", rounds=HOT_READS, size=64)
         pair.client.pingpong(rounds=HOT_READS)
         assert pair.server.finish() == HOT_READS
-        flow = host.find_flow(pair)
-        assert flow is not None
+        flow = host.flow(pair)
         assert flow["state"] == "paired", flow
     host.wait_flow(pair, "paired", "kernel_socket")
     assert host.count_spliced() == 0
@@ -246,8 +244,7 @@ def test_foreign_psock(host: Host, lab: Lab, at: str) -> None:
 
         def is_refused() -> bool:
             pair.pingpong(40)
-            flow = host.find_flow(pair)
-            assert flow is not None
+            flow = host.flow(pair)
             assert flow["redirected_messages"] == 0
             return (flow["state"], flow["reason"]) == ("paired", "foreign_psock")
 

@@ -169,8 +169,7 @@ def test_killed_under_load_and_taken_over(lab: Lab) -> None:
     with Host() as host:
         load = Load(host, lab)
         quiet = host.hot_pair(lab)
-        before = host.find_flow(quiet)
-        assert before is not None
+        before = host.flow(quiet)
         time.sleep(0.3)
         host.daemon.kill()
         quiet.pingpong(100)
@@ -180,8 +179,7 @@ def test_killed_under_load_and_taken_over(lab: Lab) -> None:
         assert flow["redirected_messages"] - before["redirected_messages"] == 200
         assert flow["age_seconds"] > before["age_seconds"]
         quiet.pingpong(100)
-        after = host.find_flow(quiet)
-        assert after is not None
+        after = host.flow(quiet)
         assert after["redirected_messages"] - flow["redirected_messages"] == 200
         load.finish()
         quiet.verify()

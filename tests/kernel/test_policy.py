@@ -52,8 +52,7 @@ def stays(host: Host, pair: Pair, state: str, reason: str | None = None, seconds
     with Stopwatch() as watch:
         while watch.seconds < seconds:
             pair.pingpong(40)
-            flow = host.find_flow(pair)
-            assert flow is not None
+            flow = host.flow(pair)
             assert flow["state"] == state, flow
             assert reason in (None, flow["reason"]), flow
 
@@ -77,19 +76,16 @@ def test_a_cgroup_is_switched_off_and_on(host: Host, lab: Lab, end: str, depth: 
     host.make_hot(pair)
     host.make_hot(bystander)
     drained = host.daemon.totals()["drained"]
-    seen = host.find_flow(bystander)
-    assert seen is not None
+    seen = host.flow(bystander)
 
     host.reload(table(cgroup=below_root(host, "web"), mode="off"))
     flow = host.talk_until(pair, "paired", "policy_off", timeout=FLIP)
     messages = flow["redirected_messages"]
     stays(host, pair, "paired", "policy_off")
-    after = host.find_flow(pair)
-    assert after is not None
+    after = host.flow(pair)
     assert after["redirected_messages"] == messages, "something was redirected while it was off"
     bystander.pingpong(50)
-    now = host.find_flow(bystander)
-    assert now is not None
+    now = host.flow(bystander)
     assert now["state"] == "spliced"
     assert now["redirected_messages"] - seen["redirected_messages"] == 100, "the bystander was touched"
     assert host.daemon.totals()["drained"] == drained + 1

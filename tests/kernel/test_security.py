@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
-from support.hostile import Hostile, Name, find_new_name, read_map, read_name
+from support.hostile import Hostile, Name, dial, read_name
 from support.lab import Lab
 from support.load import Load
 from support.pauses import Stopwatch
@@ -46,8 +46,7 @@ def _check_unharmed(host: Host, pair: Pair, before: dict[str, Any]) -> None:
     """The connection is still spliced, has been without a break, and only its own messages were counted."""
     rounds = 50
     pair.pingpong(rounds)
-    after = host.find_flow(pair)
-    assert after is not None
+    after = host.flow(pair)
     assert after["state"] == "spliced"
     assert after["redirected_messages"] - before["redirected_messages"] == 2 * rounds
     assert after["passed_messages"] == before["passed_messages"], "somebody else's messages were counted"
@@ -67,8 +66,7 @@ def test_forged_end_of_a_spliced_connection(host: Host, lab: Lab, side: str, how
     local, remote = _claim(hostile, pair, side)
     drained = host.daemon.totals()["drained"]
     pair.client.send(1000, chunk=100)
-    before = host.find_flow(pair)
-    assert before is not None
+    before = host.flow(pair)
     # That the server has not read these yet is seen by what it reads afterwards.
     for number in range(3):
         forged = f"forged-{number}"
@@ -165,8 +163,7 @@ def test_forged_end_in_the_sockhash_injects_nothing(host: Host, lab: Lab) -> Non
         service=EAGER,
     )
     local, remote = _claim(hostile, pair, "client")
-    before = host.find_flow(pair)
-    assert before is not None
+    before = host.flow(pair)
     # Another client at the same place of the rendezvous, so that nothing there reminds of the victim.
     other = Name(name.client_seq ^ 2048, name.server_seq)
     hostile.call("shake_hands", conn="other", local=[local[0], 20_001], remote=remote, seqs=other.as_client)
@@ -184,12 +181,8 @@ def test_forged_end_in_the_sockhash_injects_nothing(host: Host, lab: Lab) -> Non
 def test_forged_client_before_its_server_steals_nothing(host: Host, lab: Lab) -> None:
     """The server learns who its client is when the handshake ends. Somebody who takes the client's name just
     before, and then follows every byte count, is not given what the server says."""
-    client, server = host.peer(lab, "a"), host.peer(lab, "b")
-    before = read_map(host, "rendezvous")
-    # The last segment of the handshake is ignored until data comes: time enough for the attack.
-    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
+    pair, name = dial(host, lab, host.peer(lab, "a"), host.peer(lab, "b"))
     local, remote = pair.client.local, pair.client.remote
-    name = find_new_name(host, before)
     hostile = _attacker(host, lab)
     hostile.call("claim", address=local[0])
     hostile.call("shake_hands", conn="forged", local=local, remote=remote, seqs=name.as_client)
@@ -225,9 +218,7 @@ def test_same_slot_at_the_rendezvous(host: Host, lab: Lab) -> None:
     hostile = _attacker(host, lab)
     hostile.call("claim", address="10.66.0.2")
     for number in range(3):
-        before = read_map(host, "rendezvous")
-        pair = host.dial(client, server, lab.address("b"), defer_accept=5)
-        name = find_new_name(host, before)
+        pair, name = dial(host, lab, client, server)
         other = Name(name.client_seq ^ 2048, name.server_seq)
         assert other.slot == name.slot
         hostile.call(

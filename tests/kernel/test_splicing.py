@@ -54,12 +54,10 @@ PLACES = {"loopback": ("a", "a", "lo"), "bridge": ("a", "b", "b"), "router": ("f
 
 
 def _expect_all_redirected(host: Host, pair: Pair, rounds: int = 100, size: int = 64) -> None:
-    before, totals = host.find_flow(pair), host.daemon.totals()
-    assert before is not None
+    before, totals = host.flow(pair), host.daemon.totals()
     pair.pingpong(rounds, size=size, answer=size)
     time.sleep(0.1)
-    after, totals_after = host.find_flow(pair), host.daemon.totals()
-    assert after is not None
+    after, totals_after = host.flow(pair), host.daemon.totals()
     for old, new in ((before, after), (totals, totals_after)):
         assert new["redirected_messages"] - old["redirected_messages"] == 2 * rounds
         assert new["redirected_bytes"] - old["redirected_bytes"] == 2 * rounds * size
@@ -83,8 +81,7 @@ def test_splices_every_family_everywhere(host: Host, lab: Lab, mix: str, place: 
     pair = host.connect(client, server, address, client_family=client_family, server_family=server_family)
     host.make_hot(pair)
     _expect_all_redirected(host, pair)
-    flow = host.find_flow(pair)
-    assert flow is not None
+    flow = host.flow(pair)
     assert flow["local"] == _as_text(pair.client.local)
     assert flow["remote"] == _as_text(pair.client.remote)
     assert flow["netns"] == client.call("netns_cookie")
@@ -206,12 +203,10 @@ def test_eager_is_spliced_from_the_start(host: Host, lab: Lab) -> None:
     client, server = host.peer(lab, "a"), host.peer(lab, "b")
     for _ in range(3):
         pair = host.connect(client, server, lab.address("b"), port=EAGER)
-        flow = host.find_flow(pair)
-        assert flow is not None
+        flow = host.flow(pair)
         assert flow["state"] == "spliced"
         pair.pingpong(3)
-        flow = host.find_flow(pair)
-        assert flow is not None
+        flow = host.flow(pair)
         if flow["reason"] != "unaccepted":
             break  # else its server was not let run before its first read
     _expect_all_redirected(host, pair, rounds=10)

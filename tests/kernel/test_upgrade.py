@@ -16,6 +16,7 @@ from support.daemon import call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.load import Load
+from support.players import Pair
 from support.tiers import spread, thorough
 from support.trees import copy_changed
 
@@ -29,6 +30,16 @@ CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t
 def other_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree that loads other programs."""
     return copy_changed(tmp_path_factory.mktemp("other-build"), *CHANGED)
+
+
+def _check_survivors(host: Host, lab: Lab, load: Load, quiet: Pair, waiting: Pair) -> None:
+    """Connections of before go on, one with 5000 bytes that wait for its reader, and new ones are spliced."""
+    assert waiting.server.recv(5000) == 5000
+    waiting.pingpong(20)
+    load.finish()
+    for pair in (quiet, waiting):
+        pair.verify()
+    host.check_alive(lab)
 
 
 def _use(host: Host, tree: Path | None) -> None:
@@ -68,12 +79,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
             assert host.count_spliced() == 2
             fresh.verify()
             fresh.close()
-        assert waiting.server.recv(5000) == 5000
-        waiting.pingpong(20)
-        load.finish()
-        for pair in (quiet, waiting):
-            pair.verify()
-        host.check_alive(lab)
+        _check_survivors(host, lab, load, quiet, waiting)
 
 
 @thorough("test_another_build_under_load with connections that come and go")
@@ -140,12 +146,7 @@ def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
         assert {each.name for each in (host.pin_dir / "links").iterdir()} == set(LINKS)
         assert host.count_spliced() == 0
         quiet.pingpong(50)
-        assert waiting.server.recv(5000) == 5000
-        waiting.pingpong(20)
-        load.finish()
-        for pair in (quiet, waiting):
-            pair.verify()
-        host.check_alive(lab)
+        _check_survivors(host, lab, load, quiet, waiting)
 
 
 @thorough("one start for each pin that may be missing")

@@ -54,8 +54,7 @@ def _check_plain(host: Host, pair: Pair) -> None:
     host.watch_cold(pair, "splice_reader")
     pair.pingpong(20, size=3000, answer=9000)
     pair.verify()
-    flow = host.find_flow(pair)
-    assert flow is not None
+    flow = host.flow(pair)
     assert (flow["state"], flow["redirected_messages"]) == ("paired", 0)
     assert host.count_spliced() == 0
 

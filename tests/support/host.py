@@ -201,6 +201,12 @@ class Host:
                 return flow
         return None
 
+    def flow(self, pair: Pair) -> dict[str, Any]:
+        """The same of a connection that must be there."""
+        found = self.find_flow(pair)
+        assert found is not None, f"{pair.label} is not known"
+        return found
+
     def wait_flow(
         self,
         pair: Pair,
@@ -284,8 +290,7 @@ class Host:
         with Stopwatch() as watch:
             while True:
                 pair.pingpong(40)
-                flow = self.find_flow(pair)
-                assert flow is not None, f"{pair.label} is not known"
+                flow = self.flow(pair)
                 assert flow["state"] == "paired", flow
                 if watch.seconds >= seconds and flow["reason"] == reason:
                     return

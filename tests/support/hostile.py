@@ -10,6 +10,7 @@ from pathlib import Path
 from splicer.kernel import layout, libbpf
 from support.cgroup import Cgroup
 from support.host import Host
+from support.lab import Lab
 from support.players import Pair, Peer
 
 PROGRAM = Path(__file__).with_name("forger.py")
@@ -71,6 +72,16 @@ def find_new_name(host: Host, before: dict[bytes, bytes]) -> Name:
     """The name of the one client that has arrived at its rendezvous since `before`."""
     [value] = [value for key, value in read_map(host, "rendezvous").items() if before[key] != value]
     return Name(*struct.unpack_from("=2I", value))
+
+
+def dial(host: Host, lab: Lab, client: Peer, server: Peer) -> tuple[Pair, Name]:
+    """A connection to host "b" whose server has not come yet, and its name.
+
+    The last segment of the handshake is ignored until data comes: time enough for an attack.
+    """
+    before = read_map(host, "rendezvous")
+    pair = host.dial(client, server, lab.address("b"), defer_accept=5)
+    return pair, find_new_name(host, before)
 
 
 def _as_text(address: tuple[str, int]) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 
@@ -112,44 +113,32 @@ def test_pairs_and_legend() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"),
+    ("human", "number", "shown"),
     [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.00 KiB"),
-        (10 * 1024, "10.0 KiB"),
-        (1024 * 1024 - 1, "1.00 MiB"),
-        (123 * 1024**3, "123 GiB"),
-        (2**64, "16.0 EiB"),
+        (human_bytes, 0, "0 B"),
+        (human_bytes, 1023, "1023 B"),
+        (human_bytes, 1024, "1.00 KiB"),
+        (human_bytes, 10 * 1024, "10.0 KiB"),
+        (human_bytes, 1024 * 1024 - 1, "1.00 MiB"),
+        (human_bytes, 123 * 1024**3, "123 GiB"),
+        (human_bytes, 2**64, "16.0 EiB"),
+        (human_count, 0, "0"),
+        (human_count, 99_999, "99999"),
+        (human_count, 100_000, "100 k"),
+        (human_count, 999_600, "1.00 M"),
+        (human_count, 4_500_000, "4.50 M"),
+        (human_age, -1.0, "0.0s"),
+        (human_age, 0.44, "0.4s"),
+        (human_age, 9.94, "9.9s"),
+        (human_age, 9.96, "10s"),
+        (human_age, 59.6, "1m00s"),
+        (human_age, 185.0, "3m05s"),
+        (human_age, 7620.0, "2h07m"),
+        (human_age, 86400.0 * 4 + 3600 * 11, "4d11h"),
     ],
 )
-def test_human_bytes(count: int, shown: str) -> None:
-    assert human_bytes(count) == shown
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"),
-    [(0, "0"), (99_999, "99999"), (100_000, "100 k"), (999_600, "1.00 M"), (4_500_000, "4.50 M")],
-)
-def test_human_count(count: int, shown: str) -> None:
-    assert human_count(count) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (-1.0, "0.0s"),
-        (0.44, "0.4s"),
-        (9.94, "9.9s"),
-        (9.96, "10s"),
-        (59.6, "1m00s"),
-        (185.0, "3m05s"),
-        (7620.0, "2h07m"),
-        (86400.0 * 4 + 3600 * 11, "4d11h"),
-    ],
-)
-def test_human_age(seconds: float, shown: str) -> None:
-    assert human_age(seconds) == shown
+def test_numbers_for_people(human: Callable[[float], str], number: float, shown: str) -> None:
+    assert human(number) == shown
 
 
 def test_plural() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import select
@@ -158,11 +159,11 @@ def in_queue_message(s: Scene) -> None:
     s.server.set("INQ", TCP, TCP_INQ, 1)
     s.client.send(b"0123456789")
     s.settle()
-    s.server.call("recvmsg", lambda: _inq(s.server.sock, 4))
-    s.server.call("recvmsg", lambda: _inq(s.server.sock, 100))
+    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 4))
+    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 100))
 
 
-def _inq(sock: socket.socket, count: int) -> str:
+def read_in_queue(sock: socket.socket, count: int) -> str:
     data, control, _, _ = sock.recvmsg(count, 256)
     return f"{data!r} {[struct.unpack('i', value)[0] for _, _, value in control]}"
 
@@ -192,11 +193,13 @@ def timestamps(s: Scene) -> None:
 @probe(redirects=False, cuts=3)
 def socket_filter(s: Scene) -> None:
     """A filter that lets nothing through (SO_ATTACH_FILTER) holds for what is sent afterwards."""
-    import ctypes
+    expect_filtered(s)
 
+
+def expect_filtered(s: Scene) -> None:
+    """With a filter that lets nothing through nothing comes, and everything when it is taken away."""
     code = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    program = struct.pack("HxxxxxxQ", 1, ctypes.addressof(code))
-    s.server.set("ATTACH_FILTER", SOL, 26, program)
+    s.server.set("ATTACH_FILTER", SOL, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(code)))
     s.client.send(b"filtered")
     time.sleep(0.03)
     s.server.recv(10)
@@ -226,26 +229,25 @@ def buffer_sizes(s: Scene) -> None:
     s.note(f"reader ended: {not reader.is_alive()}")
 
 
+def _fill_small_buffers(s: Scene, chunk: int, kilobytes: int) -> None:
+    s.client.set("SNDBUF", SOL, socket.SO_SNDBUF, 10_000)
+    s.server.set("RCVBUF", SOL, socket.SO_RCVBUF, 10_000)
+    total = s.client.fill(chunk)
+    s.note(f"less than {kilobytes} kB on the way: {total < kilobytes * 1000}")
+    with s.quiet():
+        s.server.take(total)
+
+
 @probe(cuts=2, drains=1, storms=0)
 def small_send_buffer_bounds(s: Scene) -> None:
     """SO_SNDBUF and SO_RCVBUF bound what a sender can have on its way."""
-    s.client.set("SNDBUF", SOL, socket.SO_SNDBUF, 10_000)
-    s.server.set("RCVBUF", SOL, socket.SO_RCVBUF, 10_000)
-    total = s.client.fill(1000)
-    s.note(f"less than 200 kB on the way: {total < 200_000}")
-    with s.quiet():
-        s.server.take(total)
+    _fill_small_buffers(s, 1000, 200)
 
 
 @probe(cuts=2, drains=1, storms=0)
 def small_buffers_and_large_messages(s: Scene) -> None:
     """The same with large messages."""
-    s.client.set("SNDBUF", SOL, socket.SO_SNDBUF, 10_000)
-    s.server.set("RCVBUF", SOL, socket.SO_RCVBUF, 10_000)
-    total = s.client.fill(40_000)
-    s.note(f"less than 500 kB on the way: {total < 500_000}")
-    with s.quiet():
-        s.server.take(total)
+    _fill_small_buffers(s, 40_000, 500)
 
 
 @probe()

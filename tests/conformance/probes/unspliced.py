@@ -4,6 +4,7 @@ at all."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -12,12 +13,13 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from support.pauses import Stopwatch
 
 from conformance.probes import probe
-from conformance.probes.options import await_stamps
+from conformance.probes.options import await_stamps, expect_filtered, read_in_queue
 from conformance.probes.uring import ASYNC, IS_THERE, OP_RECV, Buffer, Uring, name_result
 from conformance.scene import Scene, error_name, pattern
 
@@ -26,8 +28,9 @@ BLOCKING = {"blocking": (False, True), "reason": "blocking_reader"}
 MSG_ZEROCOPY = 0x4000000
 
 
-def _asleep(s: Scene, work: Any) -> tuple[threading.Thread, list[Any]]:
-    """A thread that is asleep in `work`."""
+@contextlib.contextmanager
+def _asleep(s: Scene, work: Callable[[], Any]) -> Iterator[None]:
+    """A thread is asleep in `work`; what that says in the end goes into the transcript."""
     got: list[Any] = []
 
     def carry_out() -> None:
@@ -40,45 +43,39 @@ def _asleep(s: Scene, work: Any) -> tuple[threading.Thread, list[Any]]:
     thread.start()
     time.sleep(0.03)
     s.note(f"asleep: {not got}")
-    return thread, got
+    yield
+    thread.join(3)
+    s.note(f"got {got}")
 
 
 @probe(**BLOCKING)
 def blocking_recv(s: Scene) -> None:
     """A blocking read sleeps until something comes."""
     for word in (b"one", b"two"):
-        thread, got = _asleep(s, lambda: s.server.sock.recv(100))
-        s.client.send(word)
-        thread.join(3)
-        s.note(f"got {got}")
+        with _asleep(s, lambda: s.server.sock.recv(100)):
+            s.client.send(word)
 
 
 @probe(**BLOCKING)
 def blocking_wait_all(s: Scene) -> None:
     """MSG_WAITALL: all that was asked for in one read, fewer only at the end."""
-    thread, got = _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL)))
-    for number in range(3):
-        s.client.send(pattern(300, number))
-        time.sleep(0.01)
-    thread.join(3)
-    s.note(f"got {got}")
-    thread, got = _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL)))
-    s.client.send(pattern(300))
-    s.client.shutdown(socket.SHUT_WR)
-    thread.join(3)
-    s.note(f"got {got}")
+    with _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL))):
+        for number in range(3):
+            s.client.send(pattern(300, number))
+            time.sleep(0.01)
+    with _asleep(s, lambda: len(s.server.sock.recv(900, socket.MSG_WAITALL))):
+        s.client.send(pattern(300))
+        s.client.shutdown(socket.SHUT_WR)
 
 
 @probe(**BLOCKING)
 def blocking_peek_wait_all(s: Scene) -> None:
     """MSG_PEEK with MSG_WAITALL waits for all and takes nothing."""
     flags = socket.MSG_PEEK | socket.MSG_WAITALL
-    thread, got = _asleep(s, lambda: s.server.sock.recv(6, flags))
-    s.client.send(b"abc")
-    time.sleep(0.01)
-    s.client.send(b"def")
-    thread.join(3)
-    s.note(f"got {got}")
+    with _asleep(s, lambda: s.server.sock.recv(6, flags)):
+        s.client.send(b"abc")
+        time.sleep(0.01)
+        s.client.send(b"def")
     s.server.recv(100)
 
 
@@ -116,39 +113,32 @@ def blocking_recv_interrupted(s: Scene) -> None:
 @probe(**BLOCKING)
 def blocking_recv_reset(s: Scene) -> None:
     """A RST wakes a sleeping reader with ECONNRESET."""
-    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
-    s.client.reset()
-    thread.join(3)
-    s.note(f"got {got}")
+    with _asleep(s, lambda: s.server.sock.recv(100)):
+        s.client.reset()
 
 
 @probe(**BLOCKING)
 def blocking_recv_ends(s: Scene) -> None:
     """The end of the stream wakes a sleeping reader."""
-    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
-    s.client.shutdown(socket.SHUT_WR)
-    thread.join(3)
-    s.note(f"got {got}")
+    with _asleep(s, lambda: s.server.sock.recv(100)):
+        s.client.shutdown(socket.SHUT_WR)
 
 
 @probe(**BLOCKING)
 def blocking_shutdown_wakes(s: Scene) -> None:
     """shutdown(SHUT_RD) by another thread wakes a sleeping reader with the end."""
-    thread, got = _asleep(s, lambda: s.server.sock.recv(100))
-    s.server.sock.shutdown(socket.SHUT_RD)
-    thread.join(3)
-    s.note(f"got {got}")
+    with _asleep(s, lambda: s.server.sock.recv(100)):
+        s.server.sock.shutdown(socket.SHUT_RD)
 
 
 @probe(blocking=(True, False), reason="blocking_reader")
 def blocking_sender(s: Scene) -> None:
     """A blocking sender sleeps until its reader makes room; all of it is taken in one call."""
     data = pattern(12_000_000)
-    thread, got = _asleep(s, lambda: s.client.sock.send(data))
-    with s.quiet():
-        right = s.server.take(len(data)) == data
-    thread.join(3)
-    s.note(f"sent {got}, right: {right}")
+    with _asleep(s, lambda: s.client.sock.send(data)):
+        with s.quiet():
+            right = s.server.take(len(data)) == data
+    s.note(f"right: {right}")
 
 
 @probe(blocking=(True, True), reason="blocking_reader")
@@ -214,13 +204,8 @@ def in_queue_message_from_the_start(s: Scene) -> None:
     """TCP_INQ: every recvmsg(2) tells how many bytes still wait."""
     s.client.send(b"0123456789")
     s.settle()
-    s.server.call("recvmsg", lambda: _inq(s.server.sock, 4))
-    s.server.call("recvmsg", lambda: _inq(s.server.sock, 100))
-
-
-def _inq(sock: socket.socket, count: int) -> str:
-    data, control, _, _ = sock.recvmsg(count, 256)
-    return f"{data!r} {[struct.unpack('i', value)[0] for _, _, value in control]}"
+    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 4))
+    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 100))
 
 
 @probe(options=(((SOL, 35, 1),), ()), reason="control_messages")
@@ -244,13 +229,7 @@ def socket_filter_from_the_start(s: Scene) -> None:
     s.client.send(b"passed on")
     s.settle()
     s.server.rest()
-    code = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-    s.server.set("ATTACH_FILTER", SOL, 26, struct.pack("HxxxxxxQ", 1, ctypes.addressof(code)))
-    s.client.send(b"filtered")
-    time.sleep(0.03)
-    s.server.recv(10)
-    s.server.set("DETACH_FILTER", SOL, 27, 0)
-    s.server.take(8)
+    expect_filtered(s)
 
 
 @probe(options=(((SOL, 47, 50_000_000),), ()), reason="pacing")

@@ -160,15 +160,13 @@ class TestFailures:
         assert "--debug" in outcome.stderr.splitlines()[1]
         assert "Traceback" in invoke("version", "--debug").stderr
 
-    def test_an_interrupted_one(self, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fail(monkeypatch, KeyboardInterrupt())
+    @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 0)])
+    def test_nothing_is_said_to_who_has_seen_enough(
+        self, invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+    ) -> None:
+        self.fail(monkeypatch, error)
         outcome = invoke("version")
-        assert (outcome.code, outcome.stderr) == (130, "")
-
-    def test_a_reader_who_has_seen_enough(self, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fail(monkeypatch, BrokenPipeError())
-        outcome = invoke("version")
-        assert (outcome.code, outcome.stderr) == (0, "")
+        assert (outcome.code, outcome.stderr) == (code, "")
 
 
 def test_as_a_module() -> None:

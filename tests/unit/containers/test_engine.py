@@ -19,7 +19,15 @@ from support.engine import FakeEngine, name_id
 from support.pauses import Stopwatch
 
 from splicer.containers import engine
-from splicer.containers.engine import Engine, EngineError, Event, Inspected, find_endpoint, list_candidates
+from splicer.containers.engine import (
+    Engine,
+    EngineError,
+    Event,
+    Events,
+    Inspected,
+    find_endpoint,
+    list_candidates,
+)
 
 
 @pytest.fixture
@@ -40,6 +48,15 @@ def connect(fake: FakeEngine) -> Iterator[Callable[..., Engine]]:
     yield call
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def stream(fake: FakeEngine, connect: Callable[..., Engine]) -> Iterator[Events]:
+    """Events that somebody listens to already."""
+    made = connect().follow()
+    fake.wait_for_stream()
+    yield made
+    made.release()
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -107,29 +124,29 @@ def test_a_list_and_a_container(fake: FakeEngine, connect: Callable[..., Engine]
     assert "/v1.47/containers/json?" in fake.requests[1]
 
 
+def look(client: Engine, identifier: str) -> Inspected:
+    found = client.inspect(identifier)
+    assert found is not None
+    return found
+
+
 def test_states_of_a_container(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
     identifier = fake.run(1, mode="host")
     client = connect()
-    found = client.inspect(identifier)
-    assert found is not None
+    found = look(client, identifier)
     assert (found.pid, found.network_mode) == (1001, "host")
     # Podman's way of saying that it is paused.
     fake.containers[identifier]["State"] |= {"Running": False, "Paused": True}
-    found = client.inspect(identifier)
-    assert found is not None
-    assert found.pid == 1001
+    assert look(client, identifier).pid == 1001
     fake.die(identifier)
-    found = client.inspect(identifier)
-    assert found is not None
-    assert found.pid == 0
+    assert look(client, identifier).pid == 0
 
 
 def test_what_is_null_is_nothing(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
     identifier = fake.run(1, labels=None, ports=None, mode="", networks=None)
     client = connect()
     assert len(client.list_running()) == 1
-    found = client.inspect(identifier)
-    assert found is not None
+    found = look(client, identifier)
     assert (found.labels, found.published, found.network_mode) == ({}, (), "")
 
 
@@ -231,9 +248,7 @@ def test_something_that_does_not_speak_http(run_dir: str) -> None:
             connection.close()
 
         threading.Thread(target=serve).start()
-        with pytest.raises(EngineError) as caught:
-            Engine(f"unix://{run_dir}/odd", {})
-        assert caught.value.kind == "lost"
+        fails(lambda: Engine(f"unix://{run_dir}/odd", {}), "lost")
 
 
 def test_an_engine_that_never_answers(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
@@ -249,9 +264,7 @@ def test_an_engine_that_never_answers(fake: FakeEngine, connect: Callable[..., E
 def test_an_engine_that_ends_in_the_middle(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
     client = connect()
     fake.calls["/containers/json"] = fake.cut
-    with pytest.raises(EngineError) as caught:
-        client.list_running()
-    assert caught.value.kind == "lost"
+    fails(client.list_running, "lost")
     fake.stop()
     fails(client.list_running, "absent")
 
@@ -282,9 +295,7 @@ def test_the_sdk_is_loaded_only_when_it_is_needed() -> None:
 # -- events --------------------------------------------------------------------------------------------------
 
 
-def test_events(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
-    stream = connect().follow()
-    fake.wait_for_stream()
+def test_events(fake: FakeEngine, stream: Events) -> None:
     one = fake.run(1)
     fake.emit("exec_create: sh -c true", one)
     fake.emit("health_status: healthy", one)
@@ -303,7 +314,6 @@ def test_events(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
         seen += events
         if len(seen) == 5:
             stream.stop()
-    stream.release()
     assert [(each.action, each.container) for each in seen] == [
         (action, one) for action in ("start", "connect", "destroy", "disconnect", "died")
     ]
@@ -311,9 +321,7 @@ def test_events(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
     assert not stream.idle
 
 
-def test_events_cut_into_pieces_and_packed_together(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
-    stream = connect().follow()
-    fake.wait_for_stream()
+def test_events_cut_into_pieces_and_packed_together(fake: FakeEngine, stream: Events) -> None:
     line = b'{"Type":"container","Action":"die","Actor":{"ID":"%d"},"timeNano":1}\n'
     fake.send((line % 1)[:20])
     fake.send((line % 1)[20:] + line % 2 + line % 3 + (line % 4)[:-1])
@@ -323,7 +331,6 @@ def test_events_cut_into_pieces_and_packed_together(fake: FakeEngine, connect: C
         seen += [each.container for each in events]
         if len(seen) == 4:
             stream.stop()
-    stream.release()
     assert seen == ["1", "2", "3", "4"]
 
 
@@ -358,36 +365,27 @@ def test_a_stream_that_is_idle_can_be_taken_up_again(
 
 
 @pytest.mark.parametrize("how", ["cut", "stop"])
-def test_a_stream_that_is_cut(fake: FakeEngine, connect: Callable[..., Engine], how: str) -> None:
-    stream = connect().follow()
-    fake.wait_for_stream()
+def test_a_stream_that_is_cut(fake: FakeEngine, stream: Events, how: str) -> None:
     fake.send(b'{"Type":"container","Act')
     threading.Timer(0.1, getattr(fake, how)).start()
     assert list(stream) == []
     assert not stream.idle
-    stream.release()
 
 
 @pytest.mark.parametrize(
     "raw", [b"hello\n", b"[1]\n", b'"x"\n', b'{"Type":"container","Action":"die","Actor":7}\n']
 )
-def test_what_is_no_event(fake: FakeEngine, connect: Callable[..., Engine], raw: bytes) -> None:
-    stream = connect().follow()
-    fake.wait_for_stream()
+def test_what_is_no_event(fake: FakeEngine, stream: Events, raw: bytes) -> None:
     fake.send(raw)
     with pytest.raises(EngineError, match="cannot be understood"):
         list(stream)
-    stream.release()
 
 
-def test_an_event_without_end(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
-    stream = connect().follow()
-    fake.wait_for_stream()
+def test_an_event_without_end(fake: FakeEngine, stream: Events) -> None:
     for _ in range(9):
         fake.send(b" " * (1 << 17))
     with pytest.raises(EngineError, match="without end"):
         list(stream)
-    stream.release()
 
 
 def test_attempts_that_fail_leave_nothing_open(run_dir: str, fake: FakeEngine) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,6 @@ def device(path: Path) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def write_mounts(tmp_path: Path, *lines: str) -> Path:
-    file = tmp_path / "mountinfo"
-    file.write_text("".join(line + "\n" for line in lines))
-    return file
-
-
 def line(path: Path, kind: str, *, root: str = "/", number: str | None = None) -> str:
     return f"41 31 {number or device(path)} {root} {path} rw,relatime shared:9 - {kind} {kind} rw"
 
@@ -34,19 +29,46 @@ def root(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_v2_directory_is_taken_as_it_is(tmp_path: Path, root: Path) -> None:
+Find = Callable[..., Cgroup]
+
+
+@pytest.fixture
+def look(tmp_path: Path, root: Path) -> Find:
+    """`find` where these lines are the mount table, and `root` is where cgroups usually are."""
+
+    def call(requested: object, *lines: str) -> Cgroup:
+        file = tmp_path / "mountinfo"
+        file.write_text("".join(line + "\n" for line in lines))
+        return find(str(requested), mountinfo=file, conventional_root=str(root))
+
+    return call
+
+
+@pytest.fixture
+def refuse(look: Find) -> Callable[..., SplicerError]:
+    """The same where it fails; the error, which matches `match`."""
+
+    def call(match: str, requested: object, *lines: str) -> SplicerError:
+        with pytest.raises(SplicerError, match=match) as caught:
+            look(requested, *lines)
+        return caught.value
+
+    return call
+
+
+Refuse = Callable[..., SplicerError]
+
+
+def test_a_v2_directory_is_taken_as_it_is(look: Find, root: Path) -> None:
     child = root / "system.slice"
     child.mkdir()
-    cgroup = find(
-        str(child), mountinfo=write_mounts(tmp_path, line(root, "cgroup2")), conventional_root=str(root)
-    )
+    cgroup = look(child, line(root, "cgroup2"))
     assert cgroup == Cgroup(str(child), str(child), child.stat().st_ino)
     assert not cgroup.substituted
 
 
-def test_a_path_is_normalised_but_not_substituted(tmp_path: Path, root: Path) -> None:
-    mounts = write_mounts(tmp_path, line(root, "cgroup2"))
-    cgroup = find(f"{root}/../cgroup/", mountinfo=mounts, conventional_root=str(root))
+def test_a_path_is_normalised_but_not_substituted(look: Find, root: Path) -> None:
+    cgroup = look(f"{root}/../cgroup/", line(root, "cgroup2"))
     assert cgroup.path == str(root)
     assert not cgroup.substituted
 
@@ -56,74 +78,58 @@ def test_a_path_is_normalised_but_not_substituted(tmp_path: Path, root: Path) ->
 HYBRID = Path("/proc/self/fd")
 
 
-def test_the_usual_root_of_a_hybrid_host_is_substituted(tmp_path: Path, root: Path) -> None:
-    mounts = write_mounts(tmp_path, line(root, "tmpfs"), line(HYBRID, "cgroup2"))
-    cgroup = find(str(root), mountinfo=mounts, conventional_root=str(root))
+def test_the_usual_root_of_a_hybrid_host_is_substituted(look: Find, root: Path) -> None:
+    cgroup = look(root, line(root, "tmpfs"), line(HYBRID, "cgroup2"))
     assert cgroup.path == str(HYBRID)
     assert cgroup.requested == str(root)
     assert cgroup.substituted
 
 
-def test_nothing_else_is_substituted(tmp_path: Path, root: Path) -> None:
+def test_nothing_else_is_substituted(refuse: Refuse, tmp_path: Path, root: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    mounts = write_mounts(tmp_path, line(root, "tmpfs"), line(HYBRID, "cgroup2"))
-    with pytest.raises(SplicerError, match="not in a cgroup filesystem") as caught:
-        find(str(other), mountinfo=mounts, conventional_root=str(root))
-    assert caught.value.hint is not None
-    assert str(HYBRID) in caught.value.hint
+    error = refuse("not in a cgroup filesystem", other, line(root, "tmpfs"), line(HYBRID, "cgroup2"))
+    assert error.hint is not None
+    assert str(HYBRID) in error.hint
 
 
-def test_a_v1_directory(tmp_path: Path, root: Path) -> None:
+def test_a_v1_directory(refuse: Refuse, root: Path) -> None:
     memory = root / "memory"
     memory.mkdir()
-    mounts = write_mounts(tmp_path, line(memory, "cgroup"), line(HYBRID, "cgroup2"))
-    with pytest.raises(SplicerError, match="is a cgroup v1 directory") as caught:
-        find(str(memory), mountinfo=mounts, conventional_root=str(root))
-    assert caught.value.exit_code == 1
-    assert str(HYBRID) in str(caught.value.hint)
+    error = refuse("is a cgroup v1 directory", memory, line(memory, "cgroup"), line(HYBRID, "cgroup2"))
+    assert error.exit_code == 1
+    assert str(HYBRID) in str(error.hint)
 
 
 @pytest.mark.parametrize("below", ["docker/abc", "memory/docker/abc"])
-def test_a_v1_path_is_answered_with_its_v2_twin(tmp_path: Path, root: Path, below: str) -> None:
+def test_a_v1_path_is_answered_with_its_v2_twin(refuse: Refuse, root: Path, below: str) -> None:
     unified = root / "unified"
     (unified / "docker/abc").mkdir(parents=True)
-    mounts = write_mounts(tmp_path, line(unified, "cgroup2"))
-    with pytest.raises(SplicerError, match="no such cgroup") as caught:
-        find(str(root / below), mountinfo=mounts, conventional_root=str(root))
-    assert caught.value.hint == f"the cgroup v2 directory of that name is: --cgroup {unified}/docker/abc"
+    error = refuse("no such cgroup", root / below, line(unified, "cgroup2"))
+    assert error.hint == f"the cgroup v2 directory of that name is: --cgroup {unified}/docker/abc"
 
 
-def test_a_missing_path(tmp_path: Path, root: Path) -> None:
-    mounts = write_mounts(tmp_path, line(root, "cgroup2"))
-    with pytest.raises(SplicerError, match=r"no such cgroup \(/nowhere/at/all\)"):
-        find("/nowhere/at/all", mountinfo=mounts, conventional_root=str(root))
+def test_a_missing_path(refuse: Refuse, root: Path) -> None:
+    refuse(r"no such cgroup \(/nowhere/at/all\)", "/nowhere/at/all", line(root, "cgroup2"))
 
 
-def test_a_file(tmp_path: Path, root: Path) -> None:
+def test_a_file(refuse: Refuse, root: Path) -> None:
     file = root / "cgroup.procs"
     file.touch()
-    mounts = write_mounts(tmp_path, line(root, "cgroup2"))
-    with pytest.raises(SplicerError, match="is a file") as caught:
-        find(str(file), mountinfo=mounts, conventional_root=str(root))
-    assert caught.value.hint == f"name the directory: --cgroup {root}"
-    with pytest.raises(SplicerError, match="no such cgroup"):
-        find(f"{file}/x", mountinfo=mounts, conventional_root=str(root))
+    error = refuse("is a file", file, line(root, "cgroup2"))
+    assert error.hint == f"name the directory: --cgroup {root}"
+    refuse("no such cgroup", f"{file}/x", line(root, "cgroup2"))
 
 
-def test_a_host_without_v2(tmp_path: Path, root: Path) -> None:
-    mounts = write_mounts(tmp_path, line(root, "tmpfs"))
-    with pytest.raises(SplicerError, match="no cgroup v2 hierarchy") as caught:
-        find(str(root), mountinfo=mounts, conventional_root=str(root))
-    assert caught.value.exit_code == UNSUPPORTED
-    assert caught.value.hint is not None
+def test_a_host_without_v2(refuse: Refuse, root: Path) -> None:
+    error = refuse("no cgroup v2 hierarchy", root, line(root, "tmpfs"))
+    assert error.exit_code == UNSUPPORTED
+    assert error.hint is not None
 
 
-def test_a_path_no_system_call_takes(tmp_path: Path, root: Path) -> None:
-    mounts = write_mounts(tmp_path, line(root, "cgroup2"))
+def test_a_path_no_system_call_takes(refuse: Refuse, root: Path) -> None:
     for path in ("a\0b", "/" + "x" * 300):
-        with pytest.raises(SplicerError, match="cannot use the cgroup"):
-            find(path, mountinfo=mounts, conventional_root=str(root))
+        refuse("cannot use the cgroup", path, line(root, "cgroup2"))
 
 
 def test_no_proc(tmp_path: Path) -> None:
