@@ -133,7 +133,7 @@ def _line(columns: Sequence[Column], row: Sequence[Cell], widths: Sequence[int],
     return GAP.join(parts).rstrip()
 
 
-def pairs(rows: Sequence[tuple[str, str]], *, palette: Palette = PLAIN, indent: int = 2) -> list[str]:
+def two_columns(rows: Sequence[tuple[str, str]], *, palette: Palette = PLAIN, indent: int = 2) -> list[str]:
     """Names and values in two columns."""
     width = max((len(name) for name, _ in rows), default=0)
     return [

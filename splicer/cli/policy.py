@@ -16,11 +16,11 @@ from splicer.text import (
     Cell,
     Column,
     Palette,
-    pairs,
     plural,
     printable,
     table,
     terminal_width,
+    two_columns,
 )
 
 from . import options
@@ -206,7 +206,7 @@ def render_container(
     groups = _group_ports(told)
     but = f", but for {plural(sum(1 for _ in sections(told, 'ports')), 'port')}" if groups else ""
     lines = [f"{palette.paint(name, 'bold')}: {said}{but} ({printable(text(told, 'mode_source'))})."]
-    lines += ["", *pairs(_describe(told), palette=palette)]
+    lines += ["", *two_columns(_describe(told), palette=palette)]
     if groups:
         columns = (Column("PORTS", elastic=True), Column("MODE"), Column("BECAUSE", elastic=True))
         lines += ["", *table(columns, groups, width=width, palette=palette)]
@@ -266,4 +266,4 @@ def _advise(told: Mapping[str, object], palette: Palette) -> list[str]:
         ("for good", f"label splicer.mode={other} where the container is made, or"),
         ("", f'[[policy]] with container = "{name}" and mode = "{other}"; then SIGHUP'),
     ]
-    return [palette.paint("To change it", "bold"), *pairs(steps, palette=palette)]
+    return [palette.paint("To change it", "bold"), *two_columns(steps, palette=palette)]

@@ -42,7 +42,7 @@ def require_privileges(command: str, *, proc: Path = Path("/proc/self")) -> None
     Asks for effective capabilities and not for user id 0: root in a container often has few, and a service
     may have enough without being root. Capabilities inside a user namespace do not count for bpf(2).
     """
-    effective = read_effective(proc / "status")
+    effective = read_effective_capabilities(proc / "status")
     missing = [name for name, number in CAPABILITIES.items() if not effective >> number & 1]
     if missing:
         raise SplicerError(
@@ -60,7 +60,7 @@ def require_privileges(command: str, *, proc: Path = Path("/proc/self")) -> None
         )
 
 
-def read_effective(status: Path) -> int:
+def read_effective_capabilities(status: Path) -> int:
     """The effective capability set, one bit for each capability, from a /proc/<pid>/status file."""
     try:
         lines = status.read_text().splitlines()

@@ -18,11 +18,11 @@ from splicer.text import (
     human_age,
     human_bytes,
     human_count,
-    pairs,
     plural,
     printable,
     table,
     terminal_width,
+    two_columns,
 )
 
 from . import options
@@ -160,8 +160,8 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         ("passed", f"{plural(number(totals, 'passed_messages'), 'message')} through TCP"),
         ("rescued", human_count(number(totals, "rescued"))),
     ]
-    lines = [verdict(status, palette), "", *pairs(about, palette=palette)]
-    lines += ["", palette.paint("Totals", "bold"), *pairs(done, palette=palette)]
+    lines = [verdict(status, palette), "", *two_columns(about, palette=palette)]
+    lines += ["", palette.paint("Totals", "bold"), *two_columns(done, palette=palette)]
     lines += _list_refused(section(totals, "refused"), width, palette)
     lines += _list_traffic(sections(status, "traffic"), width, palette)
     return lines + _list_problems(sections(status, "problems"), width, palette)

@@ -63,7 +63,7 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedContainer:
     """A container in the list. `fingerprint` changes with name, labels, ports and networks."""
 
     id: str
@@ -71,7 +71,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class InspectedContainer:
     """What the engine says of one container. `pid` is 0 when it does not run."""
 
     id: str
@@ -150,13 +150,13 @@ class Engine:
         """Let go of all connections but those of event streams."""
         self._client.close()
 
-    def list_running(self) -> tuple[Listed, ...]:
+    def list_running(self) -> tuple[ListedContainer, ...]:
         """Containers that have a process: running or paused."""
         with _translated(self.endpoint):
             entries = self._client.containers(filters={"status": ["running", "paused"]})
-            return tuple(Listed(entry["Id"], _take_fingerprint(entry)) for entry in entries)
+            return tuple(ListedContainer(entry["Id"], _take_fingerprint(entry)) for entry in entries)
 
-    def inspect(self, container_id: str) -> Inspected | None:
+    def inspect(self, container_id: str) -> InspectedContainer | None:
         """One container, or None if there is none with this id."""
         with _translated(self.endpoint):
             try:
@@ -342,11 +342,11 @@ def _sort(value: Any) -> Any:
     return value
 
 
-def _read_container(answer: Mapping[str, Any]) -> Inspected:
+def _read_container(answer: Mapping[str, Any]) -> InspectedContainer:
     state, config = answer["State"], answer["Config"]
     mode = answer["HostConfig"].get("NetworkMode") or ""
     ports = (answer.get("NetworkSettings") or {}).get("Ports") or {}
-    return Inspected(
+    return InspectedContainer(
         id=answer["Id"],
         name=answer["Name"].removeprefix("/"),
         image=config.get("Image") or answer.get("ImageName") or answer.get("Image") or "",

@@ -8,7 +8,7 @@ import threading
 import time
 
 from splicer.containers.engine import EngineError, Events
-from splicer.containers.inventory import NO_WORK, Work, collect_hints
+from splicer.containers.inventory import NO_HINTS, Hints, collect_hints
 
 # How long the end of the thread is waited for.
 _STOP_S = 1.0
@@ -18,7 +18,7 @@ class Feed:
     """A thread that reads a stream of events, and keeps what they hint at until it is taken."""
 
     def __init__(self, stream: Events, changed: threading.Condition) -> None:
-        self.work = NO_WORK
+        self.work = NO_HINTS
         self.ended = False
         self.stream = stream
         self.opened = time.monotonic()
@@ -42,10 +42,10 @@ class Feed:
                 self.ended = True
                 self._changed.notify_all()
 
-    def take(self) -> Work:
+    def take(self) -> Hints:
         """What events have hinted at since the last time."""
         with self._changed:
-            work, self.work = self.work, NO_WORK
+            work, self.work = self.work, NO_HINTS
             return work
 
     def close(self) -> None:

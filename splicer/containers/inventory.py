@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from types import MappingProxyType
 
-from splicer.containers.engine import Event, Inspected, Listed
+from splicer.containers.engine import Event, InspectedContainer, ListedContainer
 from splicer.host import namespaces
 from splicer.host.scopes import Scopes
 from splicer.model import Container
@@ -41,7 +41,7 @@ _HINTS = {
 
 
 @dataclass(frozen=True)
-class Work:
+class Hints:
     """What to ask about: containers, in the order of the hints, each with its strongest; or everything."""
 
     dirty: Mapping[str, Hint] = field(default_factory=dict)
@@ -51,10 +51,10 @@ class Work:
         return bool(self.dirty) or self.everything
 
 
-NO_WORK = Work()
+NO_HINTS = Hints()
 
 
-def collect_hints(events: Iterable[Event], before: Work = NO_WORK) -> Work:
+def collect_hints(events: Iterable[Event], before: Hints = NO_HINTS) -> Hints:
     """Add what events hint at to the work there was. It never grows beyond MOST_DIRTY containers.
 
     An event says that a container may have changed, and not what it is now; so it does not matter which of
@@ -67,8 +67,8 @@ def collect_hints(events: Iterable[Event], before: Work = NO_WORK) -> Work:
         hint = _HINTS.get(event.action, Hint.STARTED)
         dirty[event.container] = max(hint, dirty.get(event.container, hint))
         if len(dirty) > MOST_DIRTY:
-            return Work(everything=True)
-    return Work(dirty)
+            return Hints(everything=True)
+    return Hints(dirty)
 
 
 def sort_by_need(
@@ -107,7 +107,7 @@ def merge(inventory: Inventory, found: Iterable[Container], gone: Iterable[str])
 
 def find_changed(
     inventory: Inventory,
-    listed: Iterable[Listed],
+    listed: Iterable[ListedContainer],
     known: Mapping[str, int],
     is_current: Callable[[Container], bool],
 ) -> dict[str, int]:
@@ -142,7 +142,7 @@ def is_current(container: Container) -> bool:
         return False
 
 
-def locate(inspected: Inspected, scopes: Scopes) -> Container:
+def locate(inspected: InspectedContainer, scopes: Scopes) -> Container:
     """Add what the kernel says to what the engine says: cgroup, network namespace, addresses."""
     container = Container(
         id=inspected.id,

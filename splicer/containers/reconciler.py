@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Callable
 
-from splicer.containers.engine import Engine, EngineError, Inspected
+from splicer.containers.engine import Engine, EngineError, InspectedContainer
 from splicer.containers.inventory import (
     EMPTY,
+    Hints,
     Inventory,
-    Work,
     find_changed,
     is_complete,
     merge,
@@ -35,7 +35,7 @@ class InventoryReconciler:
         scopes: Scopes,
         log: Logger,
         pause: float,
-        locate: Callable[[Inspected, Scopes], Container],
+        locate: Callable[[InspectedContainer, Scopes], Container],
         is_current: Callable[[Container], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,7 +84,7 @@ class InventoryReconciler:
         self._waiting |= dict.fromkeys(hinted)
         return len(listed)
 
-    def queue(self, work: Work) -> None:
+    def queue(self, work: Hints) -> None:
         """Put what is to be inspected in order: what events hint at comes first, then what is asked again."""
         dirty, gone = sort_by_need(work.dirty, self.inventory, self._is_current)
         self.inventory = merge(self.inventory, (), gone)

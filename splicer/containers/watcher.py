@@ -19,7 +19,7 @@ from splicer.containers.connection import ConnectionState
 from splicer.containers.engine import (
     Engine,
     EngineError,
-    Inspected,
+    InspectedContainer,
     find_endpoint,
     list_candidates,
     path_of,
@@ -61,7 +61,7 @@ class Watcher:
         *,
         environ: Mapping[str, str] = os.environ,
         connect: Callable[[str, Mapping[str, str]], Engine] = Engine,
-        locate: Callable[[Inspected, Scopes], Container] = locate,
+        locate: Callable[[InspectedContainer, Scopes], Container] = locate,
         is_current: Callable[[Container], bool] = is_current,
         timing: Timing = TIMING,
     ) -> None:

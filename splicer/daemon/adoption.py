@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from splicer.kernel.layout import STATE_PAIRED, Event, EventType, Pair
-from splicer.kernel.sweep import Counts
+from splicer.kernel.sweep import SweepCounts
 from splicer.model import REASON_NAMES, STATES
 
 # Sweeps for adoption may use about this share of one CPU, a little more while many pairs find no quiet
@@ -43,7 +43,7 @@ class Sweep(Protocol):
 
     @property
     def settings(self) -> SettingsWriter: ...
-    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> Counts: ...
+    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts: ...
 
 
 class SweepQueues:

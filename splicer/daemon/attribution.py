@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes, read_path
-from splicer.kernel.layout import End, Summary
+from splicer.kernel.layout import End, PairSummary
 from splicer.model import Container, Owner, Traffic
 
 # Names of containers that are gone, kept for the totals.
@@ -19,15 +19,15 @@ _TRAFFIC_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Amount:
+class TrafficAmount:
     """Redirected in both directions; `connections` that carried it."""
 
     connections: int = 0
     redirected_bytes: int = 0
     redirected_messages: int = 0
 
-    def add(self, other: Amount) -> Amount:
-        return Amount(
+    def add(self, other: TrafficAmount) -> TrafficAmount:
+        return TrafficAmount(
             self.connections + other.connections,
             self.redirected_bytes + other.redirected_bytes,
             self.redirected_messages + other.redirected_messages,
@@ -112,21 +112,22 @@ class Attribution:
         return owner
 
     def sum_traffic(
-        self, closed: Iterable[tuple[tuple[int, int], Amount]], living: Iterable[Summary]
+        self, closed: Iterable[tuple[tuple[int, int], TrafficAmount]], living: Iterable[PairSummary]
     ) -> list[Traffic]:
         """Traffic between owners, the largest first: `closed` has (client, server) cgroup ids."""
-        by_cgroup: dict[tuple[int, int], Amount] = {}
+        by_cgroup: dict[tuple[int, int], TrafficAmount] = {}
         opened = (
-            (each.cgroups, Amount(1, each.redirected_bytes, each.redirected_messages)) for each in living
+            (each.cgroups, TrafficAmount(1, each.redirected_bytes, each.redirected_messages))
+            for each in living
         )
         for source in (closed, opened):
             for ends, amount in source:
                 if amount.redirected_messages:
-                    by_cgroup[ends] = by_cgroup.get(ends, Amount()).add(amount)
-        by_owner: dict[tuple[Owner, Owner], Amount] = {}
+                    by_cgroup[ends] = by_cgroup.get(ends, TrafficAmount()).add(amount)
+        by_owner: dict[tuple[Owner, Owner], TrafficAmount] = {}
         for (client, server), amount in by_cgroup.items():
             owners = self.find_cgroup_owner(client), self.find_cgroup_owner(server)
-            by_owner[owners] = by_owner.get(owners, Amount()).add(amount)
+            by_owner[owners] = by_owner.get(owners, TrafficAmount()).add(amount)
         rows = sorted(by_owner.items(), key=lambda item: -item[1].redirected_bytes)
         return [
             Traffic(client, server, amount.connections, amount.redirected_bytes, amount.redirected_messages)

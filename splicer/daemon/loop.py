@@ -66,10 +66,10 @@ class Daemon:
         kernel = probes.require_class()
         with contextlib.closing(self._mailbox), self._signals:
             settings = self._settings
-            plan = generation.Plan(
+            plan = generation.LoadPlan(
                 settings.pin_dir, settings.max_connections, settings.stop_timeout, settings.debug
             )
-            self._generation = generation.establish(plan, self._cgroup, self._log)
+            self._generation = generation.take_over_or_load(plan, self._cgroup, self._log)
             self._sweeper = self._generation.sweeper()
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
@@ -83,7 +83,7 @@ class Daemon:
 
     def _work_until_stopped(self, kernel_class: str) -> None:
         self._say_what_a_container_lacks()
-        v2_root = cgroups.find_unified(cgroups.read_mounts()) or self._cgroup.path
+        v2_root = cgroups.find_v2_mount(cgroups.read_mounts()) or self._cgroup.path
         scopes = Scopes(v2_root)
         watcher = Watcher(
             self._settings.docker, scopes, lambda: self._mailbox.post(Task.APPLY_POLICY), self._log
@@ -196,7 +196,7 @@ class Daemon:
         self._tend_at = time.monotonic() + _TEND_PERIOD_S
         if self._watchdog:
             notify.tell(os.environ, "WATCHDOG=1")
-        if self._reconciler.failure or self._reconciler.has_moved():
+        if self._reconciler.failure or self._reconciler.have_cgroups_changed():
             self._apply_policy()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from splicer.kernel.layout import PAIR, read_watched
-from splicer.kernel.sweep import Findings
+from splicer.kernel.sweep import WatchFindings
 
 PERIOD_S = 1.0
 SOON_S = 0.02
@@ -42,18 +42,18 @@ class Walk(Protocol):
 class Watch(Protocol):
     """What a patrol needs of a Sweeper."""
 
-    def watch_all(self) -> Findings: ...
-    def watch_pairs(self, names: list[int]) -> Findings: ...
+    def watch_all(self) -> WatchFindings: ...
+    def watch_pairs(self, names: list[int]) -> WatchFindings: ...
     def find_readers(self, tgids: set[int]) -> list[int]: ...
     def walk_pairs(self) -> Walk: ...
-    def count_news(self) -> int: ...
-    def count_orphans(self) -> int: ...
+    def read_splice_stamp(self) -> int: ...
+    def read_orphan_stamp(self) -> int: ...
     def walk_ends(self) -> Iterator[tuple[int, int]]: ...
     def read_names(self) -> set[int]: ...
 
 
 @dataclass
-class Report:
+class PatrolReport:
     """What one turn found: pairs that are drained because their TCP bytes did not move, and the network
     namespaces (cookies) with ends that have no record."""
 
@@ -99,9 +99,9 @@ class Patrol:
     def _hurry(self) -> None:
         self._urgent_at = min(self._urgent_at, max(self._clock() + SOON_S, self._urgent_after))
 
-    def work(self) -> Report:
+    def work(self) -> PatrolReport:
         """Do what is due."""
-        report = Report(0, set())
+        report = PatrolReport(0, set())
         if self._all:
             self._all = False
             self._note(self._sweeper.watch_all(), report)
@@ -113,13 +113,13 @@ class Patrol:
             report.orphaned = self._search.go_on(self._clock)
         return report
 
-    def _note(self, findings: Findings, report: Report) -> None:
+    def _note(self, findings: WatchFindings, report: PatrolReport) -> None:
         report.rescued += findings.rescued
         if findings.again:
             self._asked |= findings.again
             self._hurry()
 
-    def _look_urgently(self, report: Report) -> None:
+    def _look_urgently(self, report: PatrolReport) -> None:
         begun = self._clock()
         names, readers = self._asked, self._readers
         self._asked, self._readers = set(), set()
@@ -131,7 +131,7 @@ class Patrol:
         self._urgent_after = ended + (ended - begun) / URGENT_SHARE
         self._note(findings, report)
 
-    def _go_round(self, report: Report) -> None:
+    def _go_round(self, report: PatrolReport) -> None:
         if self._round.ended:
             self._round.begin(self._clock())
             self._search.consider(self._round.begun)
@@ -165,7 +165,7 @@ class _Round:
         self.begun, self.steps, self.ended = now, 0, False
         self._seen = 0
         self._rounds += 1
-        news = self._sweeper.count_news()
+        news = self._sweeper.read_splice_stamp()
         if news != self._news or self._rounds >= LIST_ROUNDS:
             self._news, self._rounds = news, 0
             self._walk = self._sweeper.walk_pairs()
@@ -226,7 +226,7 @@ class _Search:
         before may have left some."""
         if self._ends is not None or now < self._rested_at:
             return
-        count = self._sweeper.count_orphans()
+        count = self._sweeper.read_orphan_stamp()
         if count != self._count:
             self._pause = PERIOD_S
         elif now < self._again_at:

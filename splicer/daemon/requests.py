@@ -12,7 +12,7 @@ from typing import Any
 
 from splicer import __version__
 from splicer.containers.watcher import Watcher
-from splicer.daemon.attribution import Amount, Attribution
+from splicer.daemon.attribution import Attribution, TrafficAmount
 from splicer.daemon.control import Handler
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
@@ -67,11 +67,11 @@ class RequestHandlers:
             "drain": self.drain,
         }
 
-    def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
+    def _read_closed(self) -> list[tuple[tuple[int, int], TrafficAmount]]:
         found = []
         for key, value in self._maps["traffic"].items():
             client, server = TRAFFIC_KEY.unpack(key)
-            found.append(((client, server), Amount(*TRAFFIC.unpack(value))))
+            found.append(((client, server), TrafficAmount(*TRAFFIC.unpack(value))))
         return found
 
     def status(self, _request: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def find(
     """
     path = os.path.abspath(requested)
     mounts = read_mounts(mountinfo)
-    unified = find_unified(mounts, conventional_root)
+    unified = find_v2_mount(mounts, conventional_root)
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -132,7 +132,7 @@ def find(
     )
 
 
-def find_unified(mounts: list[Mount], conventional_root: str = CONVENTIONAL_ROOT) -> str | None:
+def find_v2_mount(mounts: list[Mount], conventional_root: str = CONVENTIONAL_ROOT) -> str | None:
     """The best cgroup v2 mount point: shows the whole hierarchy, in the usual place, mounted first."""
 
     def rank(mount: Mount) -> tuple[bool, bool]:

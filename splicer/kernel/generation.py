@@ -38,7 +38,7 @@ _LOCK_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What to load and where to pin it: `pin_dir` on a bpffs, room for `max_connections`. The generation of
     another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says."""
 
@@ -209,7 +209,7 @@ def _explain_failure(name: str, cgroup: Cgroup, error: libbpf.KernelError) -> Sp
     return SplicerError(f"cannot attach the {name} program ({cgroup.path}): {error.strerror}", hint=hint)
 
 
-def establish(plan: Plan, cgroup: Cgroup, log: Logger) -> Generation:
+def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation:
     """Take over what a dead daemon left if it is the same build on the same cgroup, else load anew.
 
     A different build is drained and removed first. Raises SplicerError; nothing is left behind then.
@@ -236,7 +236,7 @@ def _describe(cgroup: Cgroup) -> str:
     return f"{cgroup.id}:{cgroup.path}"
 
 
-def _take_over(plan: Plan, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
+def _take_over(plan: LoadPlan, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
     """The generation that is pinned, if it is ours; another one is drained and removed."""
     if not exists(plan.pin_dir):
         return None
@@ -251,7 +251,7 @@ def _take_over(plan: Plan, cgroup: Cgroup, build: str, log: Logger) -> Generatio
     return None
 
 
-def _load(plan: Plan, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
+def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
     request = {
         "pin_dir": plan.pin_dir,
         "max_connections": plan.max_connections,

@@ -137,7 +137,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class PairSummary:
     """What counting needs of a pair. Cgroups by id, 0 if unknown; amounts are of both directions."""
 
     state: int
@@ -146,9 +146,9 @@ class Summary:
     redirected_messages: int
 
 
-def read_summary(value: bytes) -> Summary:
+def read_summary(value: bytes) -> PairSummary:
     state, client, server, sent, messages, answered, answers = PAIR_SUMMARY.unpack(value)
-    return Summary(state, (client, server), sent + answered, messages + answers)
+    return PairSummary(state, (client, server), sent + answered, messages + answers)
 
 
 def _read_end(fields: tuple[int, ...]) -> End:
@@ -190,7 +190,7 @@ def read_pair(value: bytes) -> Pair:
     )
 
 
-def is_grown(seed: bytes) -> bool:
+def has_pair(seed: bytes) -> bool:
     """Does a connection of the seeds map have an entry in the pairs map too?"""
     return bool(SEED.unpack(seed)[-2])
 

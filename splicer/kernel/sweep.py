@@ -26,8 +26,8 @@ from splicer.kernel.layout import (
     WATCH_REQUEST_SIZE,
     Look,
     Pair,
-    Summary,
-    is_grown,
+    PairSummary,
+    has_pair,
     read_names,
     read_pair,
     read_readers,
@@ -47,7 +47,7 @@ _PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True)
-class Counts:
+class SweepCounts:
     """What one sweep saw; see enum sweep_counter in bpf/types.h. `held`: namespaces that could not be
     visited, because an earlier sweep is held up there."""
 
@@ -60,7 +60,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Findings:
+class WatchFindings:
     """What watch saw of the pairs it was run on: how many names it was given, those of pairs with TCP bytes
     unread, to be looked at again soon, and how many are drained because such bytes did not move."""
 
@@ -127,12 +127,12 @@ class Sweeper:
         for index in range(len(SWEEP)):
             self._maps["sweep"].set(struct.pack("=I", index), struct.pack("=Q", 0))
 
-    def _read(self) -> Counts:
+    def _read(self) -> SweepCounts:
         values = {}
         for index, name in enumerate(SWEEP):
             raw = self._maps["sweep"].get(struct.pack("=I", index))
             values[name] = struct.unpack("=Q", raw)[0] if raw else 0
-        return Counts(**values)
+        return SweepCounts(**values)
 
     @property
     def held(self) -> int:
@@ -144,7 +144,7 @@ class Sweeper:
             self._worker.leave()
             self._worker = None
 
-    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> Counts:
+    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         """Visit every socket of the namespaces (cookie to processes likely in it) once."""
         self._clear()
         held = 0
@@ -196,7 +196,7 @@ class Sweeper:
         while (step := walk.step(libbpf.BATCH)) is not None:
             yield step[1]
 
-    def watch_all(self) -> Findings:
+    def watch_all(self) -> WatchFindings:
         """Look at every pair that is spliced or on its way back."""
         return self.watch_pairs([name for values in self._read_pairs() for name in read_watched(values)])
 
@@ -213,10 +213,10 @@ class Sweeper:
         """Names of all pairs there are."""
         return {name for values in self._read_pairs() for name in read_names(values)}
 
-    def watch_pairs(self, names: Sequence[int]) -> Findings:
+    def watch_pairs(self, names: Sequence[int]) -> WatchFindings:
         """Run watch on these pairs; see bpf/watch.c. Those that are plain, or have gone, are no harm."""
         if self._watch is None:
-            return Findings()
+            return WatchFindings()
         looks: dict[int, Look] = {}
         # There is no connection with the name 0, but for one in 2^64.
         request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
@@ -231,7 +231,7 @@ class Sweeper:
         for name in [name for name, look in looks.items() if Look.OUTDATED in look]:
             context[:] = struct.pack(f"=Q {size - _NAME}x Q", name, True)
             looks[name] = Look(run() & _LOOK_MASK)
-        return Findings(
+        return WatchFindings(
             len(names),
             frozenset(name for name, look in looks.items() if look & (Look.AGAIN | Look.OUTDATED)),
             sum(Look.RESCUED in look for look in looks.values()),
@@ -243,11 +243,11 @@ class Sweeper:
         total: int = sum(struct.unpack(f"={len(raw) // 8}Q", raw))
         return total % (1 << 64)
 
-    def count_news(self) -> int:
+    def read_splice_stamp(self) -> int:
         """Another number than before: pairs were spliced, or an event about one was lost."""
         return self.read_counter(_SPLICED) + self.read_counter(_EVENTS_LOST)
 
-    def count_orphans(self) -> int:
+    def read_orphan_stamp(self) -> int:
         """Another number than before: an end may have stayed in the SOCKHASH without a record."""
         return self.read_counter(_ORPHANS)
 
@@ -265,12 +265,12 @@ class Sweeper:
         seeds = [read_seed(value) for _, value in self._maps["seeds"].items()]
         return [pair for pair in seeds if pair] + self.list_pairs()
 
-    def list_summaries(self) -> list[Summary]:
+    def list_summaries(self) -> list[PairSummary]:
         """All that is known, with no more than what can be counted."""
-        young = Summary(STATE_PAIRED, (0, 0), 0, 0)
+        young = PairSummary(STATE_PAIRED, (0, 0), 0, 0)
         seeds = (value for _, value in self._maps["seeds"].items())
         pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
-        return [young for seed in seeds if not is_grown(seed)] + pairs
+        return [young for seed in seeds if not has_pair(seed)] + pairs
 
     def begin_draining(self, reason: str) -> int:
         """Start all that is spliced on its way back; returns the number of pairs. Their events say where to

@@ -22,7 +22,7 @@ from splicer.policy.values import (
     PATH,
     SWITCH,
     ValueType,
-    checked,
+    check_value,
     choice,
     integer,
     refuse,
@@ -103,7 +103,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "log_format": choice(LOG_FORMATS),
 }
 # What a daemon takes over while it runs; the rest is for the next start.
-LIVE = ("mode", "default", "blocking", "policies")
+RELOADABLE = ("mode", "default", "blocking", "policies")
 
 
 def option_of(name: str) -> str:
@@ -159,7 +159,7 @@ def _read(kind: ValueType, given: object, source: str) -> object:
         value = kind.read(given) if isinstance(given, str) else given
     except ValueError:
         raise refuse(source, given, kind.accepted) from None
-    return checked(kind, value, source, given)
+    return check_value(kind, value, source, given)
 
 
 def load_file(file: str) -> dict[str, object]:
@@ -189,14 +189,14 @@ def load_file(file: str) -> dict[str, object]:
         if key == "policy":
             values["policies"] = read_rules(value, file)
         elif key in VALUE_TYPES:
-            values[key] = checked(VALUE_TYPES[key], value, f"{key} in {file}", value)
+            values[key] = check_value(VALUE_TYPES[key], value, f"{key} in {file}", value)
         else:
             raise refuse_key(key, f"{file}", [*VALUE_TYPES, "[[policy]]"])
     return values
 
 
 @dataclass(frozen=True)
-class Reload:
+class ReloadOutcome:
     """What comes of reading the configuration again: settings to go on with, and names of what changed."""
 
     settings: Settings
@@ -204,18 +204,20 @@ class Reload:
     needs_restart: tuple[str, ...]
 
 
-def reload(current: Settings, read: Settings) -> Reload:
+def reload(current: Settings, read: Settings) -> ReloadOutcome:
     """Take over from `read` what can change while a daemon runs; name what cannot."""
     changed = [
         entry.name
         for entry in dataclasses.fields(Settings)
         if getattr(current, entry.name) != getattr(read, entry.name)
     ]
-    applied = tuple(name for name in changed if name in LIVE)
+    applied = tuple(name for name in changed if name in RELOADABLE)
     # Also what compares equal: a rule that stands in another file now says so.
-    live: dict[str, Any] = {name: getattr(read, name) for name in LIVE}
-    return Reload(
-        dataclasses.replace(current, **live), applied, tuple(name for name in changed if name not in LIVE)
+    live: dict[str, Any] = {name: getattr(read, name) for name in RELOADABLE}
+    return ReloadOutcome(
+        dataclasses.replace(current, **live),
+        applied,
+        tuple(name for name in changed if name not in RELOADABLE),
     )
 
 

@@ -71,7 +71,7 @@ class PolicyReconciler:
         with self._guard:
             self._settings = settings
 
-    def has_moved(self) -> bool:
+    def have_cgroups_changed(self) -> bool:
         """Has a cgroup that a rule names come, gone, or been made anew under another id?"""
         with self._guard:
             return self._find_cgroups() != self._cgroup_ids

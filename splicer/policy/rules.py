@@ -10,7 +10,7 @@ from typing import Any
 
 from splicer.errors import USAGE, SplicerError
 from splicer.policy.labels import read_ports
-from splicer.policy.values import ValueType, checked, choice, is_text, refuse_key, render_value, show
+from splicer.policy.values import ValueType, check_value, choice, is_text, refuse_key, render_value, show
 
 CONTAINER_MODES = ("adaptive", "eager", "off")
 """What a container, a service or an address can be told: by label, by `[[policy]]`, by `splicer set`."""
@@ -125,7 +125,7 @@ def _read_rule(entry: Mapping[str, Any], number: int, file: str) -> Rule:
     for key, given in entry.items():
         if key not in VALUE_TYPES:
             raise refuse_key(key, place, VALUE_TYPES)
-        checked(VALUE_TYPES[key], given, f"{key} of {place}", given)
+        check_value(VALUE_TYPES[key], given, f"{key} of {place}", given)
 
     def complain(what: str, hint: str) -> SplicerError:
         return SplicerError(f"{place} {what}", hint=hint, exit_code=USAGE)

@@ -79,7 +79,7 @@ PATH = ValueType("a path", is_text)
 SWITCH = ValueType("true or false", lambda value: isinstance(value, bool), _read_switch)
 
 
-def checked(kind: ValueType, value: object, source: str, given: object) -> object:
+def check_value(kind: ValueType, value: object, source: str, given: object) -> object:
     """`value` if it is of this kind. Raises SplicerError that names `source` and shows `given` if not."""
     if not kind.check(value):
         raise refuse(source, given, kind.accepted)

@@ -20,7 +20,7 @@ from support.players import HABITS, Pair, Peer
 from support.tiers import thorough
 
 from splicer.kernel.generation import open_pinned
-from splicer.kernel.sweep import Findings
+from splicer.kernel.sweep import WatchFindings
 
 CONNECTIONS = 3
 SIZE = 500  # bytes of a message
@@ -82,7 +82,7 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
     try:
         watch = sweeper.watch_all
 
-        def watch_and_pause() -> Findings:
+        def watch_and_pause() -> WatchFindings:
             findings = watch()
             time.sleep(0.3)
             return findings

@@ -70,7 +70,7 @@ def test_ranges_are_those_of_the_code() -> None:
 
 
 def test_what_a_reload_applies_is_said() -> None:
-    live = [f"`{name}`" for name in config.LIVE if name != "policies"]
+    live = [f"`{name}`" for name in config.RELOADABLE if name != "policies"]
     assert f"- {', '.join(live)} and the `[[policy]]` tables apply at once" in CONFIGURATION
 
 

@@ -17,11 +17,11 @@ from splicer.text import (
     human_count,
     is_terminal,
     legend,
-    pairs,
     plural,
     printable,
     table,
     terminal_width,
+    two_columns,
     wants_colour,
 )
 
@@ -103,7 +103,7 @@ def test_table_disarms_cells() -> None:
 
 
 def test_pairs_and_legend() -> None:
-    assert pairs([("a", "1"), ("long", "2")]) == ["  a     1", "  long  2"]
+    assert two_columns([("a", "1"), ("long", "2")]) == ["  a     1", "  long  2"]
     text = legend({"cold": "word " * 30, "stop": "x"}, width=40)
     lines = text.splitlines()
     assert all(len(line) <= 40 for line in lines)

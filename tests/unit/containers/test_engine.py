@@ -24,7 +24,7 @@ from splicer.containers.engine import (
     EngineError,
     Event,
     Events,
-    Inspected,
+    InspectedContainer,
     find_endpoint,
     list_candidates,
 )
@@ -110,7 +110,7 @@ def test_a_list_and_a_container(fake: FakeEngine, connect: Callable[..., Engine]
     client = connect()
     (listed,) = client.list_running()
     assert listed.id == identifier
-    assert client.inspect(identifier) == Inspected(
+    assert client.inspect(identifier) == InspectedContainer(
         id=identifier,
         name="demo-web-1",
         image="nginx:alpine",
@@ -124,7 +124,7 @@ def test_a_list_and_a_container(fake: FakeEngine, connect: Callable[..., Engine]
     assert "/v1.47/containers/json?" in fake.requests[1]
 
 
-def look(client: Engine, identifier: str) -> Inspected:
+def look(client: Engine, identifier: str) -> InspectedContainer:
     found = client.inspect(identifier)
     assert found is not None
     return found

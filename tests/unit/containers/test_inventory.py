@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from splicer.containers.engine import Event, Inspected, Listed
+from splicer.containers.engine import Event, InspectedContainer, ListedContainer
 from splicer.containers.inventory import (
     EMPTY,
     MOST_DIRTY,
-    NO_WORK,
+    NO_HINTS,
     Hint,
-    Work,
+    Hints,
     collect_hints,
     find_changed,
     is_complete,
@@ -41,8 +41,8 @@ def container(identifier: str, name: str = "c", mode: str = "bridge", pid: int =
 
 def test_nothing_to_do() -> None:
     assert not collect_hints([])
-    assert not NO_WORK
-    assert Work(everything=True)
+    assert not NO_HINTS
+    assert Hints(everything=True)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_nothing_to_do() -> None:
     ],
 )
 def test_one_container_is_asked_about_once(actions: list[str], hint: Hint) -> None:
-    assert collect_hints(Event(action, ONE, 0) for action in actions) == Work({ONE: hint})
+    assert collect_hints(Event(action, ONE, 0) for action in actions) == Hints({ONE: hint})
 
 
 def test_hints_add_up_in_their_order() -> None:
@@ -73,7 +73,7 @@ def test_a_burst_leads_to_everything() -> None:
     work = collect_hints(Event("start", str(number), 0) for number in range(MOST_DIRTY))
     assert len(work.dirty) == MOST_DIRTY
     work = collect_hints([Event("start", "one more", 0)], work)
-    assert work == Work({}, everything=True)
+    assert work == Hints({}, everything=True)
     assert collect_hints((Event("start", str(number), 0) for number in range(1000)), work) is work
 
 
@@ -133,7 +133,7 @@ def test_the_same_again_is_the_same_object() -> None:
 
 def test_what_to_inspect_of_a_list() -> None:
     inventory = {ONE: container(ONE), TWO: container(TWO)}
-    listed = [Listed(ONE, 10), Listed(TWO, 20), Listed(THREE, 30)]
+    listed = [ListedContainer(ONE, 10), ListedContainer(TWO, 20), ListedContainer(THREE, 30)]
 
     def pick(known: dict[str, int], *stale: str) -> dict[str, int]:
         return find_changed(inventory, listed, known, lambda each: each.id not in stale)
@@ -160,8 +160,8 @@ class Tree(Scopes):
         super().__init__(str(base / "cgroup"), proc=str(base / "proc"))
 
 
-def inspected(pid: int) -> Inspected:
-    return Inspected(ONE, "web", "nginx", {"a": "b"}, pid, "bridge", ("0.0.0.0:80->80/tcp",))
+def inspected(pid: int) -> InspectedContainer:
+    return InspectedContainer(ONE, "web", "nginx", {"a": "b"}, pid, "bridge", ("0.0.0.0:80->80/tcp",))
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="setns(2) takes root")

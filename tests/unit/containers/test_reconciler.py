@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 
-from splicer.containers.engine import Engine, EngineError, Inspected, Listed
-from splicer.containers.inventory import Hint, Work
+from splicer.containers.engine import Engine, EngineError, InspectedContainer, ListedContainer
+from splicer.containers.inventory import Hint, Hints
 from splicer.containers.reconciler import _ATTEMPTS, _BATCH, InventoryReconciler
 from splicer.host.scopes import Scopes
 from splicer.model import Container
@@ -27,15 +27,15 @@ class Answers:
         self.failing: dict[str, str] = {}
         self.asked: list[str] = []
 
-    def list_running(self) -> tuple[Listed, ...]:
-        return tuple(Listed(each, 0) for each in self.pids)
+    def list_running(self) -> tuple[ListedContainer, ...]:
+        return tuple(ListedContainer(each, 0) for each in self.pids)
 
-    def inspect(self, identifier: str) -> Inspected | None:
+    def inspect(self, identifier: str) -> InspectedContainer | None:
         self.asked.append(identifier)
         if identifier in self.failing:
             raise EngineError(self.failing[identifier], "no")  # type: ignore[arg-type]
         pid = self.pids.get(identifier)
-        return None if pid is None else Inspected(identifier, identifier, "", {}, pid, "bridge", ())
+        return None if pid is None else InspectedContainer(identifier, identifier, "", {}, pid, "bridge", ())
 
 
 class Bench:
@@ -54,14 +54,14 @@ class Bench:
     def pid(self, identifier: str) -> int:
         return self.answers.pids.get(identifier, 0)
 
-    def locate(self, found: Inspected, _scopes: Scopes) -> Container:
+    def locate(self, found: InspectedContainer, _scopes: Scopes) -> Container:
         netns = 0 if found.id in self.incomplete else 1
         return Container(found.id, found.name, "", {}, found.pid, cgroup_id=1, netns=netns)
 
     def turn(self, **dirty: Hint) -> list[str]:
         """Who is asked about in one round."""
         self.answers.asked.clear()
-        self.reconciler.queue(Work(dirty))
+        self.reconciler.queue(Hints(dirty))
         self.reconciler.inspect(self.engine)
         return list(self.answers.asked)
 
@@ -106,7 +106,7 @@ def test_the_list_brings_up_what_changed_only(bench: Bench) -> None:
 
 def test_a_hint_that_came_before_the_list_is_kept(bench: Bench) -> None:
     bench.sync("a")
-    bench.reconciler.queue(Work({"a": Hint.STARTED}))
+    bench.reconciler.queue(Hints({"a": Hint.STARTED}))
     bench.reconciler.compare(bench.engine)
     assert bench.turn() == ["a"]
     assert bench.turn() == []

@@ -17,7 +17,7 @@ from support import daemon
 from support.engine import FakeEngine, name_id
 from support.pauses import Stopwatch
 
-from splicer.containers.engine import Engine, Inspected
+from splicer.containers.engine import Engine, InspectedContainer
 from splicer.containers.watcher import Timing, Watcher
 from splicer.host.scopes import Scopes
 from splicer.model import Container
@@ -72,7 +72,7 @@ class Bench:
     def on_change(self) -> None:
         self.changes += 1
 
-    def locate(self, found: Inspected, _scopes: Scopes) -> Container:
+    def locate(self, found: InspectedContainer, _scopes: Scopes) -> Container:
         known = found.id not in self.unlocated
         return Container(
             id=found.id,
@@ -560,7 +560,7 @@ def test_an_engine_that_refuses(bench: Bench) -> None:
 def test_what_nobody_thought_of_does_not_end_the_thread(bench: Bench, watcher: Watcher) -> None:
     real, broken = bench.locate, True
 
-    def locate(found: Inspected, scopes: Scopes) -> Container:
+    def locate(found: InspectedContainer, scopes: Scopes) -> Container:
         if broken:
             raise RuntimeError("a bug")
         return real(found, scopes)

@@ -29,7 +29,7 @@ from splicer.kernel.layout import (
     EventType,
     Pair,
 )
-from splicer.kernel.sweep import Counts
+from splicer.kernel.sweep import SweepCounts
 from splicer.model import REASON_NAMES, STATES
 
 DRAINING = next(number for number, name in STATES.items() if name == "draining")
@@ -42,7 +42,7 @@ class Sweeper:
     def __init__(self) -> None:
         self.now = 1000.0
         self.cost = 0.0  # seconds that a sweep takes
-        self.counts = Counts()
+        self.counts = SweepCounts()
         self.sweeps: list[tuple[float, dict[int, set[int]]]] = []
         self.written: list[tuple[int, dict[str, bool]]] = []  # after so many sweeps
 
@@ -56,7 +56,7 @@ class Sweeper:
     def write(self, **changes: bool) -> None:
         self.written.append((len(self.sweeps), changes))
 
-    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> Counts:
+    def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         self.sweeps.append((self.now, {cookie: set(pids) for cookie, pids in namespaces.items()}))
         self.now += self.cost
         return self.counts
@@ -97,14 +97,14 @@ def test_nothing_to_do(queues: SweepQueues, sweeper: Sweeper) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "waits"),
-    [(EventType.ADOPT, Counts(to_adopt=1)), (EventType.DRAIN, Counts(to_drain=1))],
+    [(EventType.ADOPT, SweepCounts(to_adopt=1)), (EventType.DRAIN, SweepCounts(to_drain=1))],
 )
 def test_a_namespace_is_swept_until_nothing_waits_in_it(
-    queues: SweepQueues, sweeper: Sweeper, kind: EventType, waits: Counts
+    queues: SweepQueues, sweeper: Sweeper, kind: EventType, waits: SweepCounts
 ) -> None:
     queues.receive(event(kind, (7, 8), (70, 0)))
     queues.receive(event(kind, (7, 9), (71, 90)))
-    for counts in (waits, Counts(held=1)):
+    for counts in (waits, SweepCounts(held=1)):
         sweeper.counts = counts
         before = len(sweeper.sweeps)
         run(queues, sweeper, 1.0)
@@ -112,7 +112,7 @@ def test_a_namespace_is_swept_until_nothing_waits_in_it(
         everybody = {70, 71, 90}
         assert sweeper.sweeps[-1][1] == {7: everybody, 8: {70}, 9: {71, 90}}
         assert queues.deadline < math.inf
-    sweeper.counts = Counts()
+    sweeper.counts = SweepCounts()
     run(queues, sweeper, 1.0)
     assert queues.deadline == math.inf
     before = len(sweeper.sweeps)
@@ -133,7 +133,7 @@ def test_what_comes_during_the_pause_is_not_lost(queues: SweepQueues, sweeper: S
 
 @pytest.mark.parametrize("kind", [EventType.ADOPT, EventType.DRAIN])
 def test_nothing_is_swept_before_it_is_due(queues: SweepQueues, sweeper: Sweeper, kind: EventType) -> None:
-    sweeper.counts = Counts(to_adopt=1, to_drain=1)
+    sweeper.counts = SweepCounts(to_adopt=1, to_drain=1)
     queues.receive(event(kind))
     queues.work(sweeper.now)
     before = len(sweeper.sweeps)
@@ -151,7 +151,7 @@ def test_draining_comes_first(queues: SweepQueues, sweeper: Sweeper) -> None:
 def test_draining_waits_longer_and_longer_until_somebody_is_in_a_hurry(
     queues: SweepQueues, sweeper: Sweeper
 ) -> None:
-    sweeper.counts = Counts(to_drain=1)
+    sweeper.counts = SweepCounts(to_drain=1)
     queues.receive(event(EventType.DRAIN))
     run(queues, sweeper, 3.0)
     pauses = [after - before for before, after in pairwise(sweeper.times)]
@@ -170,7 +170,7 @@ def test_draining_waits_longer_and_longer_until_somebody_is_in_a_hurry(
 
 @pytest.mark.parametrize("cost", [0.0, 0.0002, 0.002])
 def test_adoption_keeps_to_its_share(queues: SweepQueues, sweeper: Sweeper, cost: float) -> None:
-    sweeper.cost, sweeper.counts = cost, Counts(to_adopt=1)
+    sweeper.cost, sweeper.counts = cost, SweepCounts(to_adopt=1)
     queues.receive(event(EventType.ADOPT))
     run(queues, sweeper, 10.0)
     # A second turn says that nobody is left alone; none is longer away than the longest pause.
@@ -181,7 +181,7 @@ def test_adoption_keeps_to_its_share(queues: SweepQueues, sweeper: Sweeper, cost
 
 
 def test_no_end_is_left_alone_during_a_pause(queues: SweepQueues, sweeper: Sweeper) -> None:
-    sweeper.counts = Counts(to_adopt=1, half=1)
+    sweeper.counts = SweepCounts(to_adopt=1, half=1)
     queues.receive(event(EventType.ADOPT))
     queues.work(sweeper.now)
     assert len(sweeper.sweeps) == ADOPT_TURNS
@@ -189,7 +189,7 @@ def test_no_end_is_left_alone_during_a_pause(queues: SweepQueues, sweeper: Sweep
         (ADOPT_BEGINNINGS, {"finishing": True}),
         (ADOPT_TURNS, {"finishing": False}),
     ]
-    sweeper.counts, sweeper.written = Counts(to_adopt=1), []
+    sweeper.counts, sweeper.written = SweepCounts(to_adopt=1), []
     run(queues, sweeper, 1.0)
     assert sweeper.written == []
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from splicer.daemon.attribution import Amount, Attribution
+from splicer.daemon.attribution import Attribution, TrafficAmount
 from splicer.host.process import Process
-from splicer.kernel.layout import STATE_SPLICED, End, Summary
+from splicer.kernel.layout import STATE_SPLICED, End, PairSummary
 from splicer.model import Container, Owner
 
 
@@ -62,8 +62,8 @@ def end(cgroup: int, netns: int = 0, tgid: int = 0) -> End:
     return End("10.0.0.1:1", "10.0.0.2:2", netns, cgroup, 0, tgid, 0)
 
 
-def pair(client: int, server: int, redirected: int) -> Summary:
-    return Summary(STATE_SPLICED, (client, server), redirected, redirected // 10)
+def pair(client: int, server: int, redirected: int) -> PairSummary:
+    return PairSummary(STATE_SPLICED, (client, server), redirected, redirected // 10)
 
 
 def test_a_container_is_known_by_its_cgroup() -> None:
@@ -134,7 +134,11 @@ def test_the_process_is_looked_up_once_in_an_answer() -> None:
 
 def test_traffic_is_summed_by_owner() -> None:
     world = World()
-    closed = [((7, 8), Amount(3, 1000, 100)), ((9, 7), Amount(1, 50, 5)), ((7, 9), Amount())]
+    closed = [
+        ((7, 8), TrafficAmount(3, 1000, 100)),
+        ((9, 7), TrafficAmount(1, 50, 5)),
+        ((7, 9), TrafficAmount()),
+    ]
     rows = world.attribution.sum_traffic(closed, [pair(7, 8, 500), pair(8, 7, 20), pair(7, 8, 0)])
     assert [
         (row.client.container, row.server.container, row.connections, row.redirected_bytes) for row in rows

@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 
 from splicer.daemon import patrol
-from splicer.daemon.patrol import PERIOD_S, SEARCH_ENDS, SOON_S, STEP_PAIRS, STEPS, Patrol, Report
+from splicer.daemon.patrol import PERIOD_S, SEARCH_ENDS, SOON_S, STEP_PAIRS, STEPS, Patrol, PatrolReport
 from splicer.kernel.layout import PAIR, STATE_PAIRED, STATE_SPLICED
-from splicer.kernel.sweep import Findings
+from splicer.kernel.sweep import WatchFindings
 
 PLAIN, READER = 1 << 40, 4711
 
@@ -58,15 +58,15 @@ class Sweeper:
         self.looks: list[tuple[float, list[int]]] = []
         self.searches: list[float] = []
 
-    def watch_all(self) -> Findings:
+    def watch_all(self) -> WatchFindings:
         return self.watch_pairs(self.names)
 
-    def watch_pairs(self, names: Iterable[int]) -> Findings:
+    def watch_pairs(self, names: Iterable[int]) -> WatchFindings:
         names = list(names)
         if names:
             self.looks.append((self.clock.now, names))
         self.clock.now += self.cost * len(names)
-        return Findings(len(names), frozenset(self.again & set(names)), self.rescued)
+        return WatchFindings(len(names), frozenset(self.again & set(names)), self.rescued)
 
     def find_readers(self, tgids: set[int]) -> list[int]:
         return [name for tgid in tgids for name in self.readers.get(tgid, ())]
@@ -75,10 +75,10 @@ class Sweeper:
         self.listings += 1
         return Walk(list(self.names), self.states)
 
-    def count_news(self) -> int:
+    def read_splice_stamp(self) -> int:
         return self.news
 
-    def count_orphans(self) -> int:
+    def read_orphan_stamp(self) -> int:
         return self.orphans
 
     def walk_ends(self) -> Iterator[tuple[int, int]]:
@@ -101,7 +101,7 @@ def sweeper(clock: Clock) -> Sweeper:
     return Sweeper(clock)
 
 
-def _run(made: Patrol, clock: Clock, seconds: float) -> list[Report]:
+def _run(made: Patrol, clock: Clock, seconds: float) -> list[PatrolReport]:
     """Work whenever something is due, for so long."""
     reports = []
     end = clock.now + seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from splicer.errors import UNSUPPORTED, SplicerError
-from splicer.host.cgroups import Cgroup, Mount, find, find_unified, parse_mount, read_mounts
+from splicer.host.cgroups import Cgroup, Mount, find, find_v2_mount, parse_mount, read_mounts
 
 
 def device(path: Path) -> str:
@@ -158,14 +158,14 @@ def test_the_best_mount_is_found(tmp_path: Path, root: Path) -> None:
         Mount(number, "/", str(elsewhere), "cgroup2"),
         Mount(number, "/", str(unified), "cgroup2"),
     ]
-    assert find_unified(mounts, str(root)) == str(unified)
-    assert find_unified(mounts[:4], str(root)) == str(elsewhere)
-    assert find_unified(mounts[:3], str(root)) == str(partial)
-    assert find_unified(mounts[:2], str(root)) is None
+    assert find_v2_mount(mounts, str(root)) == str(unified)
+    assert find_v2_mount(mounts[:4], str(root)) == str(elsewhere)
+    assert find_v2_mount(mounts[:3], str(root)) == str(partial)
+    assert find_v2_mount(mounts[:2], str(root)) is None
 
 
 def test_this_host() -> None:
-    unified = find_unified(read_mounts())
+    unified = find_v2_mount(read_mounts())
     if unified is None:
         pytest.skip("no cgroup v2 hierarchy is mounted here")
     assert find(unified).id == os.stat(unified).st_ino

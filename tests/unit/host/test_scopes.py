@@ -251,9 +251,9 @@ def test_patterns_are_bounded(host: Host) -> None:
 
 
 def test_this_host() -> None:
-    from splicer.host.cgroups import find_unified, read_mounts
+    from splicer.host.cgroups import find_v2_mount, read_mounts
 
-    root = find_unified(read_mounts())
+    root = find_v2_mount(read_mounts())
     if root is None:
         pytest.skip("no cgroup v2 hierarchy is mounted here")
     scopes = Scopes(root)

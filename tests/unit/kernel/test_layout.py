@@ -117,7 +117,7 @@ def test_a_pair_is_read_field_by_field() -> None:
     assert (pair.client.tgid, pair.client.reads) == (4711, 16)
     assert pair.is_in_map
     assert (pair.born_ns, pair.changed_ns, pair.announced) == (5, 6, True)
-    assert layout.read_summary(value) == layout.Summary(layout.STATE_SPLICED, (99, 99), 300, 30)
+    assert layout.read_summary(value) == layout.PairSummary(layout.STATE_SPLICED, (99, 99), 300, 30)
     assert layout.PAIR_SUMMARY.size == layout.PAIR.size
     assert pair.client_sends == layout.Direction(100, 10, 1)
     assert pair.server_sends == layout.Direction(200, 20, 2)

@@ -88,7 +88,7 @@ def test_run_ends_with_4_before_anything_is_loaded(
     monkeypatch.setattr(prerequisites, "require_privileges", lambda command: None)
     monkeypatch.setattr(prerequisites, "require_bcc", lambda: None)
     monkeypatch.setattr(cgroups, "find", lambda requested: Cgroup("/v2", requested, 42))
-    monkeypatch.setattr(generation, "establish", lambda *arguments: pytest.fail("it went on"))
+    monkeypatch.setattr(generation, "take_over_or_load", lambda *arguments: pytest.fail("it went on"))
     find(CLASSES["A"])
     outcome = invoke("run", "--cgroup", "/v2", "--run-dir", run_dir)
     assert outcome.code == UNSUPPORTED == 4

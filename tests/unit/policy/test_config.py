@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from splicer.errors import USAGE, SplicerError
-from splicer.policy.config import LIVE, VALUE_TYPES, Rule, Settings, load_file, reload, render, resolve
+from splicer.policy.config import RELOADABLE, VALUE_TYPES, Rule, Settings, load_file, reload, render, resolve
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -210,7 +210,7 @@ def test_what_a_reload_takes_over() -> None:
     )
     outcome = reload(current, read)
     assert outcome.settings == dataclasses.replace(read, run_dir="/r", hot_reads=4)
-    assert set(outcome.applied) == set(LIVE)
+    assert set(outcome.applied) == set(RELOADABLE)
     assert outcome.needs_restart == ("run_dir", "hot_reads")
     moved = reload(
         outcome.settings,

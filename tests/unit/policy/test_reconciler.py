@@ -162,11 +162,11 @@ def test_rules_by_port_network_and_cgroup(world: World) -> None:
     prefixes = {NETWORK_KEY.unpack(key)[0] for key, _ in world.networks.items()}
     assert prefixes == {104}
     assert world.live.read().has_eager
-    assert not reconciler.has_moved()
+    assert not reconciler.have_cgroups_changed()
     (world.run_dir / "missing").mkdir()
-    assert reconciler.has_moved()
+    assert reconciler.have_cgroups_changed()
     assert reconciler.apply()
-    assert not reconciler.has_moved()
+    assert not reconciler.have_cgroups_changed()
 
 
 def test_of_equal_ranks_the_one_with_the_port_comes_first(world: World) -> None:
