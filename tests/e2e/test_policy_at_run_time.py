@@ -16,7 +16,7 @@ from support.stack import Network, Stack
 from support.tiers import thorough
 
 CONNECTIONS = 4
-# The promise, from the command to the last connection.
+# So long may it take, from the command to the last connection.
 SECONDS = 2.0
 HEADERS = 14 + 20 + 20  # bytes
 PAYLOAD = "tcp port 8080 and (ip[2:2] - ((ip[0] & 0xf) << 2) - ((tcp[12] & 0xf0) >> 2)) != 0"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark runs, and shows in counts what does not depend on the machine's speed (promise 2)."""
+"""The benchmark runs, and shows in counts what does not depend on the machine's speed (promise 2 of
+HAZARDS.md)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever becomes of the daemon, its files and its clocks: connections that are old, new, spliced, plain, on
-IPv4 and IPv6 go on meanwhile, and every byte of them arrives once, in order, with no reset (promises 4, 5).
+IPv4 and IPv6 go on meanwhile, and every byte of them arrives once, in order, with no reset (promises 4 and
+5 of HAZARDS.md).
 
 What a crash or a restart itself has to do is in test_lifecycle.py and test_upgrade*.py; here is what the
 traffic must not notice of it.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sockets that have a second life, and ends whose connection is over: nothing of the old reaches the new, and
-nobody waits for bytes that are there (promises 1 and 5)."""
+nobody waits for bytes that are there (promises 1 and 5 of HAZARDS.md)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Somebody without privileges claims to be an end of another connection, as well as can be: root tells it the
-victim's sequence numbers. It gets nothing, injects nothing and disturbs nobody (promise 5)."""
+victim's sequence numbers. It gets nothing, injects nothing and disturbs nobody (promise 5 of HAZARDS.md)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Another build takes over, with traffic that checks itself: the old generation is drained and gone before
-the new one is attached, nothing is lost, repeated or reset (promise 5)."""
+the new one is attached, nothing is lost, repeated or reset (promise 4 of HAZARDS.md)."""
 
 from __future__ import annotations
 

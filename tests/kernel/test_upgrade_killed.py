@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Killed at any moment, again and again, with traffic that checks itself: nothing is lost, repeated or
-reset, and the next start is not disturbed by what was left (promise 5). What test_lifecycle.py shows is
-not repeated."""
+reset, and the next start is not disturbed by what was left (promise 4 of HAZARDS.md). What
+test_lifecycle.py shows is not repeated."""
 
 from __future__ import annotations
 

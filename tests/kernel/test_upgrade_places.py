@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The places that splicer lives in go away or are full, or several starts want them at once. Traffic goes
-on, what is said is clear, and nothing is left behind (promise 5)."""
+on, what is said is clear, and nothing is left behind (promise 4 of HAZARDS.md)."""
 
 from __future__ import annotations
 
