@@ -93,7 +93,7 @@ def list_foreign(own_pids: set[int], own_bpffs: Path) -> set[tuple[str, int]]:
 
 
 def find_leftovers(
-    before: dict[tuple[str, int], BpfObject], own_pids: set[int], own_bpffs: Path, timeout: float = 5.0
+    before: dict[tuple[str, int], BpfObject], own_pids: set[int], own_bpffs: Path, timeout: float = 15.0
 ) -> list[BpfObject]:
     """Objects made since `before` that are nobody else's.
 
@@ -106,7 +106,9 @@ def find_leftovers(
             new = {key: value for key, value in now.items() if key not in before}
             if new:
                 foreign = list_foreign(own_pids, own_bpffs)
-                new = {key: value for key, value in new.items() if key not in foreign}
+                # Somebody else may have let go of one between the two looks: of those that are there still.
+                still = list_objects()
+                new = {key: value for key, value in new.items() if key in still and key not in foreign}
             if not new or watch.seconds > timeout:
                 return sorted(new.values(), key=lambda each: (each.kind, each.id))
             time.sleep(0.1)

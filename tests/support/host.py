@@ -298,7 +298,7 @@ class Host:
 
     # the end
 
-    def check_clean(self, timeout: float = 5.0) -> None:
+    def check_clean(self, timeout: float = 15.0) -> None:
         """Nothing is left: no pins, programs, maps or links, nothing attached, no socket, no ready file."""
         assert self.bpffs.pins() == [], "pins are left"
         assert list_attached(self.cgroup.path) == []
