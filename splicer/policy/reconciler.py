@@ -19,9 +19,10 @@ from splicer.kernel.libbpf import KernelError, Map
 from splicer.kernel.settings import SettingsMap
 from splicer.logs import Logger
 from splicer.model import Container
-from splicer.policy import entries, labels, overrides
+from splicer.policy import entries, labels, overrides, precedence
 from splicer.policy.config import Rule, Settings
-from splicer.policy.entries import CGROUP, NETNS, Changes, Compiled, Entry, Explanation, Key
+from splicer.policy.entries import CGROUP, NETNS, Changes, Compiled, Entry, Key
+from splicer.policy.explanation import Explanation, explain
 
 # Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
 QUEUE_MESSAGES = 1024
@@ -117,8 +118,8 @@ class PolicyReconciler:
             root=self._v2_root,
         )
 
-    def _host(self) -> entries.Host:
-        return entries.Host(self._settings.mode, self._settings.default, self._settings.blocking)
+    def _host(self) -> precedence.Host:
+        return precedence.Host(self._settings.mode, self._settings.default, self._settings.blocking)
 
     def _containers(self) -> Mapping[str, Container]:
         return self._read_inventory() or {}
@@ -128,7 +129,7 @@ class PolicyReconciler:
         found = {}
         for rule in self._settings.policies:
             if rule.cgroup is not None:
-                path = entries.find_cgroup(rule.cgroup, self._v2_root)
+                path = precedence.find_cgroup(rule.cgroup, self._v2_root)
                 try:
                     found[rule.cgroup] = os.stat(path).st_ino
                 except OSError:
@@ -278,7 +279,7 @@ class PolicyReconciler:
             everybody = list(self._containers().values())
             chosen = sorted(everybody, key=lambda each: each.name) if not text else self.find_containers(text)
             return [
-                entries.explain(
+                explain(
                     each,
                     self._host(),
                     self._settings.policies,
@@ -293,7 +294,7 @@ class PolicyReconciler:
         """The rules of the configuration, each with the number of containers it is about."""
         containers = list(self._containers().values())
         return [
-            (rule, sum(entries.is_about(rule, container, self._v2_root) for container in containers))
+            (rule, sum(precedence.is_about(rule, container, self._v2_root) for container in containers))
             for rule in self._settings.policies
         ]
 
