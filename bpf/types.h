@@ -202,6 +202,13 @@ struct rendezvous {
 
 _Static_assert(sizeof(struct rendezvous) == 128, "slots share cache lines");
 
+struct muted {
+	u64 cookie;		/* of the socket */
+	u64 until;		/* jiffies */
+	u64 splices;		/* it is read by splice(2), and its reader is remembered */
+	u64 pad;
+};
+
 /* Eager only: a listener on this port of this host is answering this client. */
 struct hint_key {
 	u32 ip[4];
@@ -294,6 +301,7 @@ enum counter {
 	COUNT_RESCUED,
 	COUNT_EVENTS_LOST,
 	COUNT_ORPHANS,		/* when it moves, an end may be in the SOCKHASH without a record */
+	COUNT_LOOKS,		/* reads that observe looked into */
 	COUNT_REFUSED,		/* + enum reason */
 	NR_COUNTERS = COUNT_REFUSED + NR_REASONS,
 };
