@@ -453,6 +453,20 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	finish(p);
 }
 
+/* The other half of what splice_eagerly() in register.c does. */
+static __always_inline int has_server_by_now(struct pair_id *id)
+{
+	struct rendezvous *r = get_slot(*id);
+
+	if (!r)
+		return 0;
+	if (is_same(r->id, *id)) {
+		WRITE_ONCE(r->in_map, WAITING_TAKEN);
+		__sync_fetch_and_add(&r->barrier, 1);
+	}
+	return !!pairs.lookup(id);
+}
+
 /*
  * An end without a record: its server is closed, or it never had one. Nobody
  * redirects to it any more.
@@ -472,6 +486,10 @@ static __always_inline void take_out_orphan(void *sk, void *tp)
 		return;
 	}
 	key = *noted;
+	if (has_server_by_now(&key.id)) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
 	take_out(sk, tp, &key);
 }
 

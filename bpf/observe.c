@@ -13,6 +13,8 @@
  * never get there either, since redirected messages are no segments.
  */
 #define WARM_SEGMENTS	3
+/* A client that has had so many, and whose server has not read, need not look for its pair each time. */
+#define GROWN_SEGMENTS	64
 
 /*
  * How long nobody looks at a socket whose pair is decided, or that has none, in
@@ -151,12 +153,15 @@ static __always_inline void mute(u64 cookie, u32 jiffies)
 	m->splices = is_splice();
 }
 
-/* A socket with a mark and without a pair: of another host, or its pair is yet to grow. */
-static __always_inline u32 look_at_stranger(struct pair_id *id, int side)
+/*
+ * A socket with a mark and without a pair. It is of another host, or its pair is yet to
+ * grow, which takes a server that never reads for ever.
+ */
+static __always_inline u32 look_at_stranger(void *tp, struct pair_id *id, int side)
 {
-	if (side == CLIENT && seeds.lookup(id))
-		return MUTE_SHORT;
-	return MUTE_LONG;
+	if (side != CLIENT || !seeds.lookup(id))
+		return MUTE_LONG;
+	return FIELD(tp, u32, tcp_sock_data_segs_in) < GROWN_SEGMENTS ? 0 : MUTE_SHORT;
 }
 
 /* TCP bytes were read at an end that is in the SOCKHASH, or is on its way out. */
@@ -248,7 +253,7 @@ static __always_inline u32 look(void *tp)
 	if (!p)
 		p = grow_seed(tp, &id, &side);
 	if (!p)
-		return look_at_stranger(&id, side);
+		return look_at_stranger(tp, &id, side);
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (!is_end(e, tp)) {
 		/*
