@@ -157,9 +157,11 @@ static __always_inline void mute(u64 cookie, u32 jiffies)
  * A socket with a mark and without a pair. It is of another host, or its pair is yet to
  * grow, which takes a server that never reads for ever.
  */
-static __always_inline u32 look_at_stranger(void *tp, struct pair_id *id, int side)
+static __always_inline u32 look_at_stranger(void *tp)
 {
-	if (side != CLIENT || !seeds.lookup(id))
+	struct pair_id id = client_id(first_sent(tp), first_received(tp));
+
+	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & CLIENT_MARK) || !seeds.lookup(&id))
 		return MUTE_LONG;
 	return FIELD(tp, u32, tcp_sock_data_segs_in) < GROWN_SEGMENTS ? 0 : MUTE_SHORT;
 }
@@ -253,7 +255,7 @@ static __always_inline u32 look(void *tp)
 	if (!p)
 		p = grow_seed(tp, &id, &side);
 	if (!p)
-		return look_at_stranger(tp, &id, side);
+		return look_at_stranger(tp);
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (!is_end(e, tp)) {
 		/*

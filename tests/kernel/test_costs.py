@@ -133,3 +133,14 @@ def test_splice_is_noticed_on_a_connection_that_is_not_looked_at(host: Host, lab
     host.wait_flow(other, "paired", "splice_reader")
     refused.verify()
     other.verify()
+
+
+def test_client_that_reads_before_its_server_is_known_with_its_pair(host: Host, lab: Lab) -> None:
+    """It found no pair while the server only talked. That must not keep it from being looked at afterwards."""
+    pair = host.pair(lab)
+    for _ in range(10):
+        pair.server.send(64)
+        assert pair.client.recv(64) == 64
+    pair.pingpong(5)
+    assert host.flow(pair)["reason"] in ("cold", "pending")
+    pair.verify()
