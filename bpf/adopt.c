@@ -40,6 +40,8 @@
 #define REFUSED_RETRY_NS	1000000000ULL
 #define LEAVE_STREAM_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
+/* What TCP serves better is not tried again soon: each try is a loss until it is noticed. */
+#define LOSS_COOL_DOWN_NS	15000000000ULL
 /* Each of these is doubled every time, so that a pair does not flap. */
 #define MAX_DOUBLINGS		6
 /* A reader that took nothing for so long of what waits for it does not read. */
@@ -291,6 +293,8 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	case REASON_REQUEST:
 	case REASON_POLICY:
 		return 0;
+	case REASON_STREAM:
+		return LOSS_COOL_DOWN_NS << p->drains;
 	case REASON_BUSY:
 		return BUSY_RETRY_NS << (p->refusals > p->drains ? p->refusals : p->drains);
 	default:

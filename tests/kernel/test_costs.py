@@ -136,7 +136,7 @@ def test_splice_is_noticed_on_a_connection_that_is_not_looked_at(host: Host, lab
 
 
 def test_client_that_reads_before_its_server_is_known_with_its_pair(host: Host, lab: Lab) -> None:
-    """It found no pair while the server only talked. That must not keep it from being looked at afterwards."""
+    """It found no pair while its server only talked. It is looked at all the same once there is one."""
     pair = host.pair(lab)
     for _ in range(10):
         pair.server.send(64)
