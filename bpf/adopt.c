@@ -40,6 +40,8 @@
 #define REFUSED_RETRY_NS	1000000000ULL
 #define LEAVE_STREAM_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
+/* What TCP serves better is not tried again soon: each try is a loss until it is noticed. */
+#define LOSS_COOL_DOWN_NS	15000000000ULL
 /* Each of these is doubled every time, so that a pair does not flap. */
 #define MAX_DOUBLINGS		6
 /* A reader that took nothing for so long of what waits for it does not read. */
@@ -291,6 +293,8 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	case REASON_REQUEST:
 	case REASON_POLICY:
 		return 0;
+	case REASON_STREAM:
+		return LOSS_COOL_DOWN_NS << p->drains;
 	case REASON_BUSY:
 		return BUSY_RETRY_NS << (p->refusals > p->drains ? p->refusals : p->drains);
 	default:
@@ -453,6 +457,20 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	finish(p);
 }
 
+/* The other half of what splice_eagerly() in register.c does. */
+static __always_inline int has_server_by_now(struct pair_id *id)
+{
+	struct rendezvous *r = get_slot(*id);
+
+	if (!r)
+		return 0;
+	if (is_same(r->id, *id)) {
+		WRITE_ONCE(r->in_map, WAITING_TAKEN);
+		__sync_fetch_and_add(&r->barrier, 1);
+	}
+	return !!pairs.lookup(id);
+}
+
 /*
  * An end without a record: its server is closed, or it never had one. Nobody
  * redirects to it any more.
@@ -472,6 +490,10 @@ static __always_inline void take_out_orphan(void *sk, void *tp)
 		return;
 	}
 	key = *noted;
+	if (has_server_by_now(&key.id)) {
+		count_sweep(SWEEP_TO_DRAIN);
+		return;
+	}
 	take_out(sk, tp, &key);
 }
 

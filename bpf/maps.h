@@ -9,6 +9,7 @@
 
 #define RENDEZVOUS_SLOTS	2048	/* a power of two; more would not stay in the cache */
 #define NR_TENANTS		256	/* as many as an u8 tells apart */
+#define MUTED_SLOTS	16384	/* a power of two */
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
 #define MAX_RULES		16384
@@ -49,6 +50,9 @@ BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
 
 /* Processes that were seen to read a socket with splice(2): pid to birth. */
 BPF_TABLE("lru_hash", u32, u32, splicers, MAX_SPLICERS);
+
+/* Sockets that observe does not look at for a while. Shared by those with the same low bits. */
+BPF_TABLE("array", int, struct muted, muted, MUTED_SLOTS);
 
 /* Policy, as the daemon compiled it. Almost empty nearly always. */
 BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PREALLOC);

@@ -13,6 +13,15 @@
  * never get there either, since redirected messages are no segments.
  */
 #define WARM_SEGMENTS	3
+/* A client that has had so many, and whose server has not read, need not look for its pair each time. */
+#define GROWN_SEGMENTS	64
+
+/*
+ * How long nobody looks at a socket whose pair is decided, or that has none, in
+ * jiffies: 25 to 250 ms, and 1 to 20 ms while the other end may make it matter.
+ */
+#define MUTE_LONG	25
+#define MUTE_SHORT	2
 
 enum reader {
 	READER_RECV,
@@ -109,30 +118,144 @@ static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int 
 	return p;
 }
 
-int observe(u64 *ctx)
+/* A read by splice(2), said in a hurry: of a kernel thread it may say anything. */
+static __always_inline int is_splice(void)
 {
-	void *tp = to_tcp_sock((void *)ctx[0]);
+	void *regs = task_regs(current_task());
+
+	return FIELD(regs, CALL_TYPE, pt_regs_call) == SYSCALL_splice;
+}
+
+/*
+ * Most sockets stay plain, and are read for as long as they live. What was found out about
+ * one holds for a while, so a read in that time costs a look at the slot and at the system
+ * call: a process that begins to splice is noticed at once all the same. A slot that another
+ * socket took, or that was written by two at once, costs one look more.
+ */
+static __always_inline int is_muted(u64 cookie)
+{
+	int slot = cookie & (MUTED_SLOTS - 1);
+	struct muted *m = muted.lookup(&slot);
+
+	return m && m->cookie == cookie && (s64)(m->until - jiffies64()) > 0 &&
+	       (m->splices || !is_splice());
+}
+
+static __always_inline void mute(u64 cookie, u32 jiffies)
+{
+	int slot = cookie & (MUTED_SLOTS - 1);
+	struct muted *m = muted.lookup(&slot);
+
+	if (!m)
+		return;
+	m->cookie = cookie;
+	m->until = jiffies64() + jiffies;
+	m->splices = is_splice();
+}
+
+/*
+ * A socket with a mark and without a pair. It is of another host, or its pair is yet to
+ * grow, which takes a server that never reads for ever.
+ */
+static __always_inline u32 look_at_stranger(void *tp)
+{
+	struct pair_id id = client_id(first_sent(tp), first_received(tp));
+
+	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & CLIENT_MARK) || !seeds.lookup(&id))
+		return MUTE_LONG;
+	return FIELD(tp, u32, tcp_sock_data_segs_in) < GROWN_SEGMENTS ? 0 : MUTE_SHORT;
+}
+
+/* TCP bytes were read at an end that is in the SOCKHASH, or is on its way out. */
+static __always_inline void
+look_at_spliced(struct pair *p, struct end *e, int side, enum reader reader, u32 tgid)
+{
+	u32 reason = refuse_reader(p, reader);
+
+	if (!is_redirecting(p->state))
+		return;
+	if (reason) {
+		start_draining(p, reason);
+		return;
+	}
+	note_reader(e, tgid);
+	if (side == CLIENT)
+		p->dir[SERVER].primed = 1;
+	else
+		p->dir[CLIENT].primed = 1;
+}
+
+/*
+ * Count this read, and announce the pair once both ends have been seen reading often enough.
+ * Returns for how long the socket need not be looked at.
+ */
+static __always_inline u32
+look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct settings *s,
+	      enum reader reader, u32 tgid)
+{
+	u32 reason;
+
+	if (p->policy != s->policy)
+		decide_again(p, s);
+	if (p->mode == MODE_OFF || !s->splicing)
+		return MUTE_LONG;
+	reason = refuse_reader(p, reader);
+	if (reason) {
+		if (p->announced && p->reason != REASON_PENDING)
+			return MUTE_LONG;	/* known already, for this reason or another */
+		p->announced = 1;
+		p->reason = reason;
+		count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
+		if ((e->flags | peer->flags) & END_IN_MAP)
+			start_draining(p, reason);
+		return 0;
+	}
+	if (p->announced)
+		return p->reason == REASON_PENDING ? 0 : MUTE_LONG;
+	if (p->retry_ns) {
+		if (bpf_ktime_get_ns() < p->retry_ns)
+			return MUTE_LONG;
+		/* How they read may be another way by now. */
+		p->retry_ns = 0;
+		e->reads = 0;
+		peer->reads = 0;
+	}
+	if (e->reads < s->hot_reads) {
+		e->reads++;
+		note_reader(e, tgid);
+		if (unread_bytes(tp))
+			e->flags |= END_PARTIAL;
+	}
+	if (e->reads < s->hot_reads)
+		return 0;
+	if (peer->reads < s->hot_reads)
+		return MUTE_SHORT;	/* a stream: its other end reads seldom or never */
+	p->announced = 1;
+	p->reason = REASON_PENDING;
+	if (tell(p, EVENT_ADOPT, REASON_NONE))
+		p->announced = 0;
+	return 0;
+}
+
+/* Returns for how long this socket need not be looked at again, in jiffies. */
+static __always_inline u32 look(void *tp)
+{
+	enum reader reader = get_reader();
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct settings *s;
-	enum reader reader;
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
-	u32 reason, tgid;
 	int side;
 
-	if (!tp || !(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)) ||
-	    (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp)))
-		return 0;
-	/* Whether its pair waits, is off, cools down, is too young, or is of another host. */
-	tgid = bpf_get_current_pid_tgid() >> 32;
-	reader = get_reader();
+	count(COUNT_LOOKS, 1);
 	if (reader == READER_SPLICE)
 		remember_splicer(tgid);
 	p = find_pair_of(tp, &id, &side);
 	if (!p)
 		p = grow_seed(tp, &id, &side);
 	if (!p)
-		return 0;
+		return look_at_stranger(tp);
 	e = side == CLIENT ? &p->end[CLIENT] : &p->end[SERVER];
 	if (!is_end(e, tp)) {
 		/*
@@ -143,7 +266,7 @@ int observe(u64 *ctx)
 			p->announced = 1;
 			p->reason = REASON_FORGED;
 		}
-		return 0;
+		return MUTE_LONG;
 	}
 	if (!e->key.local_port) {
 		read_tuple(&e->key, tp);
@@ -152,53 +275,34 @@ int observe(u64 *ctx)
 		p->policy = 0;	/* it may be about the address */
 	}
 	if (p->state != STATE_PAIRED) {
-		reason = refuse_reader(p, reader);
-		if (!is_redirecting(p->state))
-			return 0;
-		if (reason) {
-			start_draining(p, reason);
-			return 0;
-		}
-		note_reader(e, tgid);
-		if (side == CLIENT)
-			p->dir[SERVER].primed = 1;
-		else
-			p->dir[CLIENT].primed = 1;
+		look_at_spliced(p, e, side, reader, tgid);
 		return 0;
 	}
 	s = get_settings();
 	if (!s)
 		return 0;
-	if (p->policy != s->policy)
-		decide_again(p, s);
-	if (p->mode == MODE_OFF || !s->splicing)
+	return look_at_plain(tp, p, e, other_end(p, side), s, reader, tgid);
+}
+
+int observe(u64 *ctx)
+{
+	void *sk = (void *)ctx[0], *tp;
+	u64 cookie = FIELD(sk, u64, sock_skc_cookie);
+	u32 jiffies;
+
+	/* Who has a mark was given a cookie with it. */
+	if (!cookie || is_muted(cookie))
 		return 0;
-	reason = refuse_reader(p, reader);
-	if (reason) {
-		if (p->announced && p->reason != REASON_PENDING)
-			return 0;	/* known already, for this reason or another */
-		p->announced = 1;
-		p->reason = reason;
-		count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
-		if ((e->flags | other_end(p, side)->flags) & END_IN_MAP)
-			start_draining(p, reason);
+	tp = to_tcp_sock(sk);
+	if (!tp)
 		return 0;
-	}
-	if (p->announced)
+	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)))
+		jiffies = MUTE_LONG;
+	else if (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp))
 		return 0;
-	if (e->reads < s->hot_reads) {
-		e->reads++;
-		note_reader(e, tgid);
-		if (unread_bytes(tp))
-			e->flags |= END_PARTIAL;
-	}
-	if (p->end[CLIENT].reads < s->hot_reads || p->end[SERVER].reads < s->hot_reads)
-		return 0;
-	if (p->retry_ns && bpf_ktime_get_ns() < p->retry_ns)
-		return 0;
-	p->announced = 1;
-	p->reason = REASON_PENDING;
-	if (tell(p, EVENT_ADOPT, REASON_NONE))
-		p->announced = 0;
+	else
+		jiffies = look(tp);
+	if (jiffies)
+		mute(cookie, jiffies);
 	return 0;
 }

@@ -77,18 +77,6 @@ static __always_inline int take_hint(struct end_key *key)
 	return !missing;
 }
 
-static __always_inline struct rendezvous *get_slot(struct pair_id id)
-{
-	int slot = (id.client_seq ^ id.server_seq) & (RENDEZVOUS_SLOTS - 1);
-
-	return rendezvous.lookup(&slot);
-}
-
-static __always_inline int is_same(struct pair_id a, struct pair_id b)
-{
-	return a.client_seq == b.client_seq && a.server_seq == b.server_seq;
-}
-
 /* Eager: into the SOCKHASH at ESTABLISHED. Returns 1 if it is in. */
 static __always_inline int put_in(struct bpf_sock_ops *skops, struct end_key *key)
 {
@@ -185,19 +173,25 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	}
 	r->sk = (u64)tp;
 	r->cookie = socket_cookie(skops);
-	r->in_map = in_map;
+	r->in_map = in_map ? WAITING_IN : WAITING_OUT;
 	r->tenant = get_tenant(tp);
 	r->id.server_seq = id.server_seq;
 	WRITE_ONCE(r->id.client_seq, id.client_seq);
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | CLIENT_MARK);
 }
 
-/* The client is in the SOCKHASH already: the server follows, or it goes back. */
+/*
+ * The client is in the SOCKHASH already: the server follows, or it goes back. adopt may
+ * be about to take it out as an orphan. It says so in the slot and then looks for a
+ * pair, here the pair is made and then the slot looked at: one of the two sees the other.
+ */
 static __always_inline void
 splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
-	       struct seed *seed, struct end_key *client_key, struct settings *s)
+	       struct seed *seed, struct rendezvous *client, struct end_key *client_key,
+	       struct settings *s)
 {
 	struct pair *p = make_pair(id, seed);
+	int is_in;
 
 	if (!p) {
 		spliced.delete(client_key);
@@ -205,10 +199,13 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	}
 	p->end[CLIENT].key = *client_key;
 	p->end[CLIENT].flags = END_IN_MAP;
+	__sync_fetch_and_add(&p->half, 1);	/* a full barrier */
+	is_in = READ_ONCE(client->in_map) == WAITING_IN && is_same(client->id, *id);
 	decide(p, s);
 	if (p->mode == MODE_EAGER &&
 	    !find_misfit_file(socket_of(seed->client_sk), p->allow_blocking) &&
-	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp) && put_in(skops, &seed->key)) {
+	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp) && is_in &&
+	    put_in(skops, &seed->key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
@@ -216,7 +213,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 		count(COUNT_SPLICED, 1);
 		return;
 	}
-	/* A blocking client, an inherited option, a full map, or a rule against it. */
+	/* A blocking client, an inherited option, a full map, a rule against it, or adopt. */
 	start_draining(p, REASON_POLICY);
 }
 
@@ -227,7 +224,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct rendezvous *client;
 	struct end_key client_key = {};
 	struct seed seed = {};
-	int in_map;
+	u32 in_map;
 
 	if (!s || !s->registering)
 		return;
@@ -237,7 +234,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	seed.client_sk = client->sk;
 	seed.client_cookie = client->cookie;
 	seed.tenant = client->tenant;
-	in_map = client->in_map;
+	in_map = READ_ONCE(client->in_map);
 	if (in_map)
 		client_key = client->key;
 	asm volatile("" ::: "memory");
@@ -245,8 +242,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		return;		/* overwritten meanwhile */
 	if (in_map) {
 		count(COUNT_ORPHANS, -1);
-		/* It had to wait for long, and was taken out as one without a record. */
-		in_map = !!psock_of(seed.client_sk);
+		in_map = in_map == WAITING_IN && psock_of(seed.client_sk);
 	}
 	read_tuple(&seed.key, tp);
 	seed.key.netns = netns_cookie(skops);
@@ -274,7 +270,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	count_tenant(seed.tenant, 1);
 	count(COUNT_PAIRED, 1);
 	if (in_map)
-		splice_eagerly(skops, tp, &id, &seed, &client_key, s);
+		splice_eagerly(skops, tp, &id, &seed, client, &client_key, s);
 }
 
 static __always_inline void add_to_traffic(struct pair *p)

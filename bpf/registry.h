@@ -74,6 +74,18 @@ static __always_inline struct end *other_end(struct pair *p, int side)
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
 }
 
+static __always_inline struct rendezvous *get_slot(struct pair_id id)
+{
+	int slot = (id.client_seq ^ id.server_seq) & (RENDEZVOUS_SLOTS - 1);
+
+	return rendezvous.lookup(&slot);
+}
+
+static __always_inline int is_same(struct pair_id a, struct pair_id b)
+{
+	return a.client_seq == b.client_seq && a.server_seq == b.server_seq;
+}
+
 /* A pair with everything but its state, which makes it visible. */
 static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed)
 {

@@ -58,6 +58,7 @@ static void *(*to_bpf_tcp_sock)(void *sk) = (void *)BPF_FUNC_tcp_sock;
 static long (*set_sockopt)(void *sk, int level, int name, void *value, int len) =
 	(void *)BPF_FUNC_setsockopt;
 static void *(*current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+static u64 (*jiffies64)(void) = (void *)BPF_FUNC_jiffies64;
 static u64 (*coarse_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 static void *(*task_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 

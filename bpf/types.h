@@ -185,6 +185,13 @@ struct seed {
 	u32 tenant;		/* whose it is: see has_room() */
 };
 
+/* Where a client is that waits for its server. */
+enum waiting {
+	WAITING_OUT,		/* not in the SOCKHASH */
+	WAITING_IN,
+	WAITING_TAKEN,		/* was in, for so long that adopt took it for an orphan */
+};
+
 /*
  * Left by a client at ACTIVE_ESTABLISHED for its server to find. One cache line
  * is touched, and the key only where it is in the SOCKHASH already.
@@ -193,14 +200,22 @@ struct rendezvous {
 	struct pair_id id;	/* written last */
 	u64 sk;
 	u64 cookie;
-	u32 in_map;		/* eager */
+	u32 in_map;		/* eager: enum waiting */
 	u32 tenant;
-	u32 pad[8];
+	u32 barrier;		/* of no meaning */
+	u32 pad[7];
 	struct end_key key;	/* eager */
 	u64 pad2;
 };
 
 _Static_assert(sizeof(struct rendezvous) == 128, "slots share cache lines");
+
+struct muted {
+	u64 cookie;		/* of the socket */
+	u64 until;		/* jiffies */
+	u64 splices;		/* it is read by splice(2), and its reader is remembered */
+	u64 pad;
+};
 
 /* Eager only: a listener on this port of this host is answering this client. */
 struct hint_key {
@@ -294,6 +309,7 @@ enum counter {
 	COUNT_RESCUED,
 	COUNT_EVENTS_LOST,
 	COUNT_ORPHANS,		/* when it moves, an end may be in the SOCKHASH without a record */
+	COUNT_LOOKS,		/* reads that observe looked into */
 	COUNT_REFUSED,		/* + enum reason */
 	NR_COUNTERS = COUNT_REFUSED + NR_REASONS,
 };

@@ -27,6 +27,7 @@ COUNTERS = (
     "rescued",
     "events_lost",
     "orphans",
+    "looks",
 )
 COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""

@@ -70,6 +70,7 @@ MAPS = (
     "rendezvous",
     "hints",
     "splicers",
+    "muted",
     "rules",
     "networks",
     "traffic",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.bpf import read_counter
 from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.hostile import Hostile, dial
@@ -20,7 +21,7 @@ from support.lab import Lab
 from support.players import Pair, Peer
 from support.tiers import thorough
 
-from splicer.kernel import layout, libbpf
+from splicer.kernel import libbpf
 
 LIMIT = 64
 EXCESS = 50
@@ -54,17 +55,6 @@ def _check_spliced(host: Host, pairs: list[Pair]) -> None:
         after = host.flow(pair)
         assert after["redirected_messages"] - before["redirected_messages"] == 20
         pair.verify()
-
-
-def _count(host: Host, name: str) -> int:
-    """A counter of bpf/types.h, over all CPUs."""
-    counters = libbpf.Map.open(str(host.pin_dir / "maps" / "counters"))
-    try:
-        raw = counters.get(struct.pack("=I", layout.COUNTERS.index(name)))
-    finally:
-        counters.close()
-    assert raw is not None
-    return sum(struct.unpack(f"={len(raw) // 8}Q", raw))
 
 
 def _share(others: int) -> int:
@@ -161,18 +151,18 @@ def test_more_events_than_the_ring_buffer_holds(host: Host, lab: Lab, victims: l
     server, client = host.peer(lab, "b", cgroup=tenant), host.peer(lab, "b", cgroup=tenant)
     port = server.call("listen", name="door", family=socket.AF_INET, host="127.0.0.1", port=EAGER)
     waiting = host.pair(lab)
-    lost = _count(host, "events_lost")
+    lost = read_counter(host.pin_dir, "events_lost")
     os.kill(host.daemon.pid, signal.SIGSTOP)
     try:
         # Each eager connection is worth an event, for its first message goes through TCP.
         where: dict[str, Any] = {"family": socket.AF_INET, "host": "127.0.0.1", "port": port}
         deadline = time.monotonic() + 30
-        while _count(host, "events_lost") == lost and time.monotonic() < deadline:
+        while read_counter(host.pin_dir, "events_lost") == lost and time.monotonic() < deadline:
             server.begin("serve", listener="door", seconds=2.2)
             client.begin("churn", **where, seconds=2.0, seed=2, together=20, rounds=2, largest=100)
             assert client.finish()["wrong"] == 0
             server.finish()
-        assert _count(host, "events_lost") > lost
+        assert read_counter(host.pin_dir, "events_lost") > lost
         waiting.pingpong(60)
         # Must drain, and cannot say so.
         victims[0].client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import re
+import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from splicer.kernel import layout, libbpf
 from support.pauses import Stopwatch
 
+BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, include/uapi/linux/bpf.h
 KINDS = ("prog", "map", "link")
 _HELD = re.compile(r"^(prog|map|link)_id:\s*(\d+)", re.MULTILINE)
 
@@ -152,3 +158,35 @@ def _bpftool(*arguments: str) -> list[dict[str, object]]:
     if isinstance(answer, dict):
         raise RuntimeError(f"bpftool {' '.join(arguments)}: {answer}")
     return list(answer)
+
+
+@contextlib.contextmanager
+def counting_runs() -> Iterator[None]:
+    """A context in which the kernel counts the runs of all programs."""
+    fd = ctypes.CDLL("libbpf.so.1", use_errno=True).bpf_enable_stats(BPF_STATS_RUN_TIME)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_runs(pin_dir: Path, program: str) -> int:
+    """How often a pinned program was run while runs were counted."""
+    fd = libbpf.open_pin(str(pin_dir / "programs" / program))
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    finally:
+        os.close(fd)
+    return int(dict(line.split(":", 1) for line in lines)["run_cnt"])
+
+
+def read_counter(pin_dir: Path, name: str) -> int:
+    """A counter of bpf/types.h, over all CPUs."""
+    counters = libbpf.Map.open(str(pin_dir / "maps" / "counters"))
+    try:
+        raw = counters.get(struct.pack("=I", layout.COUNTERS.index(name)))
+    finally:
+        counters.close()
+    assert raw is not None
+    return sum(struct.unpack(f"={len(raw) // 8}Q", raw))

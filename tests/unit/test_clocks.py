@@ -22,8 +22,13 @@ ALLOWED = MONOTONIC | CLOCKS | {"clock_gettime", "clock_gettime_ns"}
 WALL_CLOCK = {"feed.py": 1}
 # Modules that look at the wall clock by themselves.
 OTHERS = {"datetime", "sched", "calendar"}
-# bpf-helpers(7): CLOCK_MONOTONIC, a coarse one, and CLOCK_BOOTTIME. bpf_ktime_get_tai_ns can be set.
-HELPERS = {"bpf_ktime_get_ns", "BPF_FUNC_ktime_get_coarse_ns", "bpf_ktime_get_boot_ns"}
+# bpf-helpers(7): CLOCK_MONOTONIC, a coarse one, CLOCK_BOOTTIME, and ticks. bpf_ktime_get_tai_ns can be set.
+HELPERS = {
+    "bpf_ktime_get_ns",
+    "BPF_FUNC_ktime_get_coarse_ns",
+    "bpf_ktime_get_boot_ns",
+    "BPF_FUNC_jiffies64",
+}
 
 
 def _names_of_time(tree: ast.Module) -> list[str]:
