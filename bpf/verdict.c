@@ -135,13 +135,14 @@ may_redirect(struct settings *s, struct pair *p, u32 progress, struct direction 
  */
 static __always_inline int look_at_receiver(struct end *peer, struct receiver *receiver)
 {
-	u64 sk = peer->sk, cookie = 0;
+	void *sk = SOCK_AT(peer->sk);
+	u64 cookie = 0;
 	u8 shutdown = 0;
 
-	PROBE(receiver->copied_seq, sk, tcp_sock_copied_seq);
-	PROBE(receiver->queued, sk, sock_sk_rmem_alloc);
-	PROBE(shutdown, sk, sock_sk_shutdown);
-	PROBE(cookie, sk, sock_skc_cookie);
+	PROBE_NUMBER(receiver->copied_seq, sk, tcp_sock_copied_seq);
+	PROBE_NUMBER(receiver->queued, sk, sock_sk_rmem_alloc);
+	PROBE_NUMBER(shutdown, sk, sock_sk_shutdown);
+	PROBE_NUMBER(cookie, sk, sock_skc_cookie);
 	return cookie == peer->cookie && !(shutdown & RCV_SHUTDOWN);
 }
 

@@ -53,6 +53,20 @@ def test_the_verifier_has_patience_left(host: Host) -> None:
         assert 100 < effort < PATIENCE, f"{program.name}: {effort}"
 
 
+def test_a_kernel_without_the_cast(lab: Lab, tmp_path: Path) -> None:
+    """Before Linux 6.2 nothing makes a pointer of an address: a helper reads what the verdict has to know of
+    the receiver. What is redirected is the same."""
+    tree = copy_changed(tmp_path / "tree", "splicer/kernel/compiler.py", "probes.can_cast(btf)", "False")
+    with Host(start=False) as host:
+        host.prefix = ("env", f"PYTHONPATH={tree}")
+        host.start()
+        pair = host.hot_pair(lab)
+        before = host.flow(pair)["redirected_messages"]
+        pair.pingpong(20)
+        assert host.flow(pair)["redirected_messages"] == before + 40
+        pair.verify()
+
+
 def test_three_capabilities_are_enough(lab: Lab) -> None:
     """What the prerequisites ask for is enough; CAP_SYSLOG, to see the kernel's addresses, is not needed."""
     names = [f"+{name.removeprefix('CAP_').lower()}" for name in CAPABILITIES]
