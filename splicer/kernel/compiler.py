@@ -28,7 +28,7 @@ from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.layout import WATCH_REQUEST_SIZE
-from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, explain_refusal
+from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, Program, explain_refusal
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -269,6 +269,15 @@ def _compile(flags: list[str]) -> Any:
     return module
 
 
+def _read_code(module: Any, program: Program) -> bytes:
+    """The instructions of a program as clang made them."""
+    from bcc.libbcc import lib
+
+    function = program.function.encode()
+    start = lib.bpf_function_start(module.module, function)
+    return ct.string_at(start, lib.bpf_function_size(module.module, function))
+
+
 def _try_to_run(program_fd: int) -> None:
     """watch is run like this for ever; better know at once that it can be."""
     try:
@@ -310,9 +319,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
                     hint=KERNEL_HINT,
                     exit_code=UNSUPPORTED,
                 )
-            function = program.function.encode()
-            start = lib.bpf_function_start(module.module, function)
-            code = ct.string_at(start, lib.bpf_function_size(module.module, function))
+            code = _read_code(module, program)
             code = link_cast(code, btf.find_function("bpf_rdonly_cast"))
             fd, log = libbpf.load_program(
                 program.kind,
