@@ -50,6 +50,25 @@
 #define PROBE(dst, ptr, where) \
 	bpf_probe_read_kernel(&(dst), sizeof(dst), (void *)(ptr) + (OFF_##where))
 
+/*
+ * The same where every message pays for it, of numbers in a tcp_sock. Since Linux
+ * 6.2 a call that becomes a move makes a pointer of any address, whose loads give
+ * 0 if they fault: less than half of what the helper's cost. The loader puts the
+ * kernel's number in the place of this one. A pointer read like this is nothing
+ * to calculate with, and the more types there are the more the verifier has to do:
+ * so not for PROBE in general.
+ */
+#ifdef CALL_RDONLY_CAST
+static void *(*rdonly_cast)(void *address, u32 type) = (void *)CALL_RDONLY_CAST;
+
+#define SOCK_AT(address)	rdonly_cast((void *)(address), TYPE_tcp_sock)
+#define PROBE_NUMBER(dst, sock, where) \
+	((dst) = READ_ONCE(FIELD(sock, typeof(dst), where)))
+#else
+#define SOCK_AT(address)	((void *)(address))
+#define PROBE_NUMBER(dst, sock, where)	PROBE(dst, sock, where)
+#endif
+
 /* Helpers that bcc declares for other program types only, or not at all. */
 static void *(*to_tcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_tcp_sock;
 static u64 (*netns_cookie)(void *ctx) = (void *)BPF_FUNC_get_netns_cookie;

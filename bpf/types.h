@@ -121,7 +121,7 @@ struct end {
  */
 struct direction {
 	u64 redirected_bytes;
-	u64 redirected_messages;	/* a send(2), or 32 KiB of one */
+	u64 redirected_messages;	/* a send(2), or an element of one: see verdict.c */
 	u64 passed_messages;
 	u64 mark_bytes;		/* redirected_bytes when the mark was set */
 	u32 mark_messages;

@@ -31,15 +31,18 @@ static __always_inline int is_overfull(struct settings *s, struct direction *d,
 /*
  * Many messages and no answer: a stream. Small messages are better off in TCP,
  * which may merge them. The other direction's counters are in a cache line of
- * another CPU, so they are looked at once in a while only.
+ * another CPU, so they are looked at once in a while only. is_last: no element of
+ * the message comes after this one.
  */
 static __always_inline int is_small_stream(struct settings *s, struct direction *d,
-					   struct direction *back, u32 size)
+					   struct direction *back, u32 size, int is_last)
 {
 	u32 answered;
 
-	d->burst++;
 	d->burst_bytes += size;
+	if (!is_last)
+		return 0;
+	d->burst++;
 	if (d->burst & 15)
 		return 0;
 	answered = back->redirected_messages + back->passed_messages;
@@ -76,10 +79,12 @@ static __always_inline void note_settled(struct direction *d, void *tp)
  * forgets then that it has let go of the pages of the first ones: the
  * connection is stuck in EFAULT, and closing it lets go of them once more, while
  * they may be somebody else's. (Linux up to 7.2 at least.) So nothing with more
- * than one element is queued. What fits into one page fragment is copied into
- * one; of more than that, each element goes by itself, with a verdict of its
- * own. Returns the bytes that this one is about, or 0.
+ * than one element is queued. A short message is copied into one. Of a longer one
+ * each element goes by itself, with a verdict of its own, which is cheaper than
+ * copying it: an element is up to a page fragment of 32 KiB, so there are two as a
+ * rule. Returns the bytes that this verdict is about, or 0.
  */
+#define COPIED_AT_MOST		16384
 #define PAGE_FRAGMENT		32768
 
 static __always_inline u32 take_one_element(struct sk_msg_md *msg)
@@ -88,7 +93,9 @@ static __always_inline u32 take_one_element(struct sk_msg_md *msg)
 
 	if (first == size)
 		return size;
-	if (size <= PAGE_FRAGMENT && !bpf_msg_pull_data(msg, 0, size, 0))
+	/* Pages of sendfile(2) show no data before they are copied (up to Linux 6.4). */
+	if (size <= (first ? COPIED_AT_MOST : PAGE_FRAGMENT) &&
+	    !bpf_msg_pull_data(msg, 0, size, 0))
 		return size;
 	if (first)
 		bpf_msg_apply_bytes(msg, first);
@@ -135,13 +142,14 @@ may_redirect(struct settings *s, struct pair *p, u32 progress, struct direction 
  */
 static __always_inline int look_at_receiver(struct end *peer, struct receiver *receiver)
 {
-	u64 sk = peer->sk, cookie = 0;
+	void *sk = SOCK_AT(peer->sk);
+	u64 cookie = 0;
 	u8 shutdown = 0;
 
-	PROBE(receiver->copied_seq, sk, tcp_sock_copied_seq);
-	PROBE(receiver->queued, sk, sock_sk_rmem_alloc);
-	PROBE(shutdown, sk, sock_sk_shutdown);
-	PROBE(cookie, sk, sock_skc_cookie);
+	PROBE_NUMBER(receiver->copied_seq, sk, tcp_sock_copied_seq);
+	PROBE_NUMBER(receiver->queued, sk, sock_sk_rmem_alloc);
+	PROBE_NUMBER(shutdown, sk, sock_sk_shutdown);
+	PROBE_NUMBER(cookie, sk, sock_skc_cookie);
 	return cookie == peer->cookie && !(shutdown & RCV_SHUTDOWN);
 }
 
@@ -183,13 +191,13 @@ check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_s
 /* Is it too much for the reader, or better merged by TCP? Then the pair goes back. */
 static __always_inline enum way
 check_load(struct settings *s, struct pair *p, u32 progress, struct direction *d,
-	   struct direction *back, u32 queued, u32 size)
+	   struct direction *back, u32 queued, u32 size, int is_last)
 {
 	if (is_overfull(s, d, queued, size)) {
 		start_draining(p, REASON_BACKPRESSURE);
 		return WAY_TCP;
 	}
-	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size)) {
+	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size, is_last)) {
 		start_draining(p, REASON_STREAM);
 		return WAY_TCP;
 	}
@@ -213,7 +221,7 @@ choose_way(struct sk_msg_md *msg, void *tp, struct pair *p, struct direction *d,
 	*size = take_one_element(msg);
 	if (!*size)
 		return WAY_TCP_WATCHED;
-	return check_load(s, p, progress, d, back, receiver.queued, *size);
+	return check_load(s, p, progress, d, back, receiver.queued, *size, *size == msg->size);
 }
 
 /*

@@ -14,7 +14,7 @@ from splicer.errors import UNSUPPORTED, SplicerError
 from splicer.kernel.libbpf import get_library
 
 _INT, _PTR, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 2, 3, 4, 5, 6
-_TYPEDEF, _VOLATILE, _CONST, _TYPE_TAG = 8, 9, 10, 18
+_TYPEDEF, _VOLATILE, _CONST, _FUNC, _TYPE_TAG = 8, 9, 10, 12, 18
 
 
 class _Type(ct.Structure):
@@ -81,8 +81,16 @@ class Btf:
         return self.find(f"btf_trace_{name}", _TYPEDEF)
 
     def find_iterator(self, target: str) -> int:
-        """Id to give to an iterator program (kind FUNC is 12), or -1."""
-        return self.find(f"bpf_iter_{target}", 12)
+        """Id to give to an iterator program, or -1."""
+        return self.find_function(f"bpf_iter_{target}")
+
+    def find_function(self, name: str) -> int:
+        """Id of a kernel function, or -1."""
+        return self.find(name, _FUNC)
+
+    def find_structure(self, name: str) -> int:
+        """Id of a structure, or -1."""
+        return self.find(name, _STRUCT)
 
     def _strip(self, type_id: int) -> int:
         while True:

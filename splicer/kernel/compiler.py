@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import signal
+import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
-from splicer.kernel import libbpf
+from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.layout import WATCH_REQUEST_SIZE
-from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, explain_refusal
+from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, Program, explain_refusal
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -100,6 +101,7 @@ FIELDS = {
     "cgroup_kn": "cgroup.kn",
     "kernfs_node_id": "kernfs_node.id",
 }
+RDONLY_CAST = 0x7FFE0001  # no helper has such a number
 SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
@@ -179,6 +181,9 @@ def collect_macros(max_connections: int) -> list[str]:
                 if place is not None:
                     flags.append(f"-DOFF_{macro}={place.offset}")
                     flags.append(f"-DMASK_{macro}={place.mask or 0xFF}")
+        if probes.can_cast(btf):
+            flags.append(f"-DCALL_RDONLY_CAST={RDONLY_CAST}")
+            flags.append(f"-DTYPE_tcp_sock={btf.find_structure('tcp_sock')}")
         socket_flags = {name: btf.find_enumerator("sock_flags", name) for name in SOCKET_FLAGS}
         architecture = ARCHITECTURES.get(platform.machine())
         missing = [name for name, value in socket_flags.items() if value is None]
@@ -213,6 +218,13 @@ def identify_build(max_connections: int) -> str:
     """Names what would be loaded: same sources, kernel layout and sizes give the same name."""
     text = join_sources(find_sources()) + "\0".join(collect_macros(max_connections))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def link_cast(code: bytes, function: int) -> bytes:
+    """The program with its calls of RDONLY_CAST made calls of the kernel function with this BTF id."""
+    ours = struct.pack("=BBhi", libbpf.CALL, 0, 0, RDONLY_CAST)
+    kernels = struct.pack("=BBhi", libbpf.CALL, libbpf.PSEUDO_KFUNC_CALL << 4, 0, function)
+    return b"".join(kernels if code[i : i + 8] == ours else code[i : i + 8] for i in range(0, len(code), 8))
 
 
 @contextlib.contextmanager
@@ -257,6 +269,15 @@ def _compile(flags: list[str]) -> Any:
     return module
 
 
+def _read_code(module: Any, program: Program) -> bytes:
+    """The instructions of a program as clang made them."""
+    from bcc.libbcc import lib
+
+    function = program.function.encode()
+    start = lib.bpf_function_start(module.module, function)
+    return ct.string_at(start, lib.bpf_function_size(module.module, function))
+
+
 def _try_to_run(program_fd: int) -> None:
     """watch is run like this for ever; better know at once that it can be."""
     try:
@@ -298,9 +319,8 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
                     hint=KERNEL_HINT,
                     exit_code=UNSUPPORTED,
                 )
-            function = program.function.encode()
-            start = lib.bpf_function_start(module.module, function)
-            code = ct.string_at(start, lib.bpf_function_size(module.module, function))
+            code = _read_code(module, program)
+            code = link_cast(code, btf.find_function("bpf_rdonly_cast"))
             fd, log = libbpf.load_program(
                 program.kind,
                 program.name,

@@ -30,6 +30,10 @@ BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 BPF_PROG_TYPE_CGROUP_SOCKOPT = 25
 BPF_PROG_TYPE_TRACING = 26
 
+# A call instruction: its code, and its source register where a kernel function is called by BTF id.
+CALL = 0x85
+PSEUDO_KFUNC_CALL = 2
+
 BPF_MAP_TYPE_SOCKHASH = 18
 BPF_ANY = 0
 BATCH = 4096

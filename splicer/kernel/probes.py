@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf
+from splicer.kernel.btf import Btf
 
 _SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
 _BYTES = b"probe"
@@ -44,25 +45,50 @@ class KernelClass:
         return "C" if self.counts_tcp else "B"
 
 
+def _instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
+    return struct.pack("=BBhi", code, src << 4 | dst, offset, immediate)
+
+
 def _assemble_redirect(map_fd: int) -> bytes:
     """SK_MSG program: redirect every message to the socket under key 1, or pass when there is none."""
 
-    def instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
-        return struct.pack("=BBhi", code, src << 4 | dst, offset, immediate)
-
     return b"".join(
         (
-            instruction(0x62, dst=10, offset=-4, immediate=1),  # *(u32 *)(fp - 4) = 1
-            instruction(0x18, dst=2, src=1, immediate=map_fd),  # r2 = map
-            instruction(0),
-            instruction(0xBF, dst=3, src=10),  # r3 = fp
-            instruction(0x07, dst=3, immediate=-4),  # r3 -= 4
-            instruction(0xB7, dst=4, immediate=1),  # r4 = BPF_F_INGRESS
-            instruction(0x85, immediate=71),  # call msg_redirect_hash
-            instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
-            instruction(0x95),  # exit
+            _instruction(0x62, dst=10, offset=-4, immediate=1),  # *(u32 *)(fp - 4) = 1
+            _instruction(0x18, dst=2, src=1, immediate=map_fd),  # r2 = map
+            _instruction(0),
+            _instruction(0xBF, dst=3, src=10),  # r3 = fp
+            _instruction(0x07, dst=3, immediate=-4),  # r3 -= 4
+            _instruction(0xB7, dst=4, immediate=1),  # r4 = BPF_F_INGRESS
+            _instruction(libbpf.CALL, immediate=71),  # call msg_redirect_hash
+            _instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
+            _instruction(0x95),  # exit
         )
     )
+
+
+def can_cast(btf: Btf) -> bool:
+    """Has the kernel a bpf_rdonly_cast() that an SK_MSG program may call, for all program types alike?"""
+    function, structure = btf.find_function("bpf_rdonly_cast"), btf.find_structure("sock")
+    if min(function, structure) < 0:
+        return False
+    program = b"".join(
+        (
+            _instruction(0xB7, dst=1, immediate=0),  # r1 = 0
+            _instruction(0xB7, dst=2, immediate=structure),  # r2 = BTF id
+            _instruction(libbpf.CALL, src=libbpf.PSEUDO_KFUNC_CALL, immediate=function),
+            _instruction(0x61, dst=0, src=0),  # r0 = *(u32 *)r0: faults, and is 0
+            _instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
+            _instruction(0x95),  # exit
+        )
+    )
+    fd, _ = libbpf.load_program(
+        libbpf.BPF_PROG_TYPE_SK_MSG, "probe", program, attach_type=libbpf.BPF_SK_MSG_VERDICT
+    )
+    if fd < 0:
+        return False
+    os.close(fd)
+    return True
 
 
 def _count_waiting(sock: socket.socket) -> int:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 import os
 import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from support.trees import copy_changed
 
 from splicer.cli.prerequisites import CAPABILITIES
 from splicer.errors import UNSUPPORTED
-from splicer.kernel import libbpf
+from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.layout import WATCH_PAIRS
 from splicer.kernel.programs import PROGRAMS
@@ -53,6 +55,73 @@ def test_the_verifier_has_patience_left(host: Host) -> None:
         assert 100 < effort < PATIENCE, f"{program.name}: {effort}"
 
 
+READ_CODE = """
+from splicer.kernel import compiler, programs
+module = compiler._compile(compiler.collect_macros(1024))
+program = next(each for each in programs.PROGRAMS if each.name == "verdict")
+print(compiler._read_code(module, program).hex())
+"""
+# Helpers by number, include/uapi/linux/bpf.h.
+LOOKUP, APPLY_BYTES, REDIRECT, READ_KERNEL, TO_TCP_SOCK = 1, 61, 71, 113, 137
+
+
+def _find_next(code: bytes, at: int) -> list[int]:
+    """Where a program may go on after its instruction number `at`."""
+    opcode, _, offset, immediate = struct.unpack_from("=BBhi", code, 8 * at)
+    kind, operation = opcode & 7, opcode >> 4
+    if kind not in (5, 6) or operation == 8:  # no jump, or a call
+        return [at + (2 if opcode == 0x18 else 1)]  # a load of 64 bits takes two places
+    if operation == 9:
+        return []
+    if operation == 0:
+        return [at + 1 + (offset if kind == 5 else immediate)]
+    return [at + 1, at + 1 + offset]
+
+
+def _find_cheapest(code: bytes, to: int) -> Counter[int]:
+    """The calls on the path to a call of `to` that has the fewest."""
+    waiting: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
+    seen = set()
+    while True:
+        calls, at, made = heapq.heappop(waiting)
+        if at in seen:
+            continue
+        seen.add(at)
+        opcode, _, _, number = struct.unpack_from("=BBhi", code, 8 * at)
+        if opcode == libbpf.CALL:
+            calls, made = calls + 1, (*made, number)
+            if number == to:
+                return Counter(made)
+        for each in _find_next(code, at):
+            heapq.heappush(waiting, (calls, each, made))
+
+
+def test_what_is_called_for_a_message_that_is_redirected() -> None:
+    """Sizes and times differ by compiler and machine, what is called does not: the record and the settings
+    are looked up, and nothing of the receiver is read by a helper, where the kernel can do without."""
+    command = [sys.executable, "-c", READ_CODE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    calls = _find_cheapest(bytes.fromhex(done.stdout), REDIRECT)
+    btf = Btf()
+    reading = {compiler.RDONLY_CAST: 1} if probes.can_cast(btf) else {READ_KERNEL: 4}
+    btf.close()
+    assert calls == {LOOKUP: 2, APPLY_BYTES: 1, TO_TCP_SOCK: 1, REDIRECT: 1, **reading}
+
+
+def test_a_kernel_without_the_cast(lab: Lab, tmp_path: Path) -> None:
+    """Before Linux 6.2 nothing makes a pointer of an address: a helper reads what the verdict has to know of
+    the receiver. What is redirected is the same."""
+    tree = copy_changed(tmp_path / "tree", "splicer/kernel/compiler.py", "probes.can_cast(btf)", "False")
+    with Host(start=False) as host:
+        host.prefix = ("env", f"PYTHONPATH={tree}")
+        host.start()
+        pair = host.hot_pair(lab)
+        before = host.flow(pair)["redirected_messages"]
+        pair.pingpong(20)
+        assert host.flow(pair)["redirected_messages"] == before + 40
+        pair.verify()
+
+
 def test_three_capabilities_are_enough(lab: Lab) -> None:
     """What the prerequisites ask for is enough; CAP_SYSLOG, to see the kernel's addresses, is not needed."""
     names = [f"+{name.removeprefix('CAP_').lower()}" for name in CAPABILITIES]
@@ -85,7 +154,7 @@ def test_a_program_that_the_verifier_refuses(tmp_path: Path) -> None:
 
 
 REFUSED = """
-from splicer.kernel import libbpf
+from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel import programs
 program = next(each for each in programs.PROGRAMS if each.name == "watch")
 code = bytes([0xB7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0])  # return 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import struct
 
 from splicer.kernel import compiler
 from splicer.kernel.programs import MAPS
@@ -33,3 +34,19 @@ def test_every_map_of_the_programs_is_pinned() -> None:
     )
     declared = re.findall(pattern, maps, re.M)
     assert sorted(name for names in declared for name in names if name) == sorted(MAPS)
+
+
+def test_only_calls_of_the_cast_become_calls_of_the_kernels() -> None:
+    """The number may stand in any other instruction, too, as in the halves of one that loads 64 bits."""
+    marked = struct.pack("=BBhi", 0x85, 0, 0, compiler.RDONLY_CAST)
+    others = b"".join(
+        struct.pack("=BBhi", *each)
+        for each in (
+            (0x85, 0, 0, 71),  # a helper
+            (0x18, 1, 0, compiler.RDONLY_CAST),
+            (0, 0, 0, compiler.RDONLY_CAST),
+            (0xB7, 1, 0, compiler.RDONLY_CAST),
+        )
+    )
+    linked = struct.pack("=BBhi", 0x85, 0x20, 0, 4711)
+    assert compiler.link_cast(others + marked + others + marked, 4711) == others + linked + others + linked
