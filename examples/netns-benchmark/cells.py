@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model import Expected, Load, Metric, Sample
 from nginx import LOOPBACK
@@ -22,13 +23,13 @@ LOAD_PORT = 9000
 MATRIX_SIZES = (64, 1024, 16384, 262144)
 STREAM_SIZES = (1024, 4096, 16384, 65536, 262144, 1048576)
 BOUND = 0.97
-PATTERNS = {"rr": "ping-pong", "stream": "stream", "spin": "ping-pong without waiting", "always": "stream"}
+PATTERNS = {"rr": "ping-pong", "stream": "stream", "always": "stream"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One connection, driven by load.py. Patterns: `rr` is a ping-pong, `spin` one whose ends never wait,
-    `stream` goes one way, and so does `always`, of which splicer never lets go.
+    """One connection, driven by load.py. Patterns: `rr` is a ping-pong, `stream` goes one way,
+    and so does `always`, of which splicer never lets go.
 
     The two processes of a ping-pong share a CPU, those of the others do not. Left to the scheduler
     they do now one and now the other, and that decides the result more than anything under test.
@@ -42,8 +43,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        if self.pattern == "spin":
-            return self.pattern
         return f"{self.path}-{self.pattern}-{self.size}-{'nagle' if self.nagle else 'nodelay'}"
 
     @property
@@ -100,11 +99,7 @@ class Cell:
                 found = json.loads(run_load(bed, [*program, *drive, *credits], where, cpu))
             finally:
                 bed.stop(server)
-        return Sample(
-            {key: found[key] for key in found if key not in ("requests", "sent_bytes")},
-            requests=found["requests"],
-            sent_bytes=found["sent_bytes"],
-        )
+        return _make_sample(found)
 
     @property
     def _pattern(self) -> str:
@@ -123,6 +118,45 @@ class Cell:
             yield (str(path),)
         finally:
             path.unlink()
+
+
+@dataclass(frozen=True)
+class Spin:
+    """A ping-pong whose ends call recv again and again, each on a CPU of its own: spin.lua, run by wrk."""
+
+    bound: float
+    name: str = "spin"
+    title: str = "ping-pong of 64 bytes over loopback, both ends spin on recv"
+    expected: Expected = "either"
+    unit: str = "exchange"
+    daemon_options: tuple[str, ...] = ()
+    always_redirects: bool = False
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric("rate", "exchanges/s", bound=self.bound), Metric("p50_us", "p50 us", False))
+
+    def measure(self, bed: Testbed, load: Load) -> Sample:
+        server = bed.start(make_spin("serve", LOAD_PORT), bed.server, subprocess.PIPE, cpu=1)
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            drive = make_spin("drive", LOAD_PORT, 64, load.seconds)
+            found = json.loads(run_load(bed, drive, bed.server, 0))
+        finally:
+            bed.stop(server)
+        return _make_sample(found)
+
+
+def make_spin(*words: object) -> list[str]:
+    """The command; see spin.lua. wrk wants a URL, and does not get so far as to look at it."""
+    spin = "SPIN=" + " ".join(str(word) for word in words)
+    return ["env", spin, "wrk", "-s", str(HERE / "spin.lua"), "http://-/"]
+
+
+def _make_sample(found: dict[str, Any]) -> Sample:
+    requests, sent_bytes = found.pop("requests"), found.pop("sent_bytes")
+    return Sample(found, requests=requests, sent_bytes=sent_bytes)
 
 
 def matrix() -> Iterator[Cell]:

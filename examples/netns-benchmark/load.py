@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One non-blocking connection under load: ping-pong (rr, spin) or a one-way stream, for the matrix.
+"""One non-blocking connection under load: ping-pong (rr) or a one-way stream, for the matrix.
 
     load.py serve ADDRESS PORT [CREDITS]     serves one connection, then exits
-    load.py drive ADDRESS PORT rr|spin|stream SIZE 0|1 SECONDS [CREDITS]     prints one line of JSON
+    load.py drive ADDRESS PORT rr|stream SIZE 0|1 SECONDS [CREDITS]     prints one line of JSON
 
 0|1 is TCP_NODELAY. Both ends wait in epoll and never in recv or send: a blocking socket would not be
-spliced. Those that spin do not wait at all. The interpreter costs about a microsecond per message at
-either end, plain and spliced alike.
+spliced. The interpreter costs about a microsecond per message at either end, plain and spliced alike.
 
 CREDITS is a FIFO. With it, the reader of a stream bounds what it has not read to WINDOW: redirected messages
 are bounded by nothing else, but for splicer's letting go of the connection.
@@ -36,8 +35,6 @@ WARM_UP_SECONDS = 0.2
 STREAM_BUFFER = 256 * 1024
 WINDOW = 1024 * 1024
 CREDIT = 256 * 1024
-# Spinning costs more than looking at a clock: it is looked at once in so many empty reads.
-EMPTY_READS = 1 << 16
 # Nobody is silent for that long unless something is lost.
 STALL_SECONDS = 5.0
 
@@ -84,28 +81,6 @@ class Connection:
                 self.wait_writable()
 
 
-class SpinningConnection(Connection):
-    """Asks for what there is to read, again and again."""
-
-    def receive(self, view: memoryview) -> None:
-        receive = self.sock.recv_into
-        empty, deadline = 0, 0.0
-        while view:
-            try:
-                count = receive(view)
-            except BlockingIOError:
-                empty += 1
-                if empty % EMPTY_READS == 0:
-                    now = time.monotonic()
-                    deadline = deadline or now + STALL_SECONDS
-                    if now > deadline:
-                        raise TimeoutError(f"nothing to read for {STALL_SECONDS:g} s") from None
-                continue
-            if count == 0:
-                raise EOFError
-            view = view[count:]
-
-
 def serve(address: str, port: int, credits: str | None = None) -> None:
     listener = socket.create_server((address, port))
     print("listening", flush=True)
@@ -122,8 +97,6 @@ def serve(address: str, port: int, credits: str | None = None) -> None:
         case b"stream":
             answer_greetings(connection)
             sink(connection, None if credits is None else os.open(credits, os.O_WRONLY))
-        case b"spin":
-            echo(SpinningConnection(sock), size)
         case _:
             echo(connection, size)
 
@@ -180,7 +153,7 @@ def drive(
 ) -> None:
     sock = socket.create_connection((address, port), STALL_SECONDS)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, nodelay)
-    connection = SpinningConnection(sock) if pattern == "spin" else Connection(sock)
+    connection = Connection(sock)
     connection.receive(memoryview(bytearray(len(READY))))
     connection.send(memoryview(HEADER.pack(pattern.encode(), size, nodelay)))
     if pattern == "stream":
@@ -286,7 +259,7 @@ def main() -> None:
             "drive",
             address,
             port,
-            ("rr" | "spin" | "stream") as pattern,
+            ("rr" | "stream") as pattern,
             size,
             nodelay,
             seconds,

@@ -111,7 +111,8 @@ class Result:
     def shares(self) -> list[float]:
         """Of each spliced leg: bytes that were redirected of those that were sent, where that is known."""
         return [
-            leg.splicing.redirected_bytes / leg.sample.sent_bytes
+            # The greeting of a stream is not in what was sent.
+            min(1.0, leg.splicing.redirected_bytes / leg.sample.sent_bytes)
             for leg in self.splices
             if leg.splicing is not None and leg.sample.sent_bytes
         ]

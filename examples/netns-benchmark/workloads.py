@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nginx
 import psutil
-from cells import Cell
+from cells import Spin
 from model import Expected, Load, Metric, Sample, Workload
 from nginx import LOOPBACK, ORIGIN_PORT, PROXY_PORT
 from testbed import SERVER_ADDRESS, Testbed, run_load
@@ -164,7 +164,7 @@ REFUSED_WORKLOADS: tuple[Workload, ...] = (
             ("close", "/small", "a connection per request"),
         )
     ),
-    Cell("loopback", "spin", 64, False, bound=SPINNING_BOUND),
+    Spin(SPINNING_BOUND),
     *(
         Wrk(
             f"proxy-300-{size}",
