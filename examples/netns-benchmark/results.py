@@ -73,7 +73,7 @@ class Row:
 
     @property
     def failure(self) -> str:
-        """The bound, beyond the noise: that by which half of the pairs of plain legs differ at least."""
+        """The bound, beyond the noise: the median distance of the ratios of two plain legs from 1."""
         metric, ratio = self.metric, self.ratios.median
         noise = median(abs(noise - 1) for noise in self.noises.values)
         if metric.holds(ratio, noise):
