@@ -192,14 +192,17 @@ class Testbed:
         stderr: int | IO[bytes] | None = None,
         stdin: int = subprocess.DEVNULL,
         cpu: int | None = None,
+        watched: bool = True,
     ) -> subprocess.Popen[bytes]:
         """Starts a process, in a namespace and in the cgroup; without a namespace: outside of both.
 
-        With `cpu` it stays on the CPU of that index among the usable ones, modulo their number.
+        With `cpu` it stays on the CPU of that index among the usable ones, modulo their number. If it is not
+        `watched`, it is outside the cgroup, as a process of another host would be.
         """
+        cgroup = self.cgroup if namespace and watched else None
         child = subprocess.Popen(
             command,
-            preexec_fn=_entry(namespace, self.cgroup if namespace else None, signal.SIGTERM, cpu),
+            preexec_fn=_entry(namespace, cgroup, signal.SIGTERM, cpu),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -221,6 +224,20 @@ class Testbed:
         if child in self._children:
             self._children.remove(child)
         return child.returncode
+
+
+def run_load(bed: Testbed, command: list[str], namespace: Namespace, cpu: int | None = None) -> bytes:
+    """The last line a load program prints. Raises TestbedError when it fails or prints none."""
+    child = bed.start(command, namespace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cpu=cpu)
+    try:
+        out, err = child.communicate()
+    finally:
+        status = bed.stop(child)
+    lines = out.splitlines()
+    if status != 0 or not lines:
+        said = (err.decode() or out.decode()).strip().splitlines()
+        raise TestbedError(f"{Path(command[0]).name} failed ({status}): {said[-1] if said else 'no output'}")
+    return lines[-1]
 
 
 def _entry(

@@ -34,7 +34,7 @@ NEW = 4.0
 
 
 class Splicer(Protocol):
-    """The daemon under test: see benchmark.py."""
+    """The daemon under test: see splicing.py."""
 
     def running(self) -> AbstractContextManager[subprocess.Popen[bytes]]: ...
     def status(self) -> dict[str, Any]: ...

@@ -60,15 +60,12 @@ def test_everything_that_is_shown_was_measured() -> None:
 def test_what_the_benchmark_prints_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The format is the benchmark's own: one run by itself, with more in it than is drawn."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
-    benchmark = _load(BENCHMARK / "benchmark.py")
-    workloads = {workload.name: workload for workload in benchmark.WRK_WORKLOADS}
+    model, results, catalogue = (importlib.import_module(name) for name in ("model", "results", "workloads"))
+    workloads = catalogue.WRK_WORKLOADS
     metrics = {"rate": 10.0, "p50_us": 4.0, "p99_us": 5.0, "max_us": 9.0, "cpu_us": 2.0}
-    pairs = [
-        benchmark.Pair(
-            benchmark.Sample(metrics),
-            benchmark.Sample({key: value * factor for key, value in metrics.items()}),
-            None,
-        )
+    plains = [model.Sample(metrics)] * 4
+    splices = [
+        results.Leg(model.Sample({key: value * factor for key, value in metrics.items()}), None)
         for factor in (1, 2, 4)
     ]
     document = {
@@ -83,7 +80,7 @@ def test_what_the_benchmark_prints_can_be_drawn(monkeypatch: pytest.MonkeyPatch)
             "alternations": 3,
             "mode": "default",
         },
-        "workloads": [benchmark.Result(workload, pairs).to_json(False) for workload in workloads.values()],
+        "workloads": [results.Result(workload, plains, splices).to_json(False) for workload in workloads],
     }
     figures = draw.read_figures(json.loads(json.dumps(document)))
     assert [figure.shown for figure in figures] == list(draw.SHOWN)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What examples/netns-benchmark makes of what it measured, which workloads it knows, and its load programs.
+
+That it measures is tests/kernel/test_benchmark.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARK = Path(__file__).resolve().parents[2] / "examples/netns-benchmark"
+LOOPBACK = "127.0.0.1"
+SPLICING = {
+    "spliced": 1,
+    "redirected_messages": 100,
+    "redirected_bytes": 6400,
+    "passed_messages": 0,
+    "rescued": 0,
+    "cpu_percent": 1.0,
+    "rss_kib": 1024,
+    "programs": {},
+    "refused": {},
+}
+
+
+class Modules:
+    """The benchmark's own, which are in no package."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Modules:
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    return Modules()
+
+
+def _result(
+    bench: Modules,
+    workload: Any,
+    plains: Sequence[float],
+    splices: Sequence[tuple[float, dict[str, Any] | None]],
+    key: str = "rate",
+) -> Any:
+    def sample(value: float) -> Any:
+        metrics = {metric.key: 1.0 for metric in workload.metrics} | {key: value}
+        return bench.model.Sample(metrics, requests=10, sent_bytes=12800)
+
+    legs = [
+        bench.results.Leg(
+            sample(value), None if changes is None else bench.splicing.Splicing(**{**SPLICING, **changes})
+        )
+        for value, changes in splices
+    ]
+    return bench.results.Result(workload, [sample(value) for value in plains], legs)
+
+
+def _cell(bench: Modules, pattern: str = "stream", **changes: Any) -> Any:
+    return bench.cells.Cell("loopback", pattern, 16384, False, **changes)
+
+
+def test_a_ratio_is_to_the_plain_legs_around_and_they_are_the_noise(bench: Modules) -> None:
+    found = _result(bench, _cell(bench), [10, 30, 20], [(40, {}), (25, {})])
+    row = found.rows[0]
+    assert list(row.ratios.values) == [1, 2]
+    assert row.noises.values == pytest.approx([2 / 3, 3])
+    assert "1.50 (1.00 - 2.00)  1.83 (0.67 - 3.00)" in found.to_line()
+    assert "1.50 (1.00 - 2.00)  1.83 (0.67 - 3.00)" in found.to_text()
+    rate = found.to_json(check=True)["metrics"]["rate"]
+    assert rate["ratio"] == {"median": 1.5, "min": 1, "max": 2}
+    assert rate["noise"]["max"] == 3
+    assert (rate["plain_samples"], rate["spliced_samples"]) == ([10, 30, 20], [40, 25])
+
+
+NOTHING = {"redirected_messages": 0, "redirected_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("legs", "text"),
+    [
+        ([{}, {}], "50 50 %"),
+        ([NOTHING, {}], "0 50 %; nothing in 1 of 2"),
+        ([NOTHING, NOTHING], "nothing: plain as well"),
+        # Of a stream that went back at once: little, and not nothing.
+        ([{"redirected_bytes": 1}, {"redirected_bytes": 64}], "0.01 0.5 %"),
+    ],
+)
+def test_the_matrix_says_where_nothing_was_redirected(
+    bench: Modules, legs: list[dict[str, Any]], text: str
+) -> None:
+    line = _result(bench, _cell(bench), [1, 1, 1], [(1, changes) for changes in legs]).to_line()
+    assert line.endswith(f"  {text}")
+
+
+def test_what_the_legs_did_must_be_what_the_workload_is_for(bench: Modules) -> None:
+    always = next(iter(bench.cells.streams()))
+    refused = bench.workloads.REFUSED_WORKLOADS[0]
+    for workload, changes, wrong in (
+        (always, NOTHING, "redirected nothing"),
+        (always, {}, None),
+        (refused, {}, "was to be refused"),
+        (refused, NOTHING, None),
+        (_cell(bench), NOTHING, None),
+    ):
+        failures = _result(bench, workload, [1, 1], [(1, changes)]).failures(check=False)
+        assert [wrong in failure for failure in failures] == ([True] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("plains", "spliced", "fails"),
+    [
+        ([100, 100, 100], 97, False),
+        ([100, 100, 100], 96, True),
+        # Plain legs that differ by 10 % allow as much beyond the bound, and no more.
+        ([100, 110, 100], 94, False),
+        ([100, 110, 100], 90, True),
+    ],
+)
+def test_a_bound_holds_beyond_the_noise(
+    bench: Modules, plains: list[float], spliced: float, fails: bool
+) -> None:
+    found = _result(bench, _cell(bench, bound=0.97), plains, [(spliced, {})] * 2)
+    assert bool(found.failures(check=True)) is fails
+    assert not found.failures(check=False)
+
+
+def test_latency_is_bounded_from_above(bench: Modules) -> None:
+    keep_alive = bench.workloads.WRK_WORKLOADS[0]
+    for p50, fails in ((0.7, False), (0.8, True)):
+        found = _result(bench, keep_alive, [1, 1], [(p50, {})], key="p50_us")
+        assert any("p50" in failure for failure in found.failures(check=True)) is fails
+
+
+def test_programs_are_counted_for_a_request_an_exchange_or_a_message(bench: Modules) -> None:
+    programs = {"programs": {"verdict": bench.programs.Cost(20, 10_000), "adopt": bench.programs.Cost(0, 0)}}
+    for pattern, what in (("rr", "an exchange"), ("stream", "a message")):
+        found = _result(bench, _cell(bench, pattern), [1, 1], [(1, programs)])
+        wanted = f"programs, for {what}: verdict 2.0 x 500 ns;\n    1.00 us in all"
+        assert wanted in found.to_line() and wanted in found.to_text()
+    found = _result(bench, bench.workloads.REFUSED_WORKLOADS[0], [1, 1], [(1, programs)])
+    assert "programs, for a request: verdict 2.0" in found.to_text()
+
+
+def test_why_connections_were_refused_is_said(bench: Modules) -> None:
+    refused = {**NOTHING, "refused": {"blocking_reader": 2}}
+    text = _result(bench, bench.workloads.REFUSED_WORKLOADS[0], [1, 1], [(1, refused)]).to_text()
+    assert "refused: blocking_reader 2" in text
+
+
+# -- which workloads there are ------------------------------------------------------------------------------
+
+
+def _select(bench: Modules, *arguments: str) -> list[str]:
+    options = bench.benchmark.parse(arguments)
+    return [workload.name for workload in bench.benchmark.select_workloads(options)]
+
+
+def test_workloads_are_found_by_group_and_by_name(bench: Modules) -> None:
+    assert _select(bench) == ["keep-alive", "close", "proxy-20k", "proxy-1m"]
+    assert _select(bench, "--only=off-*") == ["off-1m", "off-small", "off-close"]
+    assert _select(bench, "--only=close", "--only=spin") == ["close", "spin"]
+    assert _select(bench, "--refused", "--only=*-1m") == ["blocking-1m", "off-1m", "remote-1m"]
+    assert len(_select(bench, "--matrix")) == 32
+    assert len(_select(bench, "--streams")) == 24
+    assert _select(bench, "--matrix", "--only=*-rr-64-nagle") == [
+        "loopback-rr-64-nagle",
+        "bridge-rr-64-nagle",
+    ]
+    with pytest.raises(bench.testbed.TestbedError, match="no workload is called"):
+        _select(bench, "--refused", "--only=keep-alive")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--matrix", "--streams"],
+        ["--watch", "--refused"],
+        ["--programs", "--baseline"],
+        ["--watch", "--only=x"],
+    ],
+)
+def test_what_cannot_be_measured_together_is_refused(
+    bench: Modules, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.benchmark.parse(arguments)
+    assert "benchmark: error" in capsys.readouterr().err
+
+
+def test_the_list_names_all_groups(bench: Modules, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.benchmark.print_list(bench.benchmark.parse(["--list"]))
+    listed = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in listed if line and not line.startswith("--")]
+    every = [workload.name for group in bench.benchmark.list_groups().values() for workload in group]
+    assert names == every and len(set(every)) == len(every)
+    for group in bench.benchmark.GROUPS:
+        assert any(line.startswith(f"--{group}: ") for line in listed)
+
+
+# -- the load -----------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("with_credits", [False, True])
+@pytest.mark.parametrize("pattern", ["rr", "stream"])
+def test_one_connection_counts_what_it_carries(tmp_path: Path, pattern: str, with_credits: bool) -> None:
+    size = 4096
+    port = str(_free_port())
+    program = [sys.executable, "-I", str(BENCHMARK / "load.py")]
+    fifo = tmp_path / "credits"
+    os.mkfifo(fifo)
+    credits = [str(fifo)] if with_credits else []
+    with subprocess.Popen([*program, "serve", LOOPBACK, port, *credits], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"listening\n"
+        drive = [*program, "drive", LOOPBACK, port, pattern, str(size), "1", "0.1", *credits]
+        found = json.loads(subprocess.run(drive, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+    assert server.returncode == 0
+    directions = 1 if pattern == "stream" else 2
+    assert found["requests"] > 0 and found["rate"] > 0
+    # The last message of a stream need not go out as a whole.
+    assert 0 <= directions * size * found["requests"] - found["sent_bytes"] < size
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="without wrk; make setup-test installs it")
+def test_the_spinning_connection_counts_what_it_carries(bench: Modules) -> None:
+    port = _free_port()
+    with subprocess.Popen(bench.cells.make_spin("serve", port), stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"listening\n"
+        drive = bench.cells.make_spin("drive", port, 64, 0.1)
+        found = json.loads(subprocess.run(drive, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+    assert server.returncode == 0
+    assert found["requests"] > 0 and found["rate"] > 0 and found["p50_us"] > 0
+    assert found["sent_bytes"] == 2 * 64 * found["requests"]
+
+
+class _Origin(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    connections = 0
+    requests = 0
+
+    def setup(self) -> None:
+        type(self).connections += 1
+        super().setup()
+
+    def do_GET(self) -> None:
+        type(self).requests += 1
+        body = b"x" * 100_000
+        self.send_response(200 if self.path == "/1m" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kept", ["keep-alive", "close"])
+def test_the_blocking_client_counts_its_requests(kept: str) -> None:
+    class Origin(_Origin):
+        pass
+
+    with ThreadingHTTPServer((LOOPBACK, 0), Origin) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            command = [sys.executable, "-I", str(BENCHMARK / "reader.py"), LOOPBACK, str(server.server_port)]
+            good, bad = (
+                subprocess.run([*command, path, kept, "0.1"], capture_output=True, timeout=60, check=False)
+                for path in ("/1m", "/else")
+            )
+        finally:
+            server.shutdown()
+            thread.join()
+    found = json.loads(good.stdout)
+    assert found["requests"] == Origin.requests - 1
+    assert Origin.connections == (2 if kept == "keep-alive" else Origin.requests)
+    assert found["megabytes"] > 0
+    assert bad.returncode != 0 and b"404" in bad.stderr
