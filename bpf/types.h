@@ -279,7 +279,7 @@ struct settings {
 	u32 queue_messages;	/* bound on redirected, unread messages */
 	u32 queue_bytes;	/* bound on redirected, unread bytes */
 	u32 stream_messages;	/* so many unanswered sends are a stream */
-	u32 stream_size;	/* a stream of messages at least so big stays */
+	u32 stream_size;	/* one of messages at least so big stays, between namespaces */
 	u32 registering;	/* 0: new connections are left alone */
 	u32 finishing;		/* adopt puts in second ends only */
 };

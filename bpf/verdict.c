@@ -29,13 +29,15 @@ static __always_inline int is_overfull(struct settings *s, struct direction *d,
 }
 
 /*
- * Many messages and no answer: a stream. Small messages are better off in TCP,
- * which may merge them. The other direction's counters are in a cache line of
- * another CPU, so they are looked at once in a while only. is_last: no element of
- * the message comes after this one.
+ * Many messages and no answer: a stream. TCP serves it better where it costs little,
+ * which is within a network namespace, and wherever the messages are so small that
+ * it may merge them ("Streams" in ARCHITECTURE.md). The other direction's counters are
+ * in a cache line of another CPU, so they are looked at once in a while only. is_last:
+ * no element of the message comes after this one.
  */
-static __always_inline int is_small_stream(struct settings *s, struct direction *d,
-					   struct direction *back, u32 size, int is_last)
+static __always_inline int
+is_losing_stream(struct settings *s, struct pair *p, struct direction *d,
+		 struct direction *back, u32 size, int is_last)
 {
 	u32 answered;
 
@@ -52,7 +54,9 @@ static __always_inline int is_small_stream(struct settings *s, struct direction 
 		d->burst_bytes = 0;
 		return 0;
 	}
-	return d->burst >= s->stream_messages &&
+	if (d->burst < s->stream_messages)
+		return 0;
+	return p->end[CLIENT].key.netns == p->end[SERVER].key.netns ||
 	       d->burst_bytes < d->burst * s->stream_size;
 }
 
@@ -188,7 +192,7 @@ check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_s
 	return WAY_REDIRECT;
 }
 
-/* Is it too much for the reader, or better merged by TCP? Then the pair goes back. */
+/* Is it too much for the reader, or a stream that TCP serves better? Then the pair goes back. */
 static __always_inline enum way
 check_load(struct settings *s, struct pair *p, u32 progress, struct direction *d,
 	   struct direction *back, u32 queued, u32 size, int is_last)
@@ -197,7 +201,7 @@ check_load(struct settings *s, struct pair *p, u32 progress, struct direction *d
 		start_draining(p, REASON_BACKPRESSURE);
 		return WAY_TCP;
 	}
-	if (progress == STATE_SPLICED && is_small_stream(s, d, back, size, is_last)) {
+	if (progress == STATE_SPLICED && is_losing_stream(s, p, d, back, size, is_last)) {
 		start_draining(p, REASON_STREAM);
 		return WAY_TCP;
 	}

@@ -38,7 +38,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("policy_off", "The policy of an end is off; splicer policy says why."),
     ("map_full", "The limit of --max-connections was reached, or the share of the client's cgroup in it."),
     ("backpressure", "The reader fell behind; TCP now holds the sender back."),
-    ("stream", "One direction only, in messages that TCP merges: plain TCP is faster."),
+    ("stream", "One direction only, where plain TCP is faster."),
     ("rescue", "Bytes waited unread in a spliced socket; it went back to plain TCP."),
     ("stop", "splicer is stopping."),
     ("request", "An operator asked for it to be drained."),

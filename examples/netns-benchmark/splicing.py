@@ -21,6 +21,8 @@ from testbed import Testbed, TestbedError
 READY_SECONDS = 30.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 # More than a stream that is bounded by its reader ever has waiting.
+# More than the verdict ever counts.
+NEVER = 1 << 20
 ROOMY_MESSAGES, ROOMY_BYTES = 1 << 20, 64 << 20
 
 
@@ -128,7 +130,9 @@ class Splicer:
         with contextlib.closing(Map.open(str(paths[0]))) as settings:
             if settings.value_size != SETTINGS.size:
                 raise TestbedError("the splicer under test has other settings than the one of this directory")
-            SettingsMap(settings).write(stream_size=0, queue_messages=ROOMY_MESSAGES, queue_bytes=ROOMY_BYTES)
+            SettingsMap(settings).write(
+                stream_messages=NEVER, queue_messages=ROOMY_MESSAGES, queue_bytes=ROOMY_BYTES
+            )
 
     def status(self) -> dict[str, Any]:
         command = [self._command, "status", "--json", "--run-dir", str(self._run_dir)]

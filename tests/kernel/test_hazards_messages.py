@@ -157,6 +157,19 @@ def test_stream_of_larger_messages_stays(wire: Wire) -> None:
     pair.verify()
 
 
+def test_stream_within_a_namespace_goes_back(host: Host, lab: Lab) -> None:
+    """Whatever its size: TCP over loopback is faster than a message at a time."""
+    pair = host.connect(host.peer(lab, "a"), host.peer(lab, "a"), lab.address("a"))
+    host.make_hot(pair)
+    size = 20_000
+    pair.server.begin("recv", count=100 * size)
+    pair.client.send(100 * size, chunk=size)
+    pair.server.finish()
+    host.wait_flow(pair, "paired", "stream")
+    pair.pingpong(10)
+    pair.verify()
+
+
 # what sees packets
 
 
