@@ -18,12 +18,7 @@ from support.pauses import Stopwatch
 from support.players import JUGGLER, Pair
 from support.wire import Wire
 
-from splicer.kernel import libbpf
-from splicer.kernel.layout import PAIR
-
 TCP_KEEPALIVE_S = 2  # TCP_KEEPIDLE
-# Fields of struct pair, by their number.
-CHANGED_NS, RETRY_NS = 49, 50
 PAGE_FRAGMENT = 32768  # sk_page_frag_refill()
 COPIED_AT_MOST = 16384  # take_one_element()
 
@@ -109,20 +104,6 @@ def test_buffer_that_ends_within_a_message(wire: Wire, size: int, waiting: int) 
 # streams
 
 
-def _forget_cool_down(host: Host) -> float:
-    """Let the only pair be tried again at once; for how many seconds it should not have been."""
-    pairs = libbpf.Map.open(str(host.pin_dir / "maps" / "pairs"))
-    try:
-        ((key, value),) = pairs.items()
-        fields = list(PAIR.unpack(value))
-        cool_down: int = fields[RETRY_NS] - fields[CHANGED_NS]
-        fields[RETRY_NS] = 1
-        pairs.set(key, PAIR.pack(*fields))
-    finally:
-        pairs.close()
-    return cool_down / 1e9
-
-
 def test_stream_goes_back_and_stays_longer_each_time(lab: Lab) -> None:
     """Many small messages without an answer: the connection goes back as a `stream`, and is not tried again
     soon. The time doubles."""
@@ -136,7 +117,7 @@ def test_stream_goes_back_and_stays_longer_each_time(lab: Lab) -> None:
             host.wait_flow(pair, "paired", "stream")
             pair.pingpong(200)
             assert host.flow(pair)["state"] == "paired"
-            assert _forget_cool_down(host) == least
+            assert host.forget_cool_downs() == [least]
             host.make_hot(pair)
         pair.verify()
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from splicer.kernel import libbpf
+from splicer.kernel.layout import PAIR
 from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
 from support.cgroup import Cgroup
 from support.daemon import Daemon, wait_until
@@ -22,6 +24,7 @@ from support.pauses import Stopwatch
 from support.players import PROGRAM, End, Pair, Peer
 
 HOT_TIMEOUT = 5.0  # seconds
+CHANGED_NS, RETRY_NS = 49, 50  # among the fields of layout.PAIR
 
 # Ports whose service has a policy of its own in the configuration below.
 EAGER, OFF, ALLOW, EAGER_ALLOW = 7101, 7102, 7103, 7104
@@ -279,6 +282,21 @@ class Host:
         pair = self.pair(lab, **arguments)
         self.make_hot(pair)
         return pair
+
+    def forget_cool_downs(self) -> list[float]:
+        """Let every pair be tried again at once; for how many seconds from its last change it should not have
+        been. Meanwhile nobody may use them."""
+        found = []
+        pairs = libbpf.Map.open(str(self.pin_dir / "maps" / "pairs"))
+        try:
+            for key, value in pairs.items():
+                fields = list(PAIR.unpack(value))
+                found.append((fields[RETRY_NS] - fields[CHANGED_NS]) / 1e9)
+                fields[RETRY_NS] = 1
+                pairs.set(key, PAIR.pack(*fields))
+        finally:
+            pairs.close()
+        return found
 
     def check_alive(self, lab: Lab) -> None:
         """The daemon is well, and splices what is new."""
