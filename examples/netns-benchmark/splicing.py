@@ -20,9 +20,9 @@ from testbed import Testbed, TestbedError
 
 READY_SECONDS = 30.0
 REPOSITORY = Path(__file__).resolve().parents[2]
-# More than a stream that is bounded by its reader ever has waiting.
-# More than the verdict ever counts.
+# A stream of more messages than the verdict ever counts.
 NEVER = 1 << 20
+# More than a stream that is bounded by its reader ever has waiting.
 ROOMY_MESSAGES, ROOMY_BYTES = 1 << 20, 64 << 20
 
 

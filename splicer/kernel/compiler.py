@@ -307,6 +307,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
     try:
         for directory in ("maps", "programs", "links"):
             os.makedirs(os.path.join(pin_dir, directory), mode=0o700, exist_ok=True)
+        cast = btf.find_function("bpf_rdonly_cast")
         for program in PROGRAMS:
             target = 0
             if program.tracepoint:
@@ -319,8 +320,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
                     hint=KERNEL_HINT,
                     exit_code=UNSUPPORTED,
                 )
-            code = _read_code(module, program)
-            code = link_cast(code, btf.find_function("bpf_rdonly_cast"))
+            code = link_cast(_read_code(module, program), cast)
             fd, log = libbpf.load_program(
                 program.kind,
                 program.name,

@@ -14,15 +14,11 @@ from ipaddress import IPv6Network
 from typing import Generic, NamedTuple, TypeVar
 
 from splicer.model import Container
-from splicer.policy.explanation import Explanation, explain
 from splicer.policy.precedence import (
-    RANK_LABELS,
-    RANK_OVERRIDE,
     V2_ROOT,
     Host,
     Statement,
     contains,
-    find_cgroup,
     find_eager_ports,
     from_labels,
     from_override,
@@ -34,26 +30,6 @@ from splicer.policy.precedence import (
     shares_network,
 )
 from splicer.policy.rules import Rule
-
-__all__ = [
-    "ANY",
-    "CGROUP",
-    "NETNS",
-    "NETWORK",
-    "RANK_LABELS",
-    "RANK_OVERRIDE",
-    "Changes",
-    "Compiled",
-    "Entry",
-    "Explanation",
-    "Host",
-    "Key",
-    "compile_policy",
-    "explain",
-    "find_cgroup",
-    "find_changes",
-    "is_about",
-]
 
 # Kinds of keys, as in bpf/types.h.
 ANY, CGROUP, NETWORK, NETNS = 0, 1, 2, 3

@@ -87,7 +87,6 @@ def test_sends_of_what_stays_plain_run_nothing(host: Host, lab: Lab, kind: str) 
     pair = PLAIN[kind](host, lab)
     before = read_runs(host.pin_dir, "verdict")
     pair.pingpong(10)
-    # Again and again, where it may have been tried in between.
     assert read_runs(host.pin_dir, "verdict") == before
     pair.verify()
 

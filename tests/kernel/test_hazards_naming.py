@@ -5,6 +5,7 @@ HAZARDS.md that is named."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from support.daemon import wait_until
@@ -13,8 +14,6 @@ from support.hostile import Hostile, Name, dial
 from support.lab import Lab
 from support.meddler import callbacks_forgotten
 from support.players import HABITS, Pair, Peer
-
-from splicer.kernel import layout, libbpf
 
 ROUNDS, SIZE = 30, 10
 
@@ -116,16 +115,15 @@ COOKIE = 18  # among the fields of layout.PAIR: the client's
 
 def _set_cookie(host: Host, cookie: int) -> int:
     """Another cookie for the client of the only pair there is; returns the one it had."""
-    pairs = libbpf.Map.open(str(host.pin_dir / "maps" / "pairs"))
-    try:
-        ((key, value),) = pairs.items()
-        fields = list(layout.PAIR.unpack(value))
-        before: int = fields[COOKIE]
+    found: list[int] = []
+
+    def change(fields: list[Any]) -> None:
+        found.append(fields[COOKIE])
         fields[COOKIE] = cookie
-        pairs.set(key, layout.PAIR.pack(*fields))
-        return before
-    finally:
-        pairs.close()
+
+    host.edit_pairs(change)
+    (before,) = found
+    return before
 
 
 def test_another_socket_in_the_memory_of_an_end(host: Host, lab: Lab) -> None:

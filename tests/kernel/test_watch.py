@@ -7,10 +7,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from support.daemon import wait_until
-from support.host import Host
+from support.host import CHANGED_NS, Host
 from support.lab import Lab
 from support.players import Pair
 from support.tiers import spread
@@ -21,7 +22,7 @@ from splicer.kernel.layout import MODES, PAIR, STATE_SPLICED, WATCH_PAIRS
 from splicer.kernel.sweep import Sweeper
 
 SIZE = 100
-SERVER_BORN, SERVER_TGID, CHANGED_NS = 43, 45, 49  # among the fields of layout.PAIR
+SERVER_BORN, SERVER_TGID = 43, 45  # among the fields of layout.PAIR
 
 
 @contextmanager
@@ -107,14 +108,11 @@ def test_a_change_of_policy_is_asked_about_when_somebody_looks(lab: Lab) -> None
 
 def _make_old(host: Host) -> None:
     """Let all pairs be spliced since long ago. The watch looks more closely at new ones."""
-    pairs = libbpf.Map.open(str(host.pin_dir / "maps" / "pairs"))
-    try:
-        for key, value in pairs.items():
-            fields = list(PAIR.unpack(value))
-            fields[CHANGED_NS] = 1
-            pairs.set(key, PAIR.pack(*fields))
-    finally:
-        pairs.close()
+
+    def age(fields: list[Any]) -> None:
+        fields[CHANGED_NS] = 1
+
+    host.edit_pairs(age)
 
 
 def _remember_server_as_splicer(host: Host) -> None:

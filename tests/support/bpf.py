@@ -163,7 +163,7 @@ def _bpftool(*arguments: str) -> list[dict[str, object]]:
 @contextlib.contextmanager
 def counting_runs() -> Iterator[None]:
     """A context in which the kernel counts the runs of all programs."""
-    fd = ctypes.CDLL("libbpf.so.1", use_errno=True).bpf_enable_stats(BPF_STATS_RUN_TIME)
+    fd = libbpf.get_library().bpf_enable_stats(BPF_STATS_RUN_TIME)
     assert fd >= 0, os.strerror(ctypes.get_errno())
     try:
         yield

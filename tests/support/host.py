@@ -283,19 +283,27 @@ class Host:
         self.make_hot(pair)
         return pair
 
-    def forget_cool_downs(self) -> list[float]:
-        """Let every pair be tried again at once; for how many seconds from its last change it should not have
-        been. Meanwhile nobody may use them."""
-        found = []
+    def edit_pairs(self, edit: Callable[[list[Any]], None]) -> None:
+        """Change the fields of layout.PAIR of every connection. Meanwhile nobody may use them."""
         pairs = libbpf.Map.open(str(self.pin_dir / "maps" / "pairs"))
         try:
             for key, value in pairs.items():
                 fields = list(PAIR.unpack(value))
-                found.append((fields[RETRY_NS] - fields[CHANGED_NS]) / 1e9)
-                fields[RETRY_NS] = 1
+                edit(fields)
                 pairs.set(key, PAIR.pack(*fields))
         finally:
             pairs.close()
+
+    def forget_cool_downs(self) -> list[float]:
+        """Let every pair be tried again at once; for how many seconds from its last change it should not have
+        been. As for `edit_pairs`."""
+        found = []
+
+        def forget(fields: list[Any]) -> None:
+            found.append((fields[RETRY_NS] - fields[CHANGED_NS]) / 1e9)
+            fields[RETRY_NS] = 1
+
+        self.edit_pairs(forget)
         return found
 
     def check_alive(self, lab: Lab) -> None:

@@ -12,8 +12,8 @@ import pytest
 from splicer.cli import policy
 from splicer.daemon.control import Server
 from splicer.errors import SplicerError
-from splicer.policy.entries import Host
 from splicer.policy.explanation import explain
+from splicer.policy.precedence import Host
 from splicer.policy.rules import Rule
 from splicer.text import Palette
 

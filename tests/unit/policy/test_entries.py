@@ -12,17 +12,13 @@ from splicer.model import Container
 from splicer.policy.entries import (
     CGROUP,
     NETNS,
-    RANK_LABELS,
-    RANK_OVERRIDE,
     Compiled,
     Entry,
-    Host,
     Key,
     compile_policy,
-    find_cgroup,
     find_changes,
-    is_about,
 )
+from splicer.policy.precedence import RANK_LABELS, RANK_OVERRIDE, Host, find_cgroup, is_about
 from splicer.policy.rules import Rule
 
 ROOT = "/sys/fs/cgroup"

@@ -23,12 +23,12 @@ from splicer.policy.entries import (
     CGROUP,
     NETWORK,
     Compiled,
-    Host,
     Key,
-    explain,
     find_changes,
 )
+from splicer.policy.explanation import explain
 from splicer.policy.labels import read
+from splicer.policy.precedence import Host
 from splicer.policy.rules import Rule
 
 from .test_entries import HOST, OFF, ROOT, compiled, container

@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from splicer.model import Container
-from splicer.policy.entries import (
-    Explanation,
-    Host,
-    explain,
-)
+from splicer.policy.explanation import Explanation, explain
+from splicer.policy.precedence import Host
 from splicer.policy.rules import Rule
 
 from .test_entries import HOST, ROOT, container
