@@ -38,7 +38,7 @@
 #define STRANDED_MS		15
 #define BUSY_RETRY_NS		250000000ULL
 #define REFUSED_RETRY_NS	1000000000ULL
-#define LEAVE_STREAM_NS		50000000ULL
+#define LEAVE_LOSS_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
 /* What TCP serves better is not tried again soon: each try is a loss until it is noticed. */
 #define LOSS_COOL_DOWN_NS	15000000000ULL
@@ -189,6 +189,8 @@ static __always_inline void begin_splicing(struct pair *p)
 	p->changed_ns = bpf_ktime_get_ns();
 	p->dir[CLIENT].burst = 0;
 	p->dir[SERVER].burst = 0;
+	p->dir[CLIENT].contended = 0;
+	p->dir[SERVER].contended = 0;
 	p->dir[CLIENT].primed = 0;
 	p->dir[SERVER].primed = 0;
 	p->dir[CLIENT].fit = 1;
@@ -294,6 +296,7 @@ static __always_inline u64 get_cool_down(struct pair *p)
 	case REASON_POLICY:
 		return 0;
 	case REASON_STREAM:
+	case REASON_SPINNING:
 		return LOSS_COOL_DOWN_NS << p->drains;
 	case REASON_BUSY:
 		return BUSY_RETRY_NS << (p->refusals > p->drains ? p->refusals : p->drains);
@@ -427,7 +430,7 @@ static __always_inline void
 try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	  struct end *peer)
 {
-	u64 patience = p->reason == REASON_STREAM ? LEAVE_STREAM_NS : LEAVE_NS;
+	u64 patience = is_loss(p->reason) ? LEAVE_LOSS_NS : LEAVE_NS;
 	int both = e->flags & peer->flags & END_IN_MAP;
 
 	if (p->reason == REASON_STOP) {
@@ -457,18 +460,18 @@ try_leave(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
 	finish(p);
 }
 
-/* The other half of what splice_eagerly() in register.c does. */
-static __always_inline int has_server_by_now(struct pair_id *id)
+/*
+ * From here on no server finds this client in the SOCKHASH, or there is a record by
+ * now: the other half of what splice_eagerly() in register.c does.
+ */
+static __always_inline void mark_taken(struct pair_id *id)
 {
 	struct rendezvous *r = get_slot(*id);
 
-	if (!r)
-		return 0;
-	if (is_same(r->id, *id)) {
-		WRITE_ONCE(r->in_map, WAITING_TAKEN);
-		__sync_fetch_and_add(&r->barrier, 1);
-	}
-	return !!pairs.lookup(id);
+	if (!r || !is_same(r->id, *id))
+		return;
+	WRITE_ONCE(r->in_map, WAITING_TAKEN);
+	__sync_fetch_and_add(&r->barrier, 1);
 }
 
 /*
@@ -490,7 +493,8 @@ static __always_inline void take_out_orphan(void *sk, void *tp)
 		return;
 	}
 	key = *noted;
-	if (has_server_by_now(&key.id)) {
+	mark_taken(&key.id);
+	if (pairs.lookup(&key.id)) {
 		count_sweep(SWEEP_TO_DRAIN);
 		return;
 	}

@@ -170,10 +170,11 @@ static __always_inline u32 look_at_stranger(void *tp)
 static __always_inline void
 look_at_spliced(struct pair *p, struct end *e, int side, enum reader reader, u32 tgid)
 {
-	u32 reason = refuse_reader(p, reader);
+	u32 reason;
 
 	if (!is_redirecting(p->state))
 		return;
+	reason = refuse_reader(p, reader);
 	if (reason) {
 		start_draining(p, reason);
 		return;

@@ -195,6 +195,12 @@ static __always_inline void tell_orphan(struct end_key *key)
 #define SERVER_MARK	BPF_SOCK_OPS_STATE_CB_FLAG
 #define CLIENT_MARK	BPF_SOCK_OPS_RTO_CB_FLAG
 
+/* TCP serves it better, and would the next time. */
+static __always_inline int is_loss(u32 reason)
+{
+	return reason == REASON_STREAM || reason == REASON_SPINNING;
+}
+
 /*
  * How drastic must it be? If redirecting on for a moment does no harm, both ends
  * can be taken out at once when they are at rest, and no reader ever sees a
@@ -203,7 +209,7 @@ static __always_inline void tell_orphan(struct end_key *key)
 static __always_inline int may_take_time(u32 reason)
 {
 	return reason == REASON_POLICY || reason == REASON_REQUEST ||
-	       reason == REASON_STOP || reason == REASON_STREAM;
+	       reason == REASON_STOP || is_loss(reason);
 }
 
 /* So long may a pair be waited for that is to leave, before it is made to. */

@@ -83,6 +83,7 @@ enum reason {
 	REASON_UNACCEPTED,
 	REASON_FORGED,
 	REASON_MEMORY,
+	REASON_SPINNING,
 	NR_REASONS,
 };
 
@@ -130,8 +131,9 @@ struct direction {
 	u32 primed;		/* blocking readers: was seen to return with TCP bytes */
 	u32 burst;		/* messages since the other direction spoke */
 	u32 burst_bytes;	/* their size */
-	u32 settled;		/* draining: every redirected message has arrived */
-	u32 fit;		/* the end it leads to passed every check */
+	u16 settled;		/* draining: every redirected message has arrived */
+	u16 fit;		/* the end it leads to passed every check */
+	u32 contended;		/* rises when the reader had its lock, and nothing to read */
 };
 
 struct pair {

@@ -51,6 +51,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),
     ("forged", "Another socket claims to be an end of it, which takes TCP_REPAIR."),
     ("memory", "A send found no socket memory, in its cgroup or on the host; TCP always has a reserve."),
+    ("spinning_reader", "A reader asks again and again whether there is anything, which TCP serves faster."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)

@@ -65,6 +65,7 @@ FIELDS = {
     "sock_skc_cookie": "sock.__sk_common.skc_cookie",
     "sock_sk_user_data": "sock.sk_user_data",
     "sock_sk_rmem_alloc": "sock.sk_backlog.rmem_alloc",
+    "sock_sk_lock_owned": "sock.sk_lock.owned",
     "sock_sk_shutdown": "sock.sk_shutdown",
     "sock_sk_wmem_queued": "sock.sk_wmem_queued",
     "sock_sk_socket": "sock.sk_socket",

@@ -55,7 +55,7 @@ WATCH_PAIRS = 8
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I I I"
 _END_SIZE = struct.calcsize("=" + _END)
-_DIRECTION = "4Q 8I"
+_DIRECTION = "4Q 6I 2H I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
 _END_CGROUP = "72x Q 24x"
@@ -78,7 +78,7 @@ SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
 _CLIENT_PORT = 11
 _END_FIELDS = 8 + 1 + 2 + 2 + 3 + 6
-_DIRECTION_FIELDS = 12
+_DIRECTION_FIELDS = 13
 
 
 def format_endpoint(words: tuple[int, ...], port: int) -> str:

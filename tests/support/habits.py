@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A peer with the habits of real programs: it sends when epoll says that there is room, and reads what
-FIONREAD says that there is.
+"""A peer with the habits of real programs: it sends when epoll says that there is room, reads what FIONREAD
+says that there is, or asks without end whether there is anything.
 
 Run as a script like peer.py and with its operations; those added here are event loops.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -93,6 +95,26 @@ class Talk:
 
 class Habitual(peer.Peer):
     """The operations of a peer, and those that believe what the kernel says about a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._spinners: list[subprocess.Popen[bytes]] = []
+
+    # spinning
+
+    def spin(self, conn: str) -> None:
+        """Another process asks without end for bytes of the connection, on which everything else goes on. An
+        interpreter would be too slow for that: it would hardly ever be met in a system call."""
+        fd = self._connections[conn].sock.fileno()
+        command = ["wrk", "-s", str(Path(__file__).with_name("ask.lua")), "http://-/"]
+        environment = {**os.environ, "ASK": str(fd)}
+        self._spinners.append(subprocess.Popen(command, env=environment, pass_fds=[fd]))
+
+    def stop_spinning(self, conn: str) -> None:
+        for process in self._spinners:
+            process.kill()
+            process.wait()
+        self._spinners.clear()
 
     # sending when there is room
 

@@ -89,7 +89,7 @@ def test_a_pair_is_read_field_by_field() -> None:
         remote = (0, 0, 0xFFFF, 0x0A0000FF)
         return (*local, *remote, netns, 11, 22, port, peer_port, 0xFFFF8000, 7, 99, 0, 0, 16, 4711, flags, 0)
 
-    directions = (100, 10, 1, *[0] * 9), (200, 20, 2, *[0] * 9)
+    directions = (100, 10, 1, *[0] * 10), (200, 20, 2, *[0] * 10)
     value = layout.PAIR.pack(
         11,
         22,
