@@ -3,10 +3,11 @@
 # All tests, in two lanes side by side, and after them those with containers. Arguments go to pytest.
 #
 # Most of what the tests do is wait, so one lane leaves more than half of two CPUs idle. A lane makes cgroups,
-# network namespaces and BPF file systems of its own, and tells its leftovers from what the other one has in use
-# (tests/support/bpf.py). It cannot where neither a process nor a pin holds a program, as while a test kills a daemon
-# of its own. So all tests that make a Host are in one lane, and look for leftovers one after the other. An engine's
-# pins are in a mount namespace that nobody else sees: the tests with containers run alone.
+# network namespaces and BPF file systems of its own, and tells its leftovers from what the other one has in use or
+# has pinned, be it in a mount namespace of its own as the benchmark does (tests/support/bpf.py). It cannot where
+# neither a process nor a pin holds a program, as while a test kills a daemon of its own. So all tests that make a
+# Host are in one lane, and look for leftovers one after the other. The tests with containers, which build images
+# first, follow when both lanes have ended.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1

@@ -26,6 +26,7 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 
 SERVER_ADDRESS = "10.77.0.1"
@@ -53,6 +54,13 @@ def find_cgroup_root() -> Path:
             # Octal escapes stand for spaces and backslashes in the path.
             return Path(fields.split(" ")[4].encode().decode("unicode_escape"))
     raise TestbedError("no cgroup v2 hierarchy is mounted; try: mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+def _drop_copies_of_bpffs() -> None:
+    """In a mount namespace of our own: a copy would keep what is pinned there when its owner unmounts it."""
+    for line in reversed(Path("/proc/self/mountinfo").read_bytes().splitlines()):
+        if b" - bpf " in line:
+            _libc.umount2(line.split()[4], MNT_DETACH)
 
 
 @contextlib.contextmanager
@@ -126,6 +134,7 @@ class Testbed:
             raise TestbedError("namespaces and cgroups need root; try: sudo make bench")
         _check(_libc.unshare(CLONE_NEWNS), "cannot make a mount namespace")
         _check(_libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "cannot make mounts private")
+        _drop_copies_of_bpffs()
         root = find_cgroup_root()
         _remove_stale(root)
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -144,7 +153,7 @@ class Testbed:
         self.bpffs.mkdir()
         target = os.fsencode(self.bpffs)
         _check(_libc.mount(b"bpf", target, b"bpf", 0, b"mode=0700"), f"cannot mount a bpffs on {self.bpffs}")
-        self._stack.callback(_libc.umount2, target, 2)  # MNT_DETACH
+        self._stack.callback(_libc.umount2, target, MNT_DETACH)
 
     def _connect_namespaces(self) -> None:
         self.server, self.client, bridge = (self._namespace(name) for name in ("server", "client", "bridge"))

@@ -5,15 +5,21 @@ HAZARDS.md)."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.daemon import REPOSITORY
+from support.bpf import Bpffs, list_objects, list_pinned
+from support.daemon import REPOSITORY, wait_until
 from support.pauses import Stopwatch
 from support.tiers import thorough
 
 from splicer.kernel.layout import WATCH_PAIRS
+
+BENCHMARK = REPOSITORY / "examples/netns-benchmark"
 
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
 # of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.
@@ -22,13 +28,43 @@ CALLS = {"register": 13, "observe": 2, "guard": 1, "verdict": 0, "adopt": 0, "wa
 TOLERANCE = 0.5
 
 
+IN_TESTBED = """
+import sys
+from testbed import Testbed
+with Testbed():
+    print("made", flush=True)
+    sys.stdin.read()
+"""
+
+
 def _measure(*arguments: str) -> dict[str, Any]:
-    command = [str(REPOSITORY / "examples/netns-benchmark/run"), *arguments, "--json"]
+    command = [str(BENCHMARK / "run"), *arguments, "--json"]
     with Stopwatch() as watch:
         done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return {**document, "pauses": len(watch.pauses)}
+
+
+def test_it_keeps_nothing_of_others(tmp_path: Path) -> None:
+    """Its mount namespace has copies of what is mounted, but of no bpffs: what somebody has pinned goes away
+    when they unmount it meanwhile."""
+    bpffs = Bpffs(tmp_path / "bpffs")
+    kind = ("type", "hash", "key", "4", "value", "4", "entries", "1", "name", "kept")
+    subprocess.run(["bpftool", "map", "create", str(bpffs.path / "kept"), *kind], check=True)
+    own = list_pinned(bpffs.path)
+    assert len(own) == 1
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_TESTBED],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARK)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as bed:
+        assert bed.stdout is not None
+        assert bed.stdout.readline() == b"made\n"
+        bpffs.unmount()
+        wait_until("it is gone", lambda: not own & list_objects().keys())
+    assert bed.returncode == 0
 
 
 @pytest.fixture(scope="module")

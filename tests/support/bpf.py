@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from splicer.errors import SplicerError
+from splicer.host.cgroups import read_mounts
 from splicer.kernel import layout, libbpf
 from support.pauses import Stopwatch
 
@@ -72,30 +74,29 @@ def list_pinned(bpffs: Path) -> set[tuple[str, int]]:
 
 
 def list_foreign(own_pids: set[int], own_bpffs: Path) -> set[tuple[str, int]]:
-    """Objects that belong to somebody else: held by a process not ours, or pinned in a bpffs not ours.
+    """Objects that belong to somebody else: held by a process not ours, or pinned in a bpffs not ours, also
+    in one that only another mount namespace has.
 
     Whatever else such a program uses or such a link attaches counts as foreign too.
     """
     foreign: set[tuple[str, int]] = set()
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and int(process.name) not in own_pids:
-            foreign |= _held_by(process)
-    for kind in KINDS:
-        for entry in _bpftool("-j", "-f", kind, "show"):
-            if any(not Path(pin).is_relative_to(own_bpffs) for pin in entry.get("pinned", [])):
-                foreign.add((kind, int(entry["id"])))
-    foreign |= {
-        ("prog", int(entry["prog_id"]))
-        for entry in _bpftool("-j", "link", "show")
-        if ("link", int(entry["id"])) in foreign and "prog_id" in entry
-    }
-    foreign |= {
+    for process in list_processes():
+        if int(process.name) not in own_pids:
+            foreign |= list_held(process)
+    for pin, found in list_pins():
+        if not pin.is_relative_to(own_bpffs):
+            foreign |= found
+    return foreign | list_used(foreign)
+
+
+def list_used(objects: set[tuple[str, int]]) -> set[tuple[str, int]]:
+    """The maps that the programs among `objects` use."""
+    return {
         ("map", int(map_id))
         for entry in _bpftool("-j", "prog", "show")
-        if ("prog", int(entry["id"])) in foreign
+        if ("prog", int(entry["id"])) in objects
         for map_id in entry.get("map_ids", [])
     }
-    return foreign
 
 
 def find_leftovers(
@@ -137,16 +138,51 @@ def count_spliced(pin_dir: Path) -> int:
     return done.stdout.count('"key"')
 
 
-def _held_by(process: Path) -> set[tuple[str, int]]:
+def list_processes() -> list[Path]:
+    """The directories of all processes."""
+    return [each for each in Path("/proc").iterdir() if each.name.isdigit()]
+
+
+def list_held(process: Path) -> set[tuple[str, int]]:
+    """What a process has open, and the programs that its links attach."""
     held = set()
     try:
         for fd in os.listdir(process / "fd"):
             if "bpf" in os.readlink(process / "fd" / fd):
-                text = (process / "fdinfo" / fd).read_text()
-                held |= {(kind, int(number)) for kind, number in _HELD.findall(text)}
+                held |= _read_ids(process / "fdinfo" / fd)
     except OSError:
         pass  # it ended meanwhile, or is one that not even root may look into
     return held
+
+
+def list_pins() -> list[tuple[Path, set[tuple[str, int]]]]:
+    """Every pin in any mount namespace, as its path there, with what it holds."""
+    seen, pins = set(), []
+    for process in list_processes():
+        with contextlib.suppress(OSError, SplicerError):  # it ended meanwhile: another one is there as well
+            namespace = os.readlink(process / "ns/mnt")
+            if namespace not in seen:
+                mounts = read_mounts(process / "mountinfo")
+                pins += [pin for each in mounts if each.kind == "bpf" for pin in _walk(process, each.point)]
+                seen.add(namespace)
+    return pins
+
+
+def _walk(process: Path, point: str) -> Iterator[tuple[Path, set[tuple[str, int]]]]:
+    root = process / "root"
+    for directory, _, names in os.walk(root / point.lstrip("/")):
+        for name in names:
+            path = Path(directory, name)
+            with contextlib.suppress(OSError):  # it is unpinned by now, or something else is mounted there
+                fd = libbpf.open_pin(str(path))
+                try:
+                    yield Path("/") / path.relative_to(root), _read_ids(Path(f"/proc/self/fdinfo/{fd}"))
+                finally:
+                    os.close(fd)
+
+
+def _read_ids(fdinfo: Path) -> set[tuple[str, int]]:
+    return {(kind, int(number)) for kind, number in _HELD.findall(fdinfo.read_text())}
 
 
 def _bpftool(*arguments: str) -> list[dict[str, object]]:

@@ -19,6 +19,7 @@ from splicer.kernel.layout import PAIR
 from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
 from support.cgroup import Cgroup
 from support.daemon import Daemon, wait_until
+from support.holders import describe_holders
 from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import PROGRAM, End, Pair, Peer
@@ -330,7 +331,7 @@ class Host:
         assert list_attached(self.cgroup.path) == []
         pids = {daemon.pid for daemon in self._daemons} | {peer.pid for peer in self._peers}
         left = find_leftovers(self.before, pids, self.bpffs.path, timeout)
-        assert not left, f"left behind in the kernel: {', '.join(map(str, left))}"
+        assert not left, f"left behind in the kernel: {', '.join(map(str, left))}\n{describe_holders(left)}"
         if self._daemons:
             assert not self.daemon.ready_file.exists()
             assert not (self.run_dir / "control.sock").exists()
