@@ -102,13 +102,17 @@ class Habitual(peer.Peer):
 
     # spinning
 
-    def spin(self, conn: str) -> None:
+    def spin(self, conn: str, cpu: int) -> None:
         """Another process asks without end for bytes of the connection, on which everything else goes on. An
-        interpreter would be too slow for that: it would hardly ever be met in a system call."""
+        interpreter would be too slow for that: it would hardly ever be met in a system call. That CPU is
+        nearly its own, whatever else runs there: who sends from another meets it."""
         fd = self._connections[conn].sock.fileno()
         command = ["wrk", "-s", str(Path(__file__).with_name("ask.lua")), "http://-/"]
         environment = {**os.environ, "ASK": str(fd)}
-        self._spinners.append(subprocess.Popen(command, env=environment, pass_fds=[fd]))
+        process = subprocess.Popen(command, env=environment, pass_fds=[fd])
+        self._spinners.append(process)
+        os.sched_setaffinity(process.pid, {cpu})
+        os.setpriority(os.PRIO_PROCESS, process.pid, -20)
 
     def stop_spinning(self, conn: str) -> None:
         for process in self._spinners:

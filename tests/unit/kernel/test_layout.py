@@ -126,7 +126,7 @@ def test_a_pair_is_read_field_by_field() -> None:
 def test_of_many_pairs_those_to_look_at_are_read_quickly() -> None:
     def pair(name: tuple[int, int], state: int, *readers: int) -> bytes:
         ends = [(*[0] * 11, 0, 0, *[0] * 6, reader, *[0] * 2) for reader in readers]
-        return layout.PAIR.pack(*name, state, 0, *ends[0], *ends[1], *[0] * 13, *[0] * 24)
+        return layout.PAIR.pack(*name, state, 0, *ends[0], *ends[1], *[0] * 13, *[0] * 26)
 
     pairs = [
         pair((number, 1), state, 10 * number, 10 * number + 1)
