@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import adopting
 import watching
 from cells import matrix, streams
 from model import Load, Workload
 from results import TABLE_HEAD, Leg, Result
 from splicing import Splicer, cpu_seconds, find_splicer, refuse_company
 from testbed import Interrupted, Testbed, TestbedError, interrupt_on_signals
-from workloads import REFUSED_WORKLOADS, WRK_WORKLOADS, describe_nginx, missing_programs
+from workloads import LIFE_WORKLOADS, REFUSED_WORKLOADS, WRK_WORKLOADS, describe_nginx, missing_programs
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 # Workloads that are measured instead of the default ones.
@@ -27,6 +28,7 @@ GROUPS = {
     "refused": "what splicer does not splice, and what ends early",
     "matrix": "ping-pong and stream on one connection",
     "streams": "streams that are always redirected, by size of message",
+    "lives": "nginx proxying to nginx, connections that end after some requests",
 }
 # A line for each workload.
 TABLES = ("matrix", "streams")
@@ -62,7 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--refused", action="store_true", help=f"instead of the default: {GROUPS['refused']}")
     add("--matrix", action="store_true", help=f"instead of the default: {GROUPS['matrix']}")
     add("--streams", action="store_true", help=f"instead of the default: {GROUPS['streams']}")
+    add("--lives", action="store_true", help=f"instead of the default: {GROUPS['lives']}")
     add("--watch", action="store_true", help="what looking after spliced connections costs the daemon")
+    add("--adoption", action="store_true", help="how soon busy connections are spliced")
     add("--list", action="store_true", help="list the workloads and stop")
     add("--check", action="store_true", help="fail where a ratio is worse than the workload's bound")
     add("--baseline", action="store_true", help="the spliced legs plain as well")
@@ -77,8 +81,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.programs and options.baseline:
         parser.error("--programs is not for --baseline, which loads none")
     groups = [name for name in GROUPS if getattr(options, name)]
-    if options.watch and (groups or options.baseline or options.only):
-        parser.error("--watch is measured by itself")
+    alone = [name for name in ("watch", "adoption") if getattr(options, name)]
+    if alone and (groups or options.baseline or options.only or len(alone) > 1):
+        parser.error(f"--{alone[0]} is measured by itself")
     if len(groups) > 1:
         parser.error(f"one of {', '.join(f'--{name}' for name in GROUPS)} at a time")
     options.group = groups[0] if groups else ""
@@ -104,6 +109,7 @@ def list_groups() -> dict[str, list[Workload]]:
         "refused": list(REFUSED_WORKLOADS),
         "matrix": list(matrix()),
         "streams": list(streams()),
+        "lives": list(LIFE_WORKLOADS),
     }
 
 
@@ -113,7 +119,7 @@ def select_workloads(options: argparse.Namespace) -> list[Workload]:
     if not options.only:
         return groups[options.group]
     # What is printed in the same way as the default is found without its flag.
-    every = groups[options.group] if options.group else groups[""] + groups["refused"]
+    every = groups[options.group] if options.group else groups[""] + groups["refused"] + groups["lives"]
     for pattern in options.only:
         if not fnmatch.filter([workload.name for workload in every], pattern):
             raise TestbedError(f"no workload is called {pattern}; --list names them")
@@ -148,6 +154,8 @@ def run(options: argparse.Namespace) -> int:
         raise TestbedError(f"missing: {', '.join(missing)}; try: make setup-test")
     if options.watch:
         return run_watch(options)
+    if options.adoption:
+        return run_adoption(options)
     as_table = options.group in TABLES
     load = Load(
         options.seconds or (2.0 if as_table else 3.0), options.connections, options.threads, options.workers
@@ -208,6 +216,23 @@ def run_watch(options: argparse.Namespace) -> int:
         found = watching.measure(splicer, bed, options.connections, seconds, cpu_seconds)
     print(watching.report(found, options.json))
     return report_failures(splicer.failures + (found.failures() if options.check else []))
+
+
+def run_adoption(options: argparse.Namespace) -> int:
+    with Testbed() as bed:
+        command = find_splicer(options.splicer)
+        refuse_company(command)
+        splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [], timed=False)
+        if not options.json:
+            print(adopting.HEAD, flush=True)
+        rows = []
+        for row in adopting.Bench(splicer, bed, cpu_seconds, options.alternations).rows():
+            rows.append(row.to_json())
+            if not options.json:
+                print(row.to_line(), flush=True)
+    if options.json:
+        print(json.dumps({"schema": 1, "machine": describe_machine(), "adoption": rows}, indent=2))
+    return report_failures(splicer.failures)
 
 
 def _progress(text: str) -> None:

@@ -16,7 +16,7 @@ PROXY_PORT = 8081
 LOOPBACK = "127.0.0.1"
 SMALL_BODY = "0123456789abcdef" * 4
 FOR_EVER = 1_000_000_000
-BODIES = {"100b": 100, "20k": 20_000, "1m": 1_000_000}
+BODIES = {"100b": 100, "20k": 20_000, "300k": 300_000, "1m": 1_000_000}
 
 CONF = """\
 daemon off;

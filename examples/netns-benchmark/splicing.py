@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adopting import Record
 from model import Load, Sample, Workload
 from programs import Cost, counting, read_costs
 from testbed import Testbed, TestbedError
@@ -116,23 +117,37 @@ class Splicer:
     def _hold_on_to_streams(self) -> None:
         """Lift the bounds at which the verdict lets go of a connection. No option does that: they are written
         into the settings of the loaded programs, as the daemon writes them. Raises TestbedError."""
-        # Here: no other workload needs splicer's own package, and another splicer may be under test.
-        try:
-            from splicer.kernel.layout import SETTINGS
-            from splicer.kernel.libbpf import Map
-            from splicer.kernel.settings import SettingsMap
-        except ImportError as error:
-            raise TestbedError(f"{error}; try: make setup") from error
-
-        paths = list(self._bed.bpffs.rglob("maps/settings"))
-        if len(paths) != 1:
-            raise TestbedError(f"{len(paths)} maps of settings below {self._bed.bpffs}, wanted 1")
-        with contextlib.closing(Map.open(str(paths[0]))) as settings:
-            if settings.value_size != SETTINGS.size:
-                raise TestbedError("the splicer under test has other settings than the one of this directory")
-            SettingsMap(settings).write(
+        kernel = _import_splicer()
+        with self._map("settings", kernel.layout.SETTINGS.size) as settings:
+            kernel.settings.SettingsMap(settings).write(
                 stream_messages=NEVER, queue_messages=ROOMY_MESSAGES, queue_bytes=ROOMY_BYTES
             )
+
+    @contextlib.contextmanager
+    def reading_pairs(self) -> Iterator[Callable[[], list[Record]]]:
+        """A function that reads all connections: many times a second, which no command could. Raises
+        TestbedError."""
+        layout = _import_splicer().layout
+
+        def read() -> list[Record]:
+            found = (layout.read_pair(value) for _, value in pairs.items())
+            return [
+                Record(each.state == layout.STATE_SPLICED, each.born_ns, each.changed_ns) for each in found
+            ]
+
+        with self._map("pairs", layout.PAIR.size) as pairs:
+            yield read
+
+    @contextlib.contextmanager
+    def _map(self, name: str, size: int) -> Iterator[Any]:
+        """The daemon's map of that name, and size of its values. Raises TestbedError."""
+        paths = list(self._bed.bpffs.rglob(f"maps/{name}"))
+        if len(paths) != 1:
+            raise TestbedError(f"{len(paths)} maps called {name} below {self._bed.bpffs}, wanted 1")
+        with contextlib.closing(_import_splicer().libbpf.Map.open(str(paths[0]))) as found:
+            if found.value_size != size:
+                raise TestbedError(f"the splicer under test has other {name} than the one of this directory")
+            yield found
 
     def status(self) -> dict[str, Any]:
         command = [self._command, "status", "--json", "--run-dir", str(self._run_dir)]
@@ -141,6 +156,18 @@ class Splicer:
             raise TestbedError(f"splicer status failed ({done.returncode}): {done.stderr.strip()}")
         status: dict[str, Any] = json.loads(done.stdout)
         return status
+
+
+def _import_splicer() -> Any:
+    """splicer.kernel of this directory: not at the start, for most workloads need no such thing, and another
+    splicer may be under test. Raises TestbedError."""
+    try:
+        import splicer.kernel.layout
+        import splicer.kernel.libbpf
+        import splicer.kernel.settings
+    except ImportError as error:
+        raise TestbedError(f"{error}; try: make setup") from error
+    return splicer.kernel
 
 
 def find_splicer(path: str | None) -> str:

@@ -103,6 +103,7 @@ class Blocking:
 RATE = Metric("rate", "requests/s")
 P50 = Metric("p50_us", "p50 us", higher_is_better=False)
 P99 = Metric("p99_us", "p99 us", higher_is_better=False)
+SLOWEST = Metric("max_us", "slowest us", higher_is_better=False)
 COST = Metric("cpu_us", "CPU us/request", higher_is_better=False)
 
 WRK_WORKLOADS = (
@@ -165,17 +166,23 @@ REFUSED_WORKLOADS: tuple[Workload, ...] = (
         )
     ),
     Spin(SPINNING_BOUND),
-    *(
-        Wrk(
-            f"proxy-300-{size}",
-            f"nginx proxying to nginx, connections of 300 requests, {body} bodies",
-            f"/{size}",
-            (RATE, P50, P99, COST),
-            proxied=True,
-            requests=300,
-        )
-        for size, body in (("100b", "100 B"), ("20k", "20 kB"))
-    ),
+)
+
+LIFE_WORKLOADS = tuple(
+    Wrk(
+        f"proxy-{requests}-{size}",
+        f"nginx proxying to nginx, connections of {requests} requests, {body} bodies",
+        f"/{size}",
+        (RATE, P50, P99, SLOWEST, COST),
+        proxied=True,
+        requests=requests,
+    )
+    for requests, size, body in (
+        (300, "100b", "100 B"),
+        (300, "20k", "20 kB"),
+        (100, "20k", "20 kB"),
+        (100, "300k", "300 kB"),
+    )
 )
 
 

@@ -192,6 +192,8 @@ def test_workloads_are_found_by_group_and_by_name(bench: Modules) -> None:
         ["--watch", "--refused"],
         ["--programs", "--baseline"],
         ["--watch", "--only=x"],
+        ["--adoption", "--lives"],
+        ["--adoption", "--watch"],
     ],
 )
 def test_what_cannot_be_measured_together_is_refused(
@@ -210,6 +212,20 @@ def test_the_list_names_all_groups(bench: Modules, capsys: pytest.CaptureFixture
     assert names == every and len(set(every)) == len(every)
     for group in bench.benchmark.GROUPS:
         assert any(line.startswith(f"--{group}: ") for line in listed)
+
+
+def test_how_soon_in_a_line(bench: Modules) -> None:
+    row = bench.adopting.Row("one", 4, [0.0, 0.25, 0.5, 1, 1], [3.0, 1.0, 40.0, 2.0], 1.25, 0)
+    line = " ".join(row.to_line().split())
+    assert line == "one 0 % 25 % 50 % 100 % 100 % 3.0 40.0 40.0 1.2 % 0"
+    assert (row.to_json()["p50_ms"], row.to_json()["p95_ms"]) == (3.0, 40.0)
+    assert len(bench.adopting.HEAD) == len(row.to_line())
+
+
+def test_how_soon_where_none_was_spliced(bench: Modules) -> None:
+    row = bench.adopting.Row("one", 4, [0.0] * 5)
+    assert row.to_json()["p50_ms"] is None
+    assert "- " in row.to_line()
 
 
 # -- the load -----------------------------------------------------------------------------------------------
