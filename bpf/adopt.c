@@ -34,16 +34,10 @@
  */
 #define MAX_HALF		24
 #define PATIENT_HALF		6
-/* A reader that gets no CPU for less than this is not stranded. */
-#define STRANDED_MS		15
-#define BUSY_RETRY_NS		250000000ULL
-#define REFUSED_RETRY_NS	1000000000ULL
 #define LEAVE_LOSS_NS		50000000ULL
 #define COOL_DOWN_NS		1000000000ULL
 /* What TCP serves better is not tried again soon: each try is a loss until it is noticed. */
 #define LOSS_COOL_DOWN_NS	15000000000ULL
-/* Each of these is doubled every time, so that a pair does not flap. */
-#define MAX_DOUBLINGS		6
 /* A reader that took nothing for so long of what waits for it does not read. */
 #define IDLE_MS			60
 
@@ -62,24 +56,6 @@ static __always_inline int is_caught_up(void *tp, struct end *peer)
 	PROBE(write_seq, peer->sk, tcp_sock_write_seq);
 	PROBE(cookie, peer->sk, sock_skc_cookie);
 	return cookie == peer->cookie && write_seq == copied_seq;
-}
-
-/* No system call of the peer is on its way to or from our queue. */
-static __always_inline int is_quiet(struct end *peer)
-{
-	u64 psock = psock_of(peer->sk), cookie = 0;
-	u32 expected = peer->flags & END_IN_MAP ? 1 : 0;
-	u32 references = 0;
-
-	if (!psock)
-		return 1;	/* out of the map, and no system call holds it */
-	if (!(peer->flags & (END_IN_MAP | END_LEFT)))
-		return 1;	/* somebody else's, whose sends come by TCP */
-	PROBE(references, psock, sk_psock_refcnt);
-	PROBE(cookie, peer->sk, sock_skc_cookie);
-	if (cookie != peer->cookie)
-		return 1;	/* closed, and close waits for system calls */
-	return references == expected;
 }
 
 /* All that this socket ever sent through TCP has been read. */
@@ -103,55 +79,6 @@ static __always_inline int is_stranded(struct end *first)
 
 	return note_waiting(first, unread, copied_seq) >= STRANDED_MS &&
 	       first->waiting_for == copied_seq;
-}
-
-/* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
-static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
-{
-	p->reason = reason;
-	p->retry_ns = bpf_ktime_get_ns() + (retry_ns << p->refusals);
-	if (p->refusals < MAX_DOUBLINGS)
-		p->refusals++;
-	p->announced = 0;
-	p->attempts = 0;
-	forget_findings(p);
-	count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
-	/* One end may be in already. */
-	if ((p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP)
-		start_draining(p, reason);
-}
-
-static __always_inline long put_into_map(void *sk, struct end_key *key)
-{
-	struct end_key *noted = ends.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-
-	if (!noted)
-		return -1;
-	*noted = *key;
-	long err = spliced.update(key, sk);
-	return err;
-}
-
-/* Why this end may not go in, or REASON_NONE. The policy is asked anew if it has changed. */
-static __always_inline u32
-find_refusal(void *tp, struct settings *s, struct pair *p, struct end *e)
-{
-	u32 reason;
-
-	if (p->policy != s->policy)
-		decide(p, s);
-	if (FIELD(tp, u8, sock_skc_state) != BPF_TCP_ESTABLISHED ||
-	    FIELD(tp, u8, sock_sk_shutdown))
-		return REASON_CLOSING;
-	if (p->mode == MODE_OFF)
-		return REASON_POLICY;
-	reason = find_misfit((u64)tp, p, e);
-	if (reason)
-		return reason;
-	/* Asked before either end goes in. */
-	if (FIELD(tp, u64, sock_sk_user_data) && !(e->flags & (END_IN_MAP | END_LEFT)))
-		return REASON_FOREIGN_PSOCK;
-	return REASON_NONE;
 }
 
 /*
@@ -182,31 +109,16 @@ is_good_moment(void *tp, struct settings *s, struct pair *p, struct end *e, stru
 	return !FIELD(tp, u64, sock_sk_user_data);
 }
 
-/* Both ends are in: from here on verdicts redirect. */
-static __always_inline void begin_splicing(struct pair *p)
-{
-	p->reason = REASON_NONE;
-	p->changed_ns = bpf_ktime_get_ns();
-	p->dir[CLIENT].burst = 0;
-	p->dir[SERVER].burst = 0;
-	p->dir[CLIENT].contended = 0;
-	p->dir[SERVER].contended = 0;
-	p->dir[CLIENT].primed = 0;
-	p->dir[SERVER].primed = 0;
-	p->dir[CLIENT].fit = 1;
-	p->dir[SERVER].fit = 1;
-	p->dir[CLIENT].settled = 0;
-	p->dir[SERVER].settled = 0;
-	WRITE_ONCE(p->state, STATE_SPLICED);
-}
-
 static __always_inline void
 try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pair *p,
 	  struct end *e, struct end *peer)
 {
-	u32 reason = find_refusal(tp, s, p, e), half;
+	u32 reason, half;
 	struct end_key key;
 
+	if (p->policy != s->policy)
+		decide(p, s);
+	reason = find_refusal(tp, p, e);
 	if (reason) {
 		refuse(p, reason, REFUSED_RETRY_NS);
 		return;
@@ -246,14 +158,14 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		goto later;
 	}
 
+	p->reason = REASON_NONE;
 	begin_splicing(p);
 	/*
 	 * A send whose verdict came before may be on its way through TCP to an
 	 * end that is in now. Its reference to the psock was taken before its
-	 * verdict; the state was written before this look (the atomic is a full
-	 * barrier): one of the two sees the other.
+	 * verdict; the state was written before this look: one of the two sees
+	 * the other.
 	 */
-	__sync_fetch_and_add(&p->half, 1);
 	if (!is_caught_up(tp, peer) || !is_quiet(peer)) {
 		refuse(p, REASON_BUSY, BUSY_RETRY_NS);
 		return;
@@ -541,8 +453,8 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 	else if (p->state == STATE_DRAINING)
 		try_take_out(sk, tp, &id, p, e, peer,
 			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
-	else if (p->state == STATE_PAIRED && p->announced && p->reason == REASON_PENDING &&
-		 s->splicing && !s->stopping)
+	else if (p->state == STATE_PAIRED && p->reason == REASON_PENDING && s->splicing &&
+		 !s->stopping && (p->announced == ANNOUNCED_BY_WALK || (p->announced && s->walking)))
 		try_adopt(sk, tp, s, &id, p, e, peer);
 	return 0;
 }

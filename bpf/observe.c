@@ -207,6 +207,8 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 		p->announced = 1;
 		p->reason = reason;
 		count(COUNT_REFUSED + (reason < NR_REASONS ? reason : 0), 1);
+		/* A full barrier: enlist sees the reason, or we see that it is about to put them in. */
+		__sync_fetch_and_add(&p->half, 1);
 		if ((e->flags | peer->flags) & END_IN_MAP)
 			start_draining(p, reason);
 		return 0;
@@ -231,10 +233,10 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 		return 0;
 	if (peer->reads < s->hot_reads)
 		return MUTE_SHORT;	/* a stream: its other end reads seldom or never */
-	p->announced = 1;
+	p->announced = ANNOUNCED_BY_NAME;
 	p->reason = REASON_PENDING;
 	if (tell(p, EVENT_ADOPT, REASON_NONE))
-		p->announced = 0;
+		p->announced = NOT_ANNOUNCED;
 	return 0;
 }
 

@@ -318,7 +318,8 @@ static __always_inline void forget_server(void *tp)
 		count_tenant(tenant, -1);
 	if (!p)
 		return;
-	if (p->end[CLIENT].flags & END_IN_MAP && is_waiting(&p->end[CLIENT]))
+	/* Whose owner has closed it is out, and nobody waits for its end of stream. */
+	if (is_still_in(&p->end[CLIENT]) && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
 	orphaned = is_still_in(&p->end[CLIENT]) || is_still_in(&p->end[SERVER]);
 	add_to_traffic(p);

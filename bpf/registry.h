@@ -169,6 +169,9 @@ static __always_inline void forget_waiting(struct pair *p)
 /* What adoption found out so far about the two ends is no longer so. */
 static __always_inline void forget_findings(struct pair *p)
 {
+	/* enlist, which finds nothing in advance, may be writing to the same word. */
+	if (!((p->end[CLIENT].flags | p->end[SERVER].flags) & (END_FIT | END_RESTED)))
+		return;
 	p->end[CLIENT].flags &= ~(END_FIT | END_RESTED);
 	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
 }

@@ -97,6 +97,13 @@ enum end_flag {
 	END_MOVED	= 1 << 5,	/* leaving: was seen to take some of what waits for it */
 };
 
+/* struct pair.announced: whose it is to put both ends in. */
+enum announced {
+	NOT_ANNOUNCED,
+	ANNOUNCED_BY_NAME,		/* enlist's */
+	ANNOUNCED_BY_WALK,		/* adopt's: enlist does not find a socket of it */
+};
+
 enum mode {
 	MODE_OFF,
 	MODE_ADAPTIVE,
@@ -151,7 +158,7 @@ struct pair {
 	u32 policy;		/* settings.policy when the next two were decided */
 	u8 mode;
 	u8 allow_blocking;
-	u8 announced;
+	u8 announced;		/* enum announced */
 	u8 was_spliced;		/* since it was last plain */
 	union {
 		u8 attempts;	/* plain: visits that found no quiet moment */
@@ -284,6 +291,7 @@ struct settings {
 	u32 stream_size;	/* one of messages at least so big stays, between namespaces */
 	u32 registering;	/* 0: new connections are left alone */
 	u32 finishing;		/* adopt puts in second ends only */
+	u32 walking;		/* there is no enlist: adopt puts everything in */
 };
 
 enum event_type {
@@ -340,6 +348,42 @@ enum look {
 	LOOK_AGAIN	= 1 << 0,	/* TCP bytes wait at an end: look again soon */
 	LOOK_RESCUED	= 1 << 1,	/* they did not move, so it is drained: say so */
 	LOOK_OUTDATED	= 1 << 2,	/* the policy has changed: have it decided */
+};
+
+/*
+ * What enlist is given: a packet, since a packet can be written to. One run is about
+ * one request, the next run about the next one, and after the last comes the first.
+ */
+#define ENLIST_PAIRS	128	/* with them the packet is about as large as one can be */
+
+enum enlist_task {
+	ENLIST_NOTHING,
+	ENLIST_TRY,		/* put both ends in, at a moment of rest */
+	ENLIST_TRY_EASED,	/* the same, where one who reads everything may have bytes to read */
+	ENLIST_LOOK,		/* both are in: has anything slipped by? */
+	ENLIST_GIVE_UP,		/* there is no such moment */
+	ENLIST_HAND_OVER,	/* there is no way to its sockets: it is adopt's from now on */
+};
+
+enum enlist_outcome {
+	ENLIST_LATER,		/* the same again */
+	ENLIST_IN,		/* both ends are in: look at them soon */
+	ENLIST_OVER,		/* nothing is left to be done */
+	ENLIST_WALK,		/* it is adopt's */
+};
+
+struct enlist_request {
+	struct pair_id id;
+	u32 netns[2];		/* of the ends: as the network namespace that enlist runs in calls them */
+	u32 task;
+	u32 outcome;
+};
+
+struct enlist_batch {
+	u32 ethernet[4];	/* all zero: a packet begins with such a header */
+	u32 turn;
+	u32 requests;		/* how many there are */
+	struct enlist_request request[ENLIST_PAIRS];
 };
 
 #endif

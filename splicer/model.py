@@ -186,6 +186,7 @@ class Status:
 
     `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
+    `adoption` is "name" or, where enlist cannot be run, "walk".
     """
 
     pid: int
@@ -196,6 +197,7 @@ class Status:
     totals: Totals
     running: bool = True
     kernel_class: str = ""
+    adoption: str = ""
     uptime_seconds: float = 0.0
     default: str = "on"
     healthy: bool = True

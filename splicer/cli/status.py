@@ -147,6 +147,10 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
     ]
     if kernel_class := text(status, "kernel_class"):
         about.append(("kernel", f"class {kernel_class}"))
+    if text(status, "adoption") == "walk":
+        about.append(
+            ("adoption", "by walk, late and dear: the kernel runs no tc program for us; see the log")
+        )
     if docker := section(status, "docker"):
         about.append(("docker", describe_docker(docker)))
     if uptime := seconds(status, "uptime_seconds"):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When network namespaces are swept: those where pairs wait to be adopted, and those where pairs wait to be
-drained.
+"""When network namespaces are swept: those where pairs wait to be drained, and those where pairs wait to be
+adopted that enlistment.py has no way to.
 
 A sweep puts ends in and takes ends out alike; what differs is the hurry. Sweeps for adoption keep to a share
 of one CPU. Those for draining are made at once, then later and later while a reader does not read.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from splicer.kernel.layout import STATE_PAIRED, Event, EventType, Pair
+from splicer.kernel.layout import ANNOUNCED_BY_WALK, STATE_PAIRED, Event, Pair
 from splicer.kernel.sweep import SweepCounts
 from splicer.model import REASON_NAMES, STATES
 
@@ -67,13 +67,16 @@ class SweepQueues:
         drain_at = self._drain_at if self._to_drain else math.inf
         return min(adopt_at, drain_at)
 
+    def adopt(self, netns: Iterable[int], tgid: Iterable[int]) -> None:
+        """Queue the namespaces (cookies) of a pair that a walk has to put in."""
+        for cookie in netns:
+            self._to_adopt.setdefault(cookie, set()).update(pid for pid in tgid if pid)
+
     def receive(self, event: Event) -> None:
-        """Queue the namespaces of an event of the programs: a pair can be adopted, or has to be drained."""
-        target = self._to_adopt if event.type == EventType.ADOPT else self._to_drain
+        """Queue the namespaces of a pair that has to be drained (EventType.DRAIN)."""
         for cookie in event.netns:
-            target.setdefault(cookie, set()).update(pid for pid in event.tgid if pid)
-        if event.type == EventType.DRAIN:
-            self._hurry_to_drain()
+            self._to_drain.setdefault(cookie, set()).update(pid for pid in event.tgid if pid)
+        self._hurry_to_drain()
 
     def take_over(self, pairs: Iterable[Pair]) -> None:
         """Queue what pairs wait for that were there before this daemon: nobody will tell of them again."""
@@ -81,7 +84,7 @@ class SweepQueues:
             if STATES.get(pair.state) == "spliced":
                 continue
             if pair.state == STATE_PAIRED:
-                if not (pair.announced and pair.reason == _PENDING):
+                if not (pair.announced == ANNOUNCED_BY_WALK and pair.reason == _PENDING):
                     continue
                 target = self._to_adopt
             else:

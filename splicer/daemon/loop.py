@@ -13,6 +13,7 @@ from splicer.containers.watcher import Watcher
 from splicer.daemon.adoption import SweepQueues
 from splicer.daemon.attribution import Attribution
 from splicer.daemon.control import Server
+from splicer.daemon.enlistment import Enlistment
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.patrol import Patrol
 from splicer.daemon.ready import ready_file
@@ -24,6 +25,7 @@ from splicer.host.cgroups import Cgroup
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
 from splicer.kernel import generation, libbpf, probes
+from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import EventType, read_event
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
@@ -51,6 +53,8 @@ class Daemon:
         self._sweeper: Sweeper
         self._queues: SweepQueues
         self._patrol: Patrol
+        self._enlister: Enlister | None = None
+        self._enlistment: Enlistment
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
         self._watchdog = notify.wants_watchdog(os.environ)
@@ -73,10 +77,15 @@ class Daemon:
             self._sweeper = self._generation.sweeper()
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
+            self._enlister = self._generation.enlister(self._log)
+            self._enlistment = Enlistment(self._enlister, self._queues, self._patrol.ask)
+            self._sweeper.settings.write(walking=self._enlister is None)
             try:
                 self._work_until_stopped(kernel.name)
             finally:
                 self._sweeper.close()
+                if self._enlister is not None:
+                    self._enlister.close()
                 self._generation.remove()
         self._log.info("stopped")
         return 0
@@ -145,7 +154,9 @@ class Daemon:
 
     def _serve(self) -> None:
         if self._generation.taken_over:
-            self._queues.take_over(self._sweeper.list_pairs())
+            pairs = self._sweeper.list_pairs()
+            self._queues.take_over(pairs)
+            self._enlistment.take_over(pairs)
         ring = libbpf.RingBuffer(self._generation.maps["events"].fd, self._receive)
         try:
             with select.epoll() as poll:
@@ -162,7 +173,9 @@ class Daemon:
     def _receive(self, record: bytes) -> None:
         """Take note of an event of the programs."""
         event = read_event(record)
-        if event.type != EventType.WATCH:
+        if event.type == EventType.ADOPT:
+            self._enlistment.receive(event)
+        elif event.type == EventType.DRAIN:
             self._queues.receive(event)
         elif event.name:
             self._patrol.ask(event.name)
@@ -170,12 +183,14 @@ class Daemon:
             self._patrol.ask_for_readers(event.tgid[0])
 
     def _next_timeout(self) -> float:
-        deadline = min(self._tend_at, self._patrol.deadline, self._queues.deadline)
+        waits = (self._enlistment, self._queues, self._patrol)
+        deadline = min(self._tend_at, *(each.deadline for each in waits))
         return max(0.0, deadline - time.monotonic())
 
     def _work(self) -> None:
         """Do what is asked for and what is due."""
         now = self._heartbeat = time.monotonic()
+        self._enlist(now)
         self._signals.tell()
         if self._signals.take_reload():
             self._reload()
@@ -190,6 +205,15 @@ class Daemon:
             self._tend()
         if time.monotonic() >= self._patrol.deadline:
             self._go_on_patrol()
+
+    def _enlist(self, now: float) -> None:
+        try:
+            self._enlistment.work(now)
+        except OSError as error:
+            # It could be run when it was loaded. Whatever has changed: there is another way.
+            self._log.warning("enlist_not_run", error=str(error))
+            self._sweeper.settings.write(walking=True)
+            self._enlistment.give_up()
 
     def _tend(self) -> None:
         """What has to be done once a second, whatever happens."""

@@ -106,6 +106,7 @@ class RequestHandlers:
                 refused=refused,
             ),
             kernel_class=self._kernel_class,
+            adoption="walk" if self._sweeper.settings.read().walking else "name",
             uptime_seconds=round(time.monotonic() - self._started, 3),
             healthy=beating and not self._reconciler.failure,
             trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),

@@ -16,6 +16,10 @@ from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
 _CLONE_NEWNET = 0x40000000
+_RTM_NEWNSID = 88  # include/uapi/linux/rtnetlink.h
+_NLM_F_REQUEST, _NLM_F_ACK = 1, 4  # include/uapi/linux/netlink.h
+# So many namespaces have numbers in a room at most.
+ROOM_NAMESPACES = 1024
 _OWN = "/proc/thread-self/ns/net"
 _NAMED = ("/run/netns", "/var/run/docker/netns")
 _libc = ct.CDLL(None, use_errno=True)
@@ -91,6 +95,94 @@ def read_addresses(path: str) -> tuple[str, ...]:
         raise OSError(error.code, f"cannot list the addresses: {error}", path) from error
     usable = [address for address in found if not (address.is_loopback or address.is_link_local)]
     return tuple(str(address) for address in sorted(usable, key=lambda each: (each.version, int(each))))
+
+
+class Room:
+    """An empty network namespace of our own, in which others have numbers (RTM_NEWNSID).
+
+    A number goes away with the namespace that it is of, which it keeps nobody from. No number is given twice.
+    The room goes away when it is closed, or with the process.
+    """
+
+    def __init__(self) -> None:
+        """Raises OSError: no privilege, or no namespaces any more."""
+        self._own = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+        self._numbers: dict[int, int] = {}
+        self._last = 0
+        try:
+            if _libc.unshare(_CLONE_NEWNET) < 0:
+                number = ct.get_errno()
+                raise OSError(number, f"unshare: {os.strerror(number)}")
+            try:
+                self._fd = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
+                self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            finally:
+                _enter(self._own)
+        except OSError:
+            os.close(self._own)
+            raise
+
+    def close(self) -> None:
+        self._netlink.close()
+        os.close(self._fd)
+        os.close(self._own)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Move the thread that made the room into it, for the block only."""
+        _enter(self._fd)
+        try:
+            yield
+        finally:
+            _enter(self._own)
+
+    @property
+    def is_full(self) -> bool:
+        """So many namespaces have a number, most of them gone by now, that a new room is better."""
+        return len(self._numbers) >= ROOM_NAMESPACES
+
+    def number(self, cookie: int) -> int | None:
+        """The number that the namespace has here, or has had when it was still there; None: it has none."""
+        return self._numbers.get(cookie)
+
+    def admit(self, cookie: int, path: str) -> int | None:
+        """Give a number to the namespace with this cookie, if it is at `path`; else None.
+
+        Raises OSError if the kernel refuses the number.
+        """
+        try:
+            target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if self._read_cookie(target) != cookie:
+                return None
+            self._last += 1
+            self._give(self._last, target)
+        finally:
+            os.close(target)
+        self._numbers[cookie] = self._last
+        return self._last
+
+    def _read_cookie(self, fd: int) -> int | None:
+        try:
+            _enter(fd)
+        except OSError:
+            return None
+        try:
+            return read_own_cookie()
+        finally:
+            _enter(self._own)
+
+    def _give(self, number: int, fd: int) -> None:
+        # struct rtgenmsg, then NETNSA_NSID and NETNSA_FD (include/uapi/linux/net_namespace.h). pyroute2 has
+        # no word for it, and would take half a second to load.
+        body = struct.pack("=B3x HHi HHI", socket.AF_UNSPEC, 8, 1, number, 8, 3, fd)
+        head = struct.pack("=IHHII", 16 + len(body), _RTM_NEWNSID, _NLM_F_REQUEST | _NLM_F_ACK, number, 0)
+        self._netlink.send(head + body)
+        [error] = struct.unpack_from("=i", self._netlink.recv(4096), 16)  # struct nlmsgerr
+        if error:
+            raise OSError(-error, f"RTM_NEWNSID: {os.strerror(-error)}")
 
 
 class Directory:

@@ -3,7 +3,8 @@
 
 bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
 reads one JSON object from stdin ({pin_dir, max_connections, debug, parent}; it dies with the process parent)
-and prints one: {"ok": true, ...} or {"ok": false, "error", "hint", "exit_code", "log"}.
+and prints one: {"ok": true, "missing": {program: why it does without}, ...} or {"ok": false, "error", "hint",
+"exit_code", "log"}.
 
 This is the only module that imports bcc.
 """
@@ -27,7 +28,7 @@ from typing import Any
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
-from splicer.kernel.layout import WATCH_REQUEST_SIZE
+from splicer.kernel.layout import ENLIST_SIZE, WATCH_REQUEST_SIZE
 from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, Program, explain_refusal
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -46,6 +47,8 @@ SOURCES = (
     "observe.c",
     "guard.c",
     "verdict.c",
+    "adoption.h",
+    "enlist.c",
     "adopt.c",
     "watch.c",
 )
@@ -279,13 +282,16 @@ def _read_code(module: Any, program: Program) -> bytes:
     return ct.string_at(start, lib.bpf_function_size(module.module, function))
 
 
-def _try_to_run(program_fd: int) -> None:
-    """watch is run like this for ever; better know at once that it can be."""
+def _try_to_run(program: Program, fd: int) -> None:
+    """watch and enlist are run like this for ever; better know at once that they can be."""
     try:
-        libbpf.TestRun(program_fd, WATCH_REQUEST_SIZE).run()
+        if program.name == "watch":
+            libbpf.TestRun(fd, WATCH_REQUEST_SIZE).run()
+        elif program.name == "enlist":
+            libbpf.PacketRun(fd, ENLIST_SIZE).run(1)
     except libbpf.KernelError as error:
         raise SplicerError(
-            f"the kernel loads the watch program and does not run it: {error.strerror}",
+            f"the kernel loads the {program.name} program and does not run it: {error.strerror}",
             hint=f"this kernel, or a security policy, lacks or forbids BPF_PROG_TEST_RUN; {KERNEL_HINT}",
             exit_code=UNSUPPORTED,
         ) from error
@@ -299,6 +305,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
     btf = Btf()
     pinned: list[str] = []
     logs: dict[str, str] = {}
+    missing: dict[str, str] = {}
 
     def pin(fd: int, directory: str, name: str) -> None:
         path = os.path.join(pin_dir, directory, name)
@@ -331,11 +338,16 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
                 verbose=debug,
             )
             logs[program.name] = log
-            if fd < 0:
-                raise explain_refusal(program, -fd, log)
+            try:
+                if fd < 0:
+                    raise explain_refusal(program, -fd, log)
+                _try_to_run(program, fd)
+            except SplicerError as error:
+                if not program.is_optional:
+                    raise
+                missing[program.name] = error.message
+                continue
             pin(fd, "programs", program.name)
-            if program.name == "watch":
-                _try_to_run(fd)
             if program.name == "verdict":
                 libbpf.attach_program_to_map(fd, lib.bpf_table_fd(module.module, b"spliced"))
         for name in MAPS:
@@ -347,7 +359,7 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
         raise
     finally:
         btf.close()
-    return {"programs": logs if debug else {}, "maps": list(MAPS)}
+    return {"programs": logs if debug else {}, "maps": list(MAPS), "missing": missing}
 
 
 def _die_with(parent: int) -> None:

@@ -3,7 +3,7 @@
 
 Pins below the pin directory:
 
-    programs/NAME maps/NAME links/NAME   the objects; watch has no link, it is attached to nothing
+    programs/NAME maps/NAME links/NAME   the objects; watch and enlist, attached to nothing, have no link
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
 The links keep the programs attached when the daemon dies.
@@ -20,12 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from splicer.errors import FAILURE, SplicerError
 from splicer.host.cgroups import Cgroup
+from splicer.host.namespaces import Directory
 from splicer.kernel import bpffs, compiler, libbpf
+from splicer.kernel.enlist import Enlister
 from splicer.kernel.programs import MAPS
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
@@ -50,20 +52,33 @@ class LoadPlan:
 
 @dataclass
 class Generation:
-    """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon."""
+    """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon. No
+    `enlist`: the kernel refused it, and adopt does its work."""
 
     pin_dir: str
     maps: dict[str, libbpf.Map]
     links: dict[str, int]
     watch: int
+    enlist: int | None
     taken_over: bool
     mounted: str | None = None
     lock: int = -1
+    _directory: Directory = field(default_factory=Directory)
 
     def sweeper(self) -> Sweeper:
         # Earlier builds had an iterator in its place. Without it adopt drains alone, a little later.
         can_run = libbpf.read_program_type(self.watch) == libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT
-        return Sweeper(self.links["adopt"], self.watch if can_run else None, self.maps)
+        return Sweeper(self.links["adopt"], self.watch if can_run else None, self.maps, self._directory)
+
+    def enlister(self, log: Logger) -> Enlister | None:
+        """None if enlist is not there, or cannot be run."""
+        if self.enlist is None:
+            return None
+        try:
+            return Enlister(self.enlist, self._directory)
+        except OSError as error:
+            log.warning("enlist_not_run", error=str(error))
+            return None
 
     def detach(self) -> None:
         """Detach from the cgroup: when this returns, no socket runs what the links attached."""
@@ -75,8 +90,9 @@ class Generation:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
             item.close()
-        for fd in (*self.links.values(), self.watch):
-            os.close(fd)
+        for fd in (*self.links.values(), self.watch, self.enlist):
+            if fd is not None:
+                os.close(fd)
         self.maps.clear()
         self.links.clear()
 
@@ -137,19 +153,22 @@ def open_pinned(pin_dir: str) -> Generation:
     """Open a complete generation. Raises KernelError if a piece is missing."""
     maps: dict[str, libbpf.Map] = {}
     links: dict[str, int] = {}
+    enlist = None
     try:
         for name in MAPS:
             maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
         for name in LINKS:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
         watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
+        if os.path.exists(_path(pin_dir, "programs", "enlist")):
+            enlist = libbpf.open_pin(_path(pin_dir, "programs", "enlist"))
     except BaseException:
         for item in maps.values():
             item.close()
         for fd in links.values():
             os.close(fd)
         raise
-    return Generation(pin_dir, maps, links, watch, taken_over=True)
+    return Generation(pin_dir, maps, links, watch, enlist, taken_over=True)
 
 
 def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
@@ -172,6 +191,8 @@ def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
         raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
     if reply.get("log"):
         log.debug("loader_log", text=reply["log"])
+    for name, error in reply.get("missing", {}).items():
+        log.warning("program_refused", program=name, error=error)
     if not reply["ok"]:
         raise SplicerError(
             reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))

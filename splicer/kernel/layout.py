@@ -52,6 +52,38 @@ WATCH_PAIRS = 8
 """So many pairs does one run of watch look at."""
 
 
+ANNOUNCED_BY_NAME, ANNOUNCED_BY_WALK = 1, 2
+"""Who has to put a pair in: enlist, or adopt since enlist finds no way to it."""
+
+
+class EnlistTask(enum.IntEnum):
+    """What enlist shall do about a pair."""
+
+    NOTHING = 0
+    TRY = 1
+    TRY_EASED = 2
+    LOOK = 3
+    GIVE_UP = 4
+    HAND_OVER = 5
+
+
+class EnlistOutcome(enum.IntEnum):
+    """What came of it."""
+
+    LATER = 0
+    IN = 1
+    OVER = 2
+    WALK = 3
+
+
+ENLIST_PAIRS = 128
+"""So many requests are in one packet for enlist."""
+ENLIST_HEAD = struct.Struct("=16x 2I")
+"""Of struct enlist_batch: whose turn it is, and how many requests there are."""
+ENLIST_REQUEST = struct.Struct("=Q 2I 2I")
+"""Name, the numbers of the ends' network namespaces, task and outcome."""
+ENLIST_SIZE = ENLIST_HEAD.size + ENLIST_PAIRS * ENLIST_REQUEST.size
+
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I I I"
 _END_SIZE = struct.calcsize("=" + _END)
@@ -65,7 +97,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=14I")
+SETTINGS = struct.Struct("=15I")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=2Q")
 NOTHING_SAID = (1 << 63) - 1
@@ -114,7 +146,8 @@ class Direction:
 
 @dataclass(frozen=True)
 class Pair:
-    """One entry of the pairs map. Times are CLOCK_MONOTONIC nanoseconds."""
+    """One entry of the pairs map. Times are CLOCK_MONOTONIC nanoseconds; `announced` is of enum announced, 0
+    if it is not."""
 
     id: tuple[int, int]
     state: int
@@ -123,7 +156,7 @@ class Pair:
     server: End
     born_ns: int
     changed_ns: int
-    announced: bool
+    announced: int
     client_sends: Direction
     server_sends: Direction
 
@@ -185,7 +218,7 @@ def read_pair(value: bytes) -> Pair:
         server=server,
         born_ns=rest[0],
         changed_ns=rest[1],
-        announced=bool(rest[7]),
+        announced=rest[7],
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
     )
@@ -211,7 +244,7 @@ def read_seed(value: bytes) -> Pair | None:
         server=server,
         born_ns=fields[17],
         changed_ns=fields[17],
-        announced=False,
+        announced=0,
         client_sends=none,
         server_sends=none,
     )
@@ -266,7 +299,8 @@ def read_event(record: bytes) -> Event:
 @dataclass(frozen=True)
 class KernelSettings:
     """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything;
-    `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule."""
+    `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule;
+    `walking` if there is no enlist."""
 
     mode: int
     allow_blocking: bool
@@ -282,6 +316,7 @@ class KernelSettings:
     stream_size: int
     registering: bool
     finishing: bool = False
+    walking: bool = False
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -299,11 +334,13 @@ class KernelSettings:
             self.stream_size,
             self.registering,
             self.finishing,
+            self.walking,
         )
 
     @classmethod
     def unpack(cls, value: bytes) -> KernelSettings:
-        v = SETTINGS.unpack(value)
+        # Of an earlier build: fields are added at the end.
+        v = SETTINGS.unpack(value.ljust(SETTINGS.size, b"\0"))
         return cls(
             v[0],
             bool(v[1]),
@@ -319,4 +356,5 @@ class KernelSettings:
             v[11],
             bool(v[12]),
             bool(v[13]),
+            bool(v[14]),
         )

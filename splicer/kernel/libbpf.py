@@ -24,6 +24,7 @@ BPF_TRACE_RAW_TP = 23
 BPF_TRACE_ITER = 28
 
 # enum bpf_prog_type
+BPF_PROG_TYPE_SCHED_CLS = 3
 BPF_PROG_TYPE_SOCK_OPS = 13
 BPF_PROG_TYPE_SK_MSG = 16
 BPF_PROG_TYPE_RAW_TRACEPOINT = 17
@@ -389,6 +390,32 @@ class TestRun:
         if (result := self._call(self._fd, self._reference)) < 0:
             check(result, "run a program")
         return int(self._options.retval)
+
+
+class PacketRun:
+    """Runs a tc program that is attached to nothing on a packet, as if it had come in over the loopback
+    device of the calling thread's network namespace."""
+
+    def __init__(self, program_fd: int, size: int) -> None:
+        """`size`: bytes of the packet, with its Ethernet header; less than a page."""
+        self.packet = bytearray(size)
+        """What the program gets, and what it has made of it."""
+        self._fd = program_fd
+        self._buffer = (ct.c_char * size).from_buffer(self.packet)
+        self._options = _RunOptions()
+        self._options.size = ct.sizeof(_RunOptions)
+        self._options.data_in = self._options.data_out = ct.addressof(self._buffer)
+        self._options.data_size_in = size
+        self._reference = ct.byref(self._options)
+        self._call = get_library().bpf_prog_test_run_opts
+
+    def run(self, times: int) -> None:
+        """Run it so often, on what the run before has made of the packet. Raises KernelError; EINTR if a
+        signal came: the packet is as it was then, whatever the program has done elsewhere."""
+        self._options.repeat = times
+        self._options.data_size_out = len(self.packet)
+        if (result := self._call(self._fd, self._reference)) < 0:
+            check(result, "run a program")
 
 
 def read_program_type(fd: int) -> int:

@@ -16,8 +16,8 @@ KERNEL_HINT = f"splicer needs {KERNELS}; if this is one, please report its versi
 
 @dataclass(frozen=True)
 class Program:
-    """A program as the kernel wants it: C function, program type, attach type and BTF target; and what people
-    call this kind of program."""
+    """A program as the kernel wants it: C function, program type, attach type and BTF target; what people
+    call this kind of program; and whether splicer does without it where the kernel refuses it."""
 
     name: str
     function: str
@@ -26,6 +26,7 @@ class Program:
     attach_type: int = 0
     tracepoint: str = ""
     iterator: str = ""
+    is_optional: bool = False
 
 
 PROGRAMS = (
@@ -60,6 +61,7 @@ PROGRAMS = (
         libbpf.BPF_TRACE_ITER,
         iterator="tcp",
     ),
+    Program("enlist", "enlist", "tc program", libbpf.BPF_PROG_TYPE_SCHED_CLS, is_optional=True),
     Program("watch", "watch", "raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT),
 )
 MAPS = (

@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ class Juggler(habits.Habitual):
         thread = threading.Thread(target=send, daemon=True)
         self._sends[conn] = thread, done
         thread.start()
+
+    def wait_for_lock(self, conn: str, timeout: float = 5.0) -> None:
+        """Returns when the send(2) of `begin_send` waits for the socket's lock: nothing else there sleeps
+        uninterruptibly."""
+        deadline = time.monotonic() + timeout
+        stat = Path(f"/proc/self/task/{self._sends[conn][0].native_id}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "D":
+            if time.monotonic() > deadline:
+                raise Overdue
+            time.sleep(0.001)
 
     def finish_send(self, conn: str, timeout: float = 10.0) -> Any:
         """What the send(2) of `begin_send` answered."""

@@ -15,7 +15,7 @@ MODULES = sorted((REPOSITORY / "splicer").rglob("*.py"))
 SOURCES = sorted([*(REPOSITORY / "bpf").glob("*.c"), *(REPOSITORY / "bpf").glob("*.h")])
 
 # What splicer may use of the module time.
-MONOTONIC = {"monotonic", "monotonic_ns", "perf_counter", "sleep"}
+MONOTONIC = {"monotonic", "monotonic_ns", "perf_counter", "thread_time", "sleep"}
 CLOCKS = {"CLOCK_MONOTONIC", "CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW"}
 ALLOWED = MONOTONIC | CLOCKS | {"clock_gettime", "clock_gettime_ns"}
 # The engine is told since when events are wanted, in its own time: once, and nothing is decided by it here.

@@ -21,6 +21,7 @@ from splicer.daemon.adoption import (
     SweepQueues,
 )
 from splicer.kernel.layout import (
+    ANNOUNCED_BY_WALK,
     STATE_PAIRED,
     STATE_SPLICED,
     Direction,
@@ -80,6 +81,14 @@ def event(kind: EventType, netns: tuple[int, int] = (7, 8), tgid: tuple[int, int
     return Event(kind, 0, 1, netns, tgid)
 
 
+def tell(queues: SweepQueues, told: Event) -> None:
+    """What the loop does with an event; a pair that can be adopted is one that is not found by name."""
+    if told.type == EventType.ADOPT:
+        queues.adopt(told.netns, told.tgid)
+    else:
+        queues.receive(told)
+
+
 def run(queues: SweepQueues, sweeper: Sweeper, seconds: float) -> None:
     """Work whenever something is due, for so long."""
     end = sweeper.now + seconds
@@ -102,8 +111,8 @@ def test_nothing_to_do(queues: SweepQueues, sweeper: Sweeper) -> None:
 def test_a_namespace_is_swept_until_nothing_waits_in_it(
     queues: SweepQueues, sweeper: Sweeper, kind: EventType, waits: SweepCounts
 ) -> None:
-    queues.receive(event(kind, (7, 8), (70, 0)))
-    queues.receive(event(kind, (7, 9), (71, 90)))
+    tell(queues, event(kind, (7, 8), (70, 0)))
+    tell(queues, event(kind, (7, 9), (71, 90)))
     for counts in (waits, SweepCounts(held=1)):
         sweeper.counts = counts
         before = len(sweeper.sweeps)
@@ -122,9 +131,9 @@ def test_a_namespace_is_swept_until_nothing_waits_in_it(
 
 def test_what_comes_during_the_pause_is_not_lost(queues: SweepQueues, sweeper: Sweeper) -> None:
     sweeper.cost = 0.001
-    queues.receive(event(EventType.ADOPT, (7, 7)))
+    tell(queues, event(EventType.ADOPT, (7, 7)))
     queues.work(sweeper.now)
-    queues.receive(event(EventType.ADOPT, (9, 9)))
+    tell(queues, event(EventType.ADOPT, (9, 9)))
     assert sweeper.now < queues.deadline < sweeper.now + 1.0
     sweeper.now = queues.deadline
     queues.work(sweeper.now)
@@ -134,7 +143,7 @@ def test_what_comes_during_the_pause_is_not_lost(queues: SweepQueues, sweeper: S
 @pytest.mark.parametrize("kind", [EventType.ADOPT, EventType.DRAIN])
 def test_nothing_is_swept_before_it_is_due(queues: SweepQueues, sweeper: Sweeper, kind: EventType) -> None:
     sweeper.counts = SweepCounts(to_adopt=1, to_drain=1)
-    queues.receive(event(kind))
+    tell(queues, event(kind))
     queues.work(sweeper.now)
     before = len(sweeper.sweeps)
     queues.work(sweeper.now)
@@ -142,8 +151,8 @@ def test_nothing_is_swept_before_it_is_due(queues: SweepQueues, sweeper: Sweeper
 
 
 def test_draining_comes_first(queues: SweepQueues, sweeper: Sweeper) -> None:
-    queues.receive(event(EventType.ADOPT, (1, 1)))
-    queues.receive(event(EventType.DRAIN, (2, 2)))
+    tell(queues, event(EventType.ADOPT, (1, 1)))
+    tell(queues, event(EventType.DRAIN, (2, 2)))
     queues.work(sweeper.now)
     assert [set(where) for _, where in sweeper.sweeps] == [{2}, {1}, set()]
 
@@ -152,13 +161,13 @@ def test_draining_waits_longer_and_longer_until_somebody_is_in_a_hurry(
     queues: SweepQueues, sweeper: Sweeper
 ) -> None:
     sweeper.counts = SweepCounts(to_drain=1)
-    queues.receive(event(EventType.DRAIN))
+    tell(queues, event(EventType.DRAIN))
     run(queues, sweeper, 3.0)
     pauses = [after - before for before, after in pairwise(sweeper.times)]
     assert pauses[0] == pytest.approx(DRAIN_PAUSE_S)
     for before, after in pairwise(pauses):
         assert after == pytest.approx(min(2 * before, DRAIN_PAUSE_MAX_S))
-    for hurry in (lambda: queues.receive(event(EventType.DRAIN)), lambda: queues.drain(9)):
+    for hurry in (lambda: tell(queues, event(EventType.DRAIN)), lambda: queues.drain(9)):
         hurry()
         assert queues.deadline <= sweeper.now + DRAIN_PAUSE_S
         before = len(sweeper.sweeps)
@@ -171,7 +180,7 @@ def test_draining_waits_longer_and_longer_until_somebody_is_in_a_hurry(
 @pytest.mark.parametrize("cost", [0.0, 0.0002, 0.002])
 def test_adoption_keeps_to_its_share(queues: SweepQueues, sweeper: Sweeper, cost: float) -> None:
     sweeper.cost, sweeper.counts = cost, SweepCounts(to_adopt=1)
-    queues.receive(event(EventType.ADOPT))
+    tell(queues, event(EventType.ADOPT))
     run(queues, sweeper, 10.0)
     # A second turn says that nobody is left alone; none is longer away than the longest pause.
     assert len(sweeper.sweeps) * cost <= 1.05 * ADOPT_SHARE * 10.0
@@ -182,7 +191,7 @@ def test_adoption_keeps_to_its_share(queues: SweepQueues, sweeper: Sweeper, cost
 
 def test_no_end_is_left_alone_during_a_pause(queues: SweepQueues, sweeper: Sweeper) -> None:
     sweeper.counts = SweepCounts(to_adopt=1, half=1)
-    queues.receive(event(EventType.ADOPT))
+    tell(queues, event(EventType.ADOPT))
     queues.work(sweeper.now)
     assert len(sweeper.sweeps) == ADOPT_TURNS
     assert sweeper.written == [
@@ -197,10 +206,11 @@ def test_no_end_is_left_alone_during_a_pause(queues: SweepQueues, sweeper: Sweep
 def test_what_an_earlier_daemon_left(queues: SweepQueues, sweeper: Sweeper) -> None:
     end = End("", "", netns=1, cgroup=0, reads=0, tgid=10, flags=0)
     none = Direction(0, 0, 0)
-    pending = Pair((1, 1), STATE_PAIRED, PENDING, end, end, 0, 0, True, none, none)
+    pending = Pair((1, 1), STATE_PAIRED, PENDING, end, end, 0, 0, ANNOUNCED_BY_WALK, none, none)
     for pair, adopted, drained in (
         (pending, True, False),
-        (replace(pending, announced=False), False, False),
+        (replace(pending, announced=0), False, False),
+        (replace(pending, announced=1), False, False),  # enlist's
         (replace(pending, reason=PENDING - 1), False, False),
         (replace(pending, state=STATE_SPLICED), False, False),
         (replace(pending, state=DRAINING), False, True),

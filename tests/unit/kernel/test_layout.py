@@ -146,6 +146,22 @@ def test_looks_are_those_of_the_programs() -> None:
     assert f"#define WATCH_PAIRS\t{layout.WATCH_PAIRS}\n" in TYPES
 
 
+def test_requests_of_enlist_are_as_the_program_has_them() -> None:
+    for names, prefix in ((layout.EnlistTask, "enlist_task"), (layout.EnlistOutcome, "enlist_outcome")):
+        assert [f"ENLIST_{each.name}" for each in names] == read_enum(prefix)
+        assert [each.value for each in names] == list(range(len(names)))
+    assert f"#define ENLIST_PAIRS\t{layout.ENLIST_PAIRS}\t" in TYPES
+    assert read_enum("announced")[layout.ANNOUNCED_BY_WALK] == "ANNOUNCED_BY_WALK"
+    # A page, but for what the kernel puts around a packet; outcomes are read as one column.
+    assert layout.ENLIST_SIZE < 4096 - 512
+    assert layout.ENLIST_HEAD.size % 4 == layout.ENLIST_REQUEST.size % 4 == 0
+
+
+def test_settings_of_an_earlier_build_have_fewer_fields() -> None:
+    settings = layout.KernelSettings(1, True, True, 0, 16, 7, 0b1010, True, 1, 2, 3, 4, True)
+    assert layout.KernelSettings.unpack(settings.pack()[:-4]) == settings
+
+
 def test_an_event_is_read_field_by_field() -> None:
     record = struct.pack("=2I 2I 2Q 2I", 2, 16, 1, 2, 1001, 1002, 30, 40) + b"\0" * 8
     event = layout.read_event(record)
