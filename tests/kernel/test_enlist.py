@@ -13,14 +13,13 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from socket import AF_INET, AF_INET6
 
 import pytest
 from support.bpf import counting_runs, read_runs
 from support.daemon import wait_until
 from support.enlisting import ByHand, by_hand
 from support.host import Host
-from support.lab import Lab
+from support.lab import MIXES, PLACES, Lab
 from support.players import HABITS, JUGGLER, Pair
 from support.trees import copy_changed
 
@@ -31,14 +30,6 @@ from splicer.kernel.layout import EnlistOutcome, EnlistTask
 
 SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
 SO_TIMESTAMP = 29  # the same
-MIXES = {
-    "v4": (AF_INET, AF_INET, 4, ""),
-    "v6": (AF_INET6, AF_INET6, 6, ""),
-    "v4-to-dual": (AF_INET, AF_INET6, 4, ""),
-    "mapped-to-v4": (AF_INET6, AF_INET, 4, "::ffff:"),
-    "mapped-to-dual": (AF_INET6, AF_INET6, 4, "::ffff:"),
-}
-PLACES = {"loopback": ("a", "a", "lo"), "bridge": ("a", "b", "b"), "router": ("far", "b", "b")}
 SAME_SOURCE = 22_010  # below the ephemeral ports
 
 

@@ -10,7 +10,7 @@ from socket import AF_INET, AF_INET6
 import pytest
 from support.daemon import call, wait_until
 from support.host import EAGER, Host
-from support.lab import Lab
+from support.lab import MIXES, PLACES, Lab
 from support.players import Pair
 
 STATUS_KEYS = {"schema", "running", "pid", "version", "mode", "cgroup", "connections", "totals"}
@@ -42,15 +42,6 @@ PARTY_KEYS = {"container", "service", "project", "pod", "process", "pid", "comma
 
 # Source ports that tests fix: below the ephemeral ones, which other connections may just have used.
 SAME_SOURCE, USED_AGAIN = 22_001, 22_002
-
-MIXES = {
-    "v4": (AF_INET, AF_INET, 4, ""),
-    "v6": (AF_INET6, AF_INET6, 6, ""),
-    "v4-to-dual": (AF_INET, AF_INET6, 4, ""),
-    "mapped-to-v4": (AF_INET6, AF_INET, 4, "::ffff:"),
-    "mapped-to-dual": (AF_INET6, AF_INET6, 4, "::ffff:"),
-}
-PLACES = {"loopback": ("a", "a", "lo"), "bridge": ("a", "b", "b"), "router": ("far", "b", "b")}
 
 
 def _expect_all_redirected(host: Host, pair: Pair, rounds: int = 100, size: int = 64) -> None:

@@ -16,10 +16,21 @@ import itertools
 import os
 import shutil
 import subprocess
+from socket import AF_INET, AF_INET6
 
 _numbers = itertools.count()
 
 HOSTS = {"a": 1, "b": 2}
+# Families of client and server, version of IP, and what is before the address that the client connects to.
+MIXES = {
+    "v4": (AF_INET, AF_INET, 4, ""),
+    "v6": (AF_INET6, AF_INET6, 6, ""),
+    "v4-to-dual": (AF_INET, AF_INET6, 4, ""),
+    "mapped-to-v4": (AF_INET6, AF_INET, 4, "::ffff:"),
+    "mapped-to-dual": (AF_INET6, AF_INET6, 4, "::ffff:"),
+}
+# Where client and server are, and whose address the client connects to.
+PLACES = {"loopback": ("a", "a", "lo"), "bridge": ("a", "b", "b"), "router": ("far", "b", "b")}
 
 
 class Lab:
