@@ -90,6 +90,9 @@ static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e)
 
 	if (!reason)
 		reason = find_misfit_file(socket_of(sk), p->allow_blocking);
+	/* Its flag may be set now, and cleared before the next read. */
+	if (!reason && e->flags & END_SLEEPY && !p->allow_blocking)
+		reason = REASON_BLOCKING;
 	if (!reason && has_spliced(e))
 		reason = REASON_SPLICE;
 	return reason ? reason : find_misfit_option(sk);

@@ -25,6 +25,7 @@
 
 enum reader {
 	READER_RECV,
+	READER_DONTWAIT,
 	READER_WAITALL,
 	READER_SPLICE,
 	READER_KERNEL,
@@ -52,7 +53,16 @@ static __always_inline enum reader get_reader(void)
 		return READER_UNKNOWN;
 	if (flags & MSG_TRUNC)
 		return READER_UNKNOWN;	/* discards, into no buffer */
-	return flags & MSG_WAITALL ? READER_WAITALL : READER_RECV;
+	if (flags & MSG_WAITALL)
+		return READER_WAITALL;
+	return flags & MSG_DONTWAIT ? READER_DONTWAIT : READER_RECV;
+}
+
+/* Would this read sleep where nothing is there? Some set O_NONBLOCK for the time in between only. */
+static __always_inline int is_sleepy(void *tp, enum reader reader)
+{
+	return reader != READER_DONTWAIT &&
+	       find_misfit_file(FIELD(tp, u64, sock_sk_socket), 0) == REASON_BLOCKING;
 }
 
 /*
@@ -74,6 +84,7 @@ static __always_inline u32 refuse_reader(struct pair *p, enum reader reader)
 {
 	switch (reader) {
 	case READER_RECV:
+	case READER_DONTWAIT:
 		return REASON_NONE;
 	case READER_WAITALL:	/* means nothing on a non-blocking socket */
 		return p->allow_blocking ? REASON_WAITALL : REASON_NONE;
@@ -168,13 +179,15 @@ static __always_inline u32 look_at_stranger(void *tp)
 
 /* TCP bytes were read at an end that is in the SOCKHASH, or is on its way out. */
 static __always_inline void
-look_at_spliced(struct pair *p, struct end *e, int side, enum reader reader, u32 tgid)
+look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader reader, u32 tgid)
 {
 	u32 reason;
 
 	if (!is_redirecting(p->state))
 		return;
 	reason = refuse_reader(p, reader);
+	if (!reason && !p->allow_blocking && is_sleepy(tp, reader))
+		reason = REASON_BLOCKING;
 	if (reason) {
 		start_draining(p, reason);
 		return;
@@ -222,12 +235,16 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 		p->retry_ns = 0;
 		e->reads = 0;
 		peer->reads = 0;
+		e->flags &= ~END_SLEEPY;
+		peer->flags &= ~END_SLEEPY;
 	}
 	if (e->reads < s->hot_reads) {
 		e->reads++;
 		note_reader(e, tgid);
 		if (unread_bytes(tp))
 			e->flags |= END_PARTIAL;
+		if (is_sleepy(tp, reader))
+			e->flags |= END_SLEEPY;
 	}
 	if (e->reads < s->hot_reads)
 		return 0;
@@ -278,7 +295,7 @@ static __always_inline u32 look(void *tp)
 		p->policy = 0;	/* it may be about the address */
 	}
 	if (p->state != STATE_PAIRED) {
-		look_at_spliced(p, e, side, reader, tgid);
+		look_at_spliced(tp, p, e, side, reader, tgid);
 		return 0;
 	}
 	s = get_settings();

@@ -29,6 +29,7 @@
 #define RCV_SHUTDOWN		1
 #define SOCK_NOSPACE		(1 << 2)
 #define MSG_TRUNC		0x20
+#define MSG_DONTWAIT		0x40
 #define MSG_WAITALL		0x100
 #define O_NONBLOCK		04000
 #define PF_IO_WORKER		0x00000010

@@ -95,6 +95,7 @@ enum end_flag {
 	END_RESTED	= 1 << 3,	/* was seen with nothing unread or on its way to it */
 	END_LEFT	= 1 << 4,	/* has been in the SOCKHASH before */
 	END_MOVED	= 1 << 5,	/* leaving: was seen to take some of what waits for it */
+	END_SLEEPY	= 1 << 6,	/* was seen to read in a way that sleeps where nothing is there */
 };
 
 /* struct pair.announced: whose it is to put both ends in. */

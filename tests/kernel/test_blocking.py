@@ -11,7 +11,7 @@ from support.daemon import wait_until
 from support.host import ALLOW, EAGER, EAGER_ALLOW, Host
 from support.lab import Lab
 from support.pauses import Stopwatch
-from support.players import End, Pair, PeerError
+from support.players import HABITS, End, Pair, PeerError
 from support.tiers import spread
 
 EARLIER = "eager differs in what comes before"
@@ -180,4 +180,40 @@ def test_blocking_sender_waits_for_room(host: Host, lab: Lab) -> None:
     assert pair.client.peer.is_waiting(0.5), "the sender was not held back"
     assert pair.server.recv(count, timeout=20.0) == count
     assert pair.client.finish() == count
+    pair.verify()
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("policy", ["refuse", "allow"])
+def test_flag_that_is_cleared_for_each_read(host: Host, lab: Lab, policy: str, side: str) -> None:
+    """A reader that sets O_NONBLOCK while it waits, and clears it to read, is a blocking one. When it stops
+    that, it is none any more."""
+    client, server = (host.peer(lab, place, program=HABITS) for place in "ab")
+    pair = host.connect(client, server, lab.address("b"), port=POLICIES[policy])
+    end: End = getattr(pair, side)
+    end.toggle()
+    if policy in ALLOWED:
+        host.make_hot(pair)
+    else:
+        host.talk_until(pair, "paired", "blocking_reader")
+        for _ in range(3):
+            host.forget_cool_downs()
+            pair.pingpong(40)
+            assert _find_state(host, pair) in {("paired", "blocking_reader"), ("paired", "pending")}
+        assert host.flow(pair)["redirected_messages"] == 0
+    end.toggle(on=False)
+    host.forget_cool_downs()
+    host.make_hot(pair)
+    pair.verify()
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_flag_that_is_cleared_for_each_read_from_the_first_byte(host: Host, lab: Lab, side: str) -> None:
+    """Eager: an end is in before it reads. Its first read shows what it is."""
+    client, server = (host.peer(lab, place, program=HABITS) for place in "ab")
+    pair = host.connect(client, server, lab.address("b"), port=POLICIES["eager-refuse"])
+    end: End = getattr(pair, side)
+    end.toggle()
+    host.talk_until(pair, "paired", "blocking_reader")
+    assert end.report()["spurious"] == 0
     pair.verify()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A peer with the habits of real programs: it sends when epoll says that there is room, reads what FIONREAD
-says that there is, or asks without end whether there is anything.
+says that there is, asks without end whether there is anything, or reads with O_NONBLOCK cleared for the time.
 
 Run as a script like peer.py and with its operations; those added here are event loops.
 """
@@ -93,6 +93,17 @@ class Talk:
         self.longest_denial = max(self.longest_denial, self._denied_for)
 
 
+class Toggling(Connection):
+    """A connection that is non-blocking while it waits, and blocking for each read."""
+
+    def take(self, count: int, flags: int = 0, *, streamed: bool = True) -> bytes:
+        os.set_blocking(self.sock.fileno(), True)
+        try:
+            return super().take(count, flags, streamed=streamed)
+        finally:
+            os.set_blocking(self.sock.fileno(), False)
+
+
 class Habitual(peer.Peer):
     """The operations of a peer, and those that believe what the kernel says about a socket."""
 
@@ -119,6 +130,12 @@ class Habitual(peer.Peer):
             process.kill()
             process.wait()
         self._spinners.clear()
+
+    # toggling O_NONBLOCK
+
+    def toggle(self, conn: str, on: bool = True) -> None:
+        """From now on clear O_NONBLOCK for each read, and set it again; or no more."""
+        self._connections[conn].__class__ = Toggling if on else Connection
 
     # sending when there is room
 
