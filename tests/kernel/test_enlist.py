@@ -21,6 +21,7 @@ from support.enlisting import ByHand, by_hand
 from support.host import Host
 from support.lab import MIXES, PLACES, Lab
 from support.players import HABITS, JUGGLER, Pair
+from support.tiers import spread
 from support.trees import copy_changed
 
 from splicer.host import namespaces
@@ -30,6 +31,8 @@ from splicer.kernel.layout import EnlistOutcome, EnlistTask
 
 SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
 SO_TIMESTAMP = 29  # the same
+EVERYWHERE = "test_splicing.py has the daemon do it for every family everywhere"
+OTHER_END = "the same from the other end"
 SAME_SOURCE = 22_010  # below the ephemeral ports
 
 
@@ -81,8 +84,8 @@ def _expect_redirected(hand: ByHand, pair: Pair, rounds: int = 20) -> None:
 # -- the moment --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("place", spread(PLACES, ["loopback", "bridge"], EVERYWHERE))
+@pytest.mark.parametrize("mix", spread(MIXES, ["v6", "mapped-to-v4"], EVERYWHERE))
 def test_both_ends_at_once(host: Host, hand: ByHand, lab: Lab, mix: str, place: str) -> None:
     """Whatever the family, and whichever namespaces they are in: one run puts both in, without a walk, and
     what is sent then is redirected."""
@@ -107,7 +110,7 @@ def test_both_ends_at_once(host: Host, hand: ByHand, lab: Lab, mix: str, place: 
     host.stop_peers()
 
 
-@pytest.mark.parametrize("sender", ["client", "server"])
+@pytest.mark.parametrize("sender", spread(["client", "server"], ["server"], OTHER_END))
 @pytest.mark.parametrize("leaves_some", [False, True])
 def test_unread_bytes(host: Host, hand: ByHand, lab: Lab, sender: str, leaves_some: bool) -> None:
     """While a byte is unread on either side there is no moment. Later on there is one all the same, for a
@@ -175,7 +178,7 @@ def test_no_moment_at_all(host: Host, hand: ByHand, lab: Lab) -> None:
     ("option", "value", "reason"),
     [(socket.SO_RCVLOWAT, 2, "rcvlowat"), (SO_TIMESTAMP, 1, "control_messages")],
 )
-@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("side", spread(["client", "server"], ["server"], OTHER_END))
 def test_option_asked_for_while_it_is_pending(
     host: Host, hand: ByHand, lab: Lab, side: str, option: int, value: int, reason: str
 ) -> None:
@@ -246,7 +249,7 @@ def test_names_of_somebody_elses_sockets(host: Host, hand: ByHand, lab: Lab) -> 
     host.stop_peers()
 
 
-@pytest.mark.parametrize("place", ["bridge", "loopback"])
+@pytest.mark.parametrize("place", spread(["bridge", "loopback"], ["bridge"], "the same in one namespace"))
 def test_four_tuple_used_again_while_it_is_pending(host: Host, hand: ByHand, lab: Lab, place: str) -> None:
     """A connection waits for enlist as it ends, and the next one has its four-tuple: the old name means
     nothing, the new one the new connection."""
@@ -357,7 +360,7 @@ def test_sender_that_waits_for_the_lock_as_it_is_put_in(lab: Lab, tmp_path: Path
         pair.verify()
 
 
-@pytest.mark.parametrize("size", [64, 20_000])
+@pytest.mark.parametrize("size", spread([64, 20_000], [20_000], "the same with small answers"))
 def test_many_adoptions_and_no_rescue(lab: Lab, size: int) -> None:
     """Connections are put in again and again while bytes move, and no reader has to be rescued."""
     with Host() as host:
@@ -423,7 +426,7 @@ def _find_interface(lab: Lab, host: str) -> int:
     return int(done.stdout.partition(":")[0])
 
 
-@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("side", spread(["client", "server"], ["client"], OTHER_END))
 def test_socket_that_is_bound_to_a_device(lab: Lab, side: str) -> None:
     """A lookup from elsewhere does not find it. It is left to adopt, which splices it."""
     with Host() as host:
