@@ -116,6 +116,7 @@ def test_looks_go_to_those_who_ask() -> None:
     assert found["runs_per_ask"] < a_round / 4
 
 
+@pytest.mark.timeout(320)
 @thorough("test_enlist.py shows that they are spliced; this shows that the table says so")
 def test_how_soon_connections_are_spliced() -> None:
     """Some of them in the end, however busy the machine is: how many is what the table is for."""
