@@ -218,7 +218,7 @@ class Control:
             if not line.gone:
                 self.say("cut", {**line.describe(), "how": str(error)})
         except TimeoutError:
-            self.say("stuck", line.describe())
+            self.say("stuck", {**line.describe(), "quiet": self.patience})
             how = "stuck"
         except Fault as fault:
             self.say("fault", {**line.describe(), "fault": fault.kind, "detail": fault.detail})
