@@ -93,15 +93,13 @@ class Enlister:
         self, netns: tuple[int, int], tgid: tuple[int, int], task: EnlistTask
     ) -> tuple[tuple[int, int], EnlistTask]:
         """The numbers of the namespaces in our room, and what can be done with them."""
-        client, server = map(self._room.number, netns)
+        try:
+            client, server = (self._find(*each) for each in zip(netns, tgid, strict=True))
+        except OSError:
+            return (0, 0), EnlistTask.HAND_OVER
         if client is None or server is None:
-            try:
-                client, server = (self._find(*each) for each in zip(netns, tgid, strict=True))
-            except OSError:
-                return (0, 0), EnlistTask.HAND_OVER
-            if client is None or server is None:
-                # Gone, most likely, and its sockets with it.
-                return (0, 0), EnlistTask.GIVE_UP
+            # Gone, most likely, and its sockets with it.
+            return (0, 0), EnlistTask.GIVE_UP
         return (client, server), task
 
     def _find(self, cookie: int, pid: int) -> int | None:
