@@ -41,12 +41,6 @@
 /* A reader that took nothing for so long of what waits for it does not read. */
 #define IDLE_MS			60
 
-struct bpf_iter__tcp {
-	void *meta;
-	void *sk_common;
-	u32 uid;
-};
-
 /* Nothing of what the peer sent through TCP is unread, nothing in flight. */
 static __always_inline int is_caught_up(void *tp, struct end *peer)
 {

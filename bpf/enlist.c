@@ -50,15 +50,18 @@ static __always_inline int has_read_all(struct end *e, struct end *peer)
 	return copied_seq == write_seq;
 }
 
+/* May it go in with what it has to read, if anything? */
+static __always_inline int is_ready(struct end *e, struct end *peer, int is_eased)
+{
+	return (is_eased && !(e->flags & END_PARTIAL)) || has_read_all(e, peer);
+}
+
 static __always_inline int is_moment(struct end *client, struct end *server, u32 task)
 {
 	int is_eased = task == ENLIST_TRY_EASED;
 
-	if (is_owned(client) || is_owned(server))
-		return 0;
-	if (!(is_eased && !(client->flags & END_PARTIAL)) && !has_read_all(client, server))
-		return 0;
-	return (is_eased && !(server->flags & END_PARTIAL)) || has_read_all(server, client);
+	return !is_owned(client) && !is_owned(server) && is_ready(client, server, is_eased) &&
+	       is_ready(server, client, is_eased);
 }
 
 /*

@@ -54,6 +54,9 @@ BPF_TABLE("lru_hash", u32, u32, splicers, MAX_SPLICERS);
 /* Sockets that observe does not look at for a while. Shared by those with the same low bits. */
 BPF_TABLE("array", int, struct muted, muted, MUTED_SLOTS);
 
+/* Connections that census is to join. Empty at all other times. */
+BPF_F_TABLE("hash", struct pair_id, struct older, older, MAX_PAIRS, BPF_F_NO_PREALLOC);
+
 /* Policy, as the daemon compiled it. Almost empty nearly always. */
 BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PREALLOC);
 /* Networks that rules name, to the numbers they have in rules. */

@@ -26,6 +26,7 @@
 #define TCP_NOTSENT_LOWAT	25
 #define TCP_ULP			31
 #define TCP_INQ			36
+#define TCP_BPF_SOCK_OPS_CB_FLAGS	1008
 #define RCV_SHUTDOWN		1
 #define SOCK_NOSPACE		(1 << 2)
 #define MSG_TRUNC		0x20
@@ -69,6 +70,13 @@ static void *(*rdonly_cast)(void *address, u32 type) = (void *)CALL_RDONLY_CAST;
 #define SOCK_AT(address)	((void *)(address))
 #define PROBE_NUMBER(dst, sock, where)	PROBE(dst, sock, where)
 #endif
+
+/* What a program of iter/tcp is given. */
+struct bpf_iter__tcp {
+	void *meta;
+	void *sk_common;
+	u32 uid;
+};
 
 /* Helpers that bcc declares for other program types only, or not at all. */
 static void *(*to_tcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_tcp_sock;

@@ -293,6 +293,51 @@ struct settings {
 	u32 registering;	/* 0: new connections are left alone */
 	u32 finishing;		/* adopt puts in second ends only */
 	u32 walking;		/* there is no enlist: adopt puts everything in */
+	u32 census;		/* enum census_state */
+	u64 cgroup;		/* the census is of sockets made in it or below it; 0: of all */
+};
+
+/* How far the search for connections that are older than the programs has come. */
+enum census_state {
+	CENSUS_NONE,
+	CENSUS_LISTS,		/* sockets are listed */
+	CENSUS_JOINS,		/* those that belong together are joined */
+	CENSUS_DONE,
+};
+
+enum older_flag {
+	OLDER_OUTSIDE	= 1 << 0,	/* made in another cgroup than ours */
+	OLDER_REPAIRED	= 1 << 1,	/* under TCP_REPAIR */
+	OLDER_KNOWN	= 1 << 2,	/* a server that has its seed already */
+};
+
+/* What census writes of each socket, for the daemon to read. */
+struct older_socket {
+	u64 sk;
+	u64 cookie;
+	u64 netns;
+	u32 sent;		/* first data sequence number: see client_id() */
+	u32 received;
+	u64 flags;		/* enum older_flag */
+};
+
+/* The two sockets that have one name. */
+struct older {
+	u64 sk[2];
+	u64 cookie[2];
+};
+
+enum older_outcome {
+	OLDER_JOINED,
+	OLDER_GONE,		/* an end was closed meanwhile */
+	OLDER_FULL,
+	OLDER_UNMARKED,		/* this kernel sets no callback flags from here */
+};
+
+/* What census writes of each server that it was to join. */
+struct older_joined {
+	struct pair_id id;
+	u64 outcome;		/* enum older_outcome */
 };
 
 enum event_type {

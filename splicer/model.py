@@ -186,7 +186,8 @@ class Status:
 
     `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
-    `adoption` is "name" or, where enlist cannot be run, "walk".
+    `adoption` is "name" or, where enlist cannot be run, "walk". `census` says what became of connections that
+    are older than the programs; see class CensusReport.
     """
 
     pid: int
@@ -203,6 +204,7 @@ class Status:
     healthy: bool = True
     trouble: str = ""
     docker: dict[str, Any] = field(default_factory=dict)
+    census: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import adopting
+import census
 import watching
 from cells import matrix, streams
 from model import Load, Workload
@@ -66,6 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--streams", action="store_true", help=f"instead of the default: {GROUPS['streams']}")
     add("--lives", action="store_true", help=f"instead of the default: {GROUPS['lives']}")
     add("--watch", action="store_true", help="what looking after spliced connections costs the daemon")
+    add("--census", action="store_true", help="how soon older connections are found, and what they notice")
     add("--adoption", action="store_true", help="how soon busy connections are spliced")
     add("--list", action="store_true", help="list the workloads and stop")
     add("--check", action="store_true", help="fail where a ratio is worse than the workload's bound")
@@ -74,21 +76,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="the result as JSON")
     add("--splicer", metavar="PATH", help="the command to test (the repository's .venv/bin/splicer)")
     add("--mode", choices=("adaptive", "eager"), help="passed on to splicer run")
-    add("--connections", type=_positive_int, metavar="N", help="wrk's connections (16; 10000 with --watch)")
+    add(
+        "--connections",
+        type=_positive_int,
+        metavar="N",
+        help="wrk's connections (16; 10000 with --watch, 5000 with --census)",
+    )
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
     add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
     options = parser.parse_args(arguments)
     if options.programs and options.baseline:
         parser.error("--programs is not for --baseline, which loads none")
     groups = [name for name in GROUPS if getattr(options, name)]
-    alone = [name for name in ("watch", "adoption") if getattr(options, name)]
+    alone = [name for name in ("watch", "census", "adoption") if getattr(options, name)]
     if alone and (groups or options.baseline or options.only or len(alone) > 1):
         parser.error(f"--{alone[0]} is measured by itself")
     if len(groups) > 1:
         parser.error(f"one of {', '.join(f'--{name}' for name in GROUPS)} at a time")
     options.group = groups[0] if groups else ""
     if options.connections is None:
-        options.connections = watching.CONNECTIONS if options.watch else 16
+        many = {"watch": watching.CONNECTIONS, "census": census.CONNECTIONS}
+        options.connections = many[alone[0]] if alone and alone[0] in many else 16
     return options
 
 
@@ -154,6 +162,8 @@ def run(options: argparse.Namespace) -> int:
         raise TestbedError(f"missing: {', '.join(missing)}; try: make setup-test")
     if options.watch:
         return run_watch(options)
+    if options.census:
+        return run_census(options)
     if options.adoption:
         return run_adoption(options)
     as_table = options.group in TABLES
@@ -215,6 +225,16 @@ def run_watch(options: argparse.Namespace) -> int:
         seconds = options.seconds or 10.0
         found = watching.measure(splicer, bed, options.connections, seconds, cpu_seconds)
     print(watching.report(found, options.json))
+    return report_failures(splicer.failures + (found.failures() if options.check else []))
+
+
+def run_census(options: argparse.Namespace) -> int:
+    with Testbed() as bed:
+        command = find_splicer(options.splicer)
+        refuse_company(command)
+        splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [], timed=False)
+        found = census.measure(splicer, bed, options.connections, options.seconds or 10.0)
+    print(census.report(found, options.json))
     return report_failures(splicer.failures + (found.failures() if options.check else []))
 
 

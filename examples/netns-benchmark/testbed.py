@@ -170,6 +170,12 @@ class Testbed:
             # Else TIME_WAIT piles up from leg to leg, and plain TCP itself slows down and then stalls.
             self.run(["sh", "-c", "echo 2048 >/proc/sys/net/ipv4/tcp_max_tw_buckets"], end)
 
+    def add_namespace(self, name: str) -> Namespace:
+        """One more, with a loopback device and nothing else."""
+        namespace = self._namespace(name)
+        self.ip(namespace, "link set lo up")
+        return namespace
+
     def _namespace(self, name: str) -> Namespace:
         namespace = Namespace.make(name)
         self._stack.callback(os.close, namespace.fd)

@@ -102,6 +102,7 @@ examples:
   splicer run --cgroup /sys/fs/cgroup
   splicer run --cgroup /sys/fs/cgroup/system.slice --config /etc/splicer.toml
   splicer run --default off     # with label splicer.enable=true on containers
+  splicer run --no-census       # nothing that is connected already
   SPLICER_MODE=eager splicer run --config splicer.toml --print-config
 
 exit codes:
@@ -130,6 +131,13 @@ def add(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--docker", metavar="WHERE", help="where the container engine is: auto, off or a URL (default: auto)"
+    )
+    parser.add_argument(
+        "--no-census",
+        dest="census",
+        action="store_const",
+        const=False,
+        help="leave connections alone that were there before splicer (default: they are looked for)",
     )
     options.add_config(parser)
     parser.add_argument(

@@ -45,6 +45,11 @@ docker:
   lost        the engine does not answer; what was known of the containers holds
   off         --docker off
 
+older:
+  connections that were there before splicer are looked for once, when its
+  programs are loaded. What is found is spliced like any other once both ends
+  read. What is between namespaces that no process is in is not found
+
 totals:
   paired      connections found to have both ends on this host
   spliced     times a connection was spliced
@@ -153,6 +158,8 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         )
     if docker := section(status, "docker"):
         about.append(("docker", describe_docker(docker)))
+    if census := section(status, "census"):
+        about.append(("older", describe_census(census)))
     if uptime := seconds(status, "uptime_seconds"):
         about.append(("uptime", human_age(uptime)))
     messages = plural(number(totals, "redirected_messages"), "message")
@@ -249,6 +256,39 @@ def describe_docker(docker: Mapping[str, object]) -> str:
     if state == "off":
         return "off (--docker off)"
     return f"{state or 'unknown'}{where}{because}"
+
+
+# What keeps a connection from being followed that is older than splicer and has both ends on this host.
+_CENSUS_REASONS = {
+    "ambiguous": "whose name a third socket has as well",
+    "outside": "with an end outside of the cgroup",
+    "repaired": "under TCP_REPAIR",
+    "closed": "closed meanwhile",
+    "map_full": "beyond --max-connections",
+    "unmarked": "since this kernel cannot (Linux 6.12 and newer can)",
+}
+_NO_CENSUS = {
+    "running": "are being looked for",
+    "off": "are left alone (--no-census)",
+    "earlier": "were looked for when the programs were loaded",
+    "unavailable": "cannot be looked for: the kernel refused the census program; see the log",
+    "failed": "could not be looked for; see the log",
+}
+
+
+def describe_census(census: Mapping[str, object]) -> str:
+    """What became of the connections that are older than splicer, in words."""
+    state = text(census, "state")
+    if state != "done":
+        return "connections older than splicer " + _NO_CENSUS.get(state, state or "unknown")
+    words = f"{plural(number(census, 'found'), 'connection')} older than splicer found"
+    left = section(census, "left")
+    if left:
+        listed = [f"{human_count(number(left, name))} {_CENSUS_REASONS.get(name, name)}" for name in left]
+        words += f"; not followed: {', '.join(listed)}"
+    if held_up := number(census, "held_up"):
+        words += f"; {plural(held_up, 'namespace')} could not be visited"
+    return words
 
 
 def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from splicer.containers.watcher import Watcher
 from splicer.daemon.adoption import SweepQueues
 from splicer.daemon.attribution import Attribution
+from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.enlistment import Enlistment
 from splicer.daemon.mailbox import Mailbox, Task
@@ -26,7 +27,7 @@ from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
 from splicer.kernel import generation, libbpf, probes
 from splicer.kernel.enlist import Enlister
-from splicer.kernel.layout import EventType, read_event
+from splicer.kernel.layout import CensusState, EventType, read_event
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 from splicer.policy import config
@@ -55,6 +56,7 @@ class Daemon:
         self._patrol: Patrol
         self._enlister: Enlister | None = None
         self._enlistment: Enlistment
+        self._census: CensusTaker
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
         self._watchdog = notify.wants_watchdog(os.environ)
@@ -80,15 +82,27 @@ class Daemon:
             self._enlister = self._generation.enlister(self._log)
             self._enlistment = Enlistment(self._enlister, self._queues, self._patrol.ask)
             self._sweeper.settings.write(walking=self._enlister is None)
+            self._census = self._prepare_census()
             try:
                 self._work_until_stopped(kernel.name)
             finally:
+                self._census.close()
                 self._sweeper.close()
                 if self._enlister is not None:
                     self._enlister.close()
                 self._generation.remove()
         self._log.info("stopped")
         return 0
+
+    def _prepare_census(self) -> CensusTaker:
+        settings = self._sweeper.settings
+        if not self._settings.census:
+            return CensusTaker(None, self._log, instead=OFF)
+        if settings.read().census == CensusState.DONE:
+            # Whatever has been connected since then was registered.
+            return CensusTaker(None, self._log, instead=EARLIER)
+        steps = self._generation.find_older(settings, self._cgroup)
+        return CensusTaker(steps, self._log, instead=UNAVAILABLE)
 
     def _work_until_stopped(self, kernel_class: str) -> None:
         self._say_what_a_container_lacks()
@@ -111,6 +125,7 @@ class Daemon:
             Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes()),
             self._mailbox,
             lambda: self._heartbeat,
+            self._census.describe,
         )
         with watcher:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
@@ -183,7 +198,7 @@ class Daemon:
             self._patrol.ask_for_readers(event.tgid[0])
 
     def _next_timeout(self) -> float:
-        waits = (self._enlistment, self._queues, self._patrol)
+        waits = (self._enlistment, self._queues, self._patrol, self._census)
         deadline = min(self._tend_at, *(each.deadline for each in waits))
         return max(0.0, deadline - time.monotonic())
 
@@ -201,6 +216,7 @@ class Daemon:
         if self._mailbox.take(Task.DRAIN_ALL):
             self._drain_all()
         self._queues.work(now)
+        self._census.work()
         if now >= self._tend_at:
             self._tend()
         if time.monotonic() >= self._patrol.deadline:

@@ -43,6 +43,7 @@ class RequestHandlers:
         attribution: Attribution,
         mailbox: Mailbox,
         read_heartbeat: Callable[[], float],
+        describe_census: Callable[[], dict[str, Any]],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -54,6 +55,7 @@ class RequestHandlers:
         self._attribution = attribution
         self._mailbox = mailbox
         self._read_heartbeat = read_heartbeat
+        self._describe_census = describe_census
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -111,6 +113,7 @@ class RequestHandlers:
             healthy=beating and not self._reconciler.failure,
             trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),
             docker=self._watcher.describe(),
+            census=self._describe_census(),
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),

@@ -214,6 +214,12 @@ class Directory:
                     seen.add(inode)
                     yield path
 
+    def walk(self) -> Iterator[str]:
+        """A path of each namespace that a process is in or that has a name."""
+        for path in self._candidates():
+            if self._learn(path) is not None:
+                yield path
+
     def find(self, cookie: int, pids: Iterable[int] = ()) -> str | None:
         """A path whose namespace has this cookie now, or None. `pids` are processes likely to be in it."""
         known = self._paths.get(cookie)

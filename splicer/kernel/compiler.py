@@ -51,6 +51,7 @@ SOURCES = (
     "enlist.c",
     "adopt.c",
     "watch.c",
+    "census.c",
 )
 
 # Macro name (OFF_*, MASK_*) to the kernel's path of the field.
@@ -104,6 +105,7 @@ FIELDS = {
     "cgroup_self_parent": "cgroup.self.parent",
     "cgroup_kn": "cgroup.kn",
     "kernfs_node_id": "kernfs_node.id",
+    "bpf_iter_meta_seq": "bpf_iter_meta.seq",
 }
 RDONLY_CAST = 0x7FFE0001  # no helper has such a number
 SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")

@@ -3,7 +3,7 @@
 
 Pins below the pin directory:
 
-    programs/NAME maps/NAME links/NAME   the objects; watch and enlist, attached to nothing, have no link
+    programs/NAME maps/NAME links/NAME   the objects; watch, enlist and census have no link
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
 The links keep the programs attached when the daemon dies.
@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,10 @@ from splicer.errors import FAILURE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.kernel import bpffs, compiler, libbpf
+from splicer.kernel.census import Census, CensusReport
 from splicer.kernel.enlist import Enlister
-from splicer.kernel.programs import MAPS
+from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
+from splicer.kernel.settings import SettingsMap
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 
@@ -53,13 +55,14 @@ class LoadPlan:
 @dataclass
 class Generation:
     """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon. No
-    `enlist`: the kernel refused it, and adopt does its work."""
+    `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found."""
 
     pin_dir: str
     maps: dict[str, libbpf.Map]
     links: dict[str, int]
     watch: int
     enlist: int | None
+    census: int | None
     taken_over: bool
     mounted: str | None = None
     lock: int = -1
@@ -80,6 +83,16 @@ class Generation:
             log.warning("enlist_not_run", error=str(error))
             return None
 
+    def find_older(
+        self, settings: SettingsMap, cgroup: Cgroup
+    ) -> Generator[CensusReport | None, None, None] | None:
+        """The steps of a census (see class Census). None if the kernel refused its program."""
+        if self.census is None:
+            return None
+        top = 0 if cgroup.is_root else cgroup.id
+        census = Census(self.census, self.maps["older"], settings, cgroup=top, directory=self._directory)
+        return census.run()
+
     def detach(self) -> None:
         """Detach from the cgroup: when this returns, no socket runs what the links attached."""
         for name in _CGROUP_LINKS:
@@ -90,7 +103,7 @@ class Generation:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
             item.close()
-        for fd in (*self.links.values(), self.watch, self.enlist):
+        for fd in (*self.links.values(), self.watch, self.enlist, self.census):
             if fd is not None:
                 os.close(fd)
         self.maps.clear()
@@ -149,26 +162,30 @@ def exists(pin_dir: str) -> bool:
     return os.path.isdir(pin_dir) and any(names for _, _, names in os.walk(pin_dir))
 
 
-def open_pinned(pin_dir: str) -> Generation:
-    """Open a complete generation. Raises KernelError if a piece is missing."""
+def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
+    """Open a complete generation, with the maps `needed`. Raises KernelError if a piece is missing."""
     maps: dict[str, libbpf.Map] = {}
     links: dict[str, int] = {}
-    enlist = None
     try:
-        for name in MAPS:
+        for name in needed:
             maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
         for name in LINKS:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
         watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
-        if os.path.exists(_path(pin_dir, "programs", "enlist")):
-            enlist = libbpf.open_pin(_path(pin_dir, "programs", "enlist"))
+        enlist, census = (_open_optional(pin_dir, name) for name in ("enlist", "census"))
     except BaseException:
         for item in maps.values():
             item.close()
         for fd in links.values():
             os.close(fd)
         raise
-    return Generation(pin_dir, maps, links, watch, enlist, taken_over=True)
+    return Generation(pin_dir, maps, links, watch, enlist, census, taken_over=True)
+
+
+def _open_optional(pin_dir: str, name: str) -> int | None:
+    """A program that the kernel may have refused."""
+    path = _path(pin_dir, "programs", name)
+    return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
 def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
@@ -297,7 +314,7 @@ def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
     """Returns (pairs that could not be drained in time, what was removed)."""
     left = 0
     try:
-        generation = open_pinned(pin_dir)
+        generation = open_pinned(pin_dir, MAPS_TO_DRAIN)
     except libbpf.KernelError:
         return 0, bpffs.remove_tree(pin_dir, keep_root=True)  # half a generation never spliced anything
     try:

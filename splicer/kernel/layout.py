@@ -84,6 +84,37 @@ ENLIST_REQUEST = struct.Struct("=Q 2I 2I")
 """Name, the numbers of the ends' network namespaces, task and outcome."""
 ENLIST_SIZE = ENLIST_HEAD.size + ENLIST_PAIRS * ENLIST_REQUEST.size
 
+
+class CensusState(enum.IntEnum):
+    """How far the search for connections that are older than the programs has come."""
+
+    NONE = 0
+    LISTS = 1
+    JOINS = 2
+    DONE = 3
+
+
+class OlderFlag(enum.IntFlag):
+    """What is known of a socket that census has listed."""
+
+    OUTSIDE = 1
+    REPAIRED = 2
+    KNOWN = 4
+
+
+class OlderOutcome(enum.IntEnum):
+    """What came of joining two sockets."""
+
+    JOINED = 0
+    GONE = 1
+    FULL = 2
+    UNMARKED = 3
+
+
+OLDER_SOCKET = struct.Struct("=3Q 2I Q")
+OLDER = struct.Struct("=4Q")
+OLDER_JOINED = struct.Struct("=2Q")
+
 _END_KEY = "4I 4I Q 2I I I"
 _END = _END_KEY + " Q Q Q I I I I I I"
 _END_SIZE = struct.calcsize("=" + _END)
@@ -97,7 +128,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=15I")
+SETTINGS = struct.Struct("=16I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=2Q")
 NOTHING_SAID = (1 << 63) - 1
@@ -163,7 +194,7 @@ class Pair:
     @property
     def name(self) -> int:
         """Both numbers of `id` in one, as they are in memory."""
-        return int(struct.unpack("=Q", struct.pack("=2I", *self.id))[0])
+        return name_connection(*self.id)
 
     @property
     def is_in_map(self) -> bool:
@@ -222,6 +253,24 @@ def read_pair(value: bytes) -> Pair:
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class OlderSocket:
+    """A socket as census lists it: kernel address, socket cookie, network namespace (cookie), the first
+    sequence numbers that it sent and received."""
+
+    sk: int
+    cookie: int
+    netns: int
+    sent: int
+    received: int
+    flags: OlderFlag
+
+
+def name_connection(client_seq: int, server_seq: int) -> int:
+    """Both numbers of a name in one, as they are in memory."""
+    return int(struct.unpack("=Q", struct.pack("=2I", client_seq, server_seq))[0])
 
 
 def has_pair(seed: bytes) -> bool:
@@ -300,7 +349,8 @@ def read_event(record: bytes) -> Event:
 class KernelSettings:
     """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything;
     `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule;
-    `walking` if there is no enlist."""
+    `walking` if there is no enlist; `census` is of CensusState, and `cgroup` the id of the cgroup that it is
+    about, 0 for all."""
 
     mode: int
     allow_blocking: bool
@@ -317,6 +367,8 @@ class KernelSettings:
     registering: bool
     finishing: bool = False
     walking: bool = False
+    census: int = 0
+    cgroup: int = 0
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -335,6 +387,8 @@ class KernelSettings:
             self.registering,
             self.finishing,
             self.walking,
+            self.census,
+            self.cgroup,
         )
 
     @classmethod
@@ -357,4 +411,6 @@ class KernelSettings:
             bool(v[12]),
             bool(v[13]),
             bool(v[14]),
+            v[15],
+            v[16],
         )

@@ -38,6 +38,7 @@ PSEUDO_KFUNC_CALL = 2
 BPF_MAP_TYPE_SOCKHASH = 18
 BPF_ANY = 0
 BATCH = 4096
+_ITERATOR_READ = 65536
 
 
 class KernelError(OSError):
@@ -360,13 +361,15 @@ def create_iterator(link_fd: int) -> int:
     return check(get_library().bpf_iter_create(link_fd), "make an iterator")
 
 
-def finish_iterator(fd: int) -> None:
-    """Walk an iterator to its end, and close it."""
+def finish_iterator(fd: int) -> bytes:
+    """Walk an iterator to its end, and close it. Returns what its program has written."""
+    written = bytearray()
     try:
-        while os.read(fd, 4096):
-            pass
+        while part := os.read(fd, _ITERATOR_READ):
+            written += part
     finally:
         os.close(fd)
+    return bytes(written)
 
 
 class TestRun:

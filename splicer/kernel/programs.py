@@ -63,6 +63,15 @@ PROGRAMS = (
     ),
     Program("enlist", "enlist", "tc program", libbpf.BPF_PROG_TYPE_SCHED_CLS, is_optional=True),
     Program("watch", "watch", "raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT),
+    Program(
+        "census",
+        "census",
+        "iterator over TCP sockets",
+        libbpf.BPF_PROG_TYPE_TRACING,
+        libbpf.BPF_TRACE_ITER,
+        iterator="tcp",
+        is_optional=True,
+    ),
 )
 MAPS = (
     "spliced",
@@ -73,6 +82,7 @@ MAPS = (
     "hints",
     "splicers",
     "muted",
+    "older",
     "rules",
     "networks",
     "traffic",
@@ -82,6 +92,9 @@ MAPS = (
     "blank",
     "events",
 )
+
+# What it takes to drain a generation; those of other builds may lack the rest.
+MAPS_TO_DRAIN = ("spliced", "seeds", "pairs", "settings", "sweep", "counters")
 
 
 class LoadError(SplicerError):

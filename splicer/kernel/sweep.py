@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
-import queue
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -36,14 +34,12 @@ from splicer.kernel.layout import (
     read_watched,
 )
 from splicer.kernel.settings import SettingsMap
+from splicer.kernel.walker import Walker
 from splicer.model import REASON_NAMES
 
 _SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
 _LOOK_MASK = (1 << LOOK_BITS) - 1
 _NAME = 8  # bytes
-# A sweep takes milliseconds. One that takes longer waits for the lock of a socket whose owner sits in a page
-# fault inside recv (see KNOWN_ISSUES.md); it is left to itself, and its namespace is left out meanwhile.
-_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,40 +65,6 @@ class WatchFindings:
     rescued: int = 0
 
 
-class Worker:
-    """A thread that runs one job after the other; whoever gave it one need not wait for the end."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-        threading.Thread(target=self._work, name="sweep", daemon=True).start()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except BaseException as error:
-                self._error = error
-            self._done.set()
-
-    def run(self, job: Callable[[], None], timeout: float) -> bool:
-        """True if the job has ended within `timeout` seconds; raises what it raised. After False the worker
-        is still at it: give it no other job, but `leave` it."""
-        self._done.clear()
-        self._jobs.put(job)
-        if not self._done.wait(timeout):
-            return False
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        return True
-
-    def leave(self) -> None:
-        """End the thread once it has nothing to do."""
-        self._jobs.put(None)
-
-
 class Sweeper:
     """adopt, watch and the maps of one generation of programs."""
 
@@ -118,7 +80,7 @@ class Sweeper:
         self._watch = None if watch_program is None else libbpf.TestRun(watch_program, WATCH_REQUEST_SIZE)
         self._maps = maps
         self._directory = directory or Directory()
-        self._worker: Worker | None = None
+        self._walker = Walker()
         # Cookies of the namespaces where a sweep is held up.
         self._held: set[int] = set()
         self.settings = SettingsMap(maps["settings"])
@@ -140,9 +102,7 @@ class Sweeper:
         return len(self._held)
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.leave()
-            self._worker = None
+        self._walker.close()
 
     def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         """Visit every socket of the namespaces (cookie to processes likely in it) once."""
@@ -170,22 +130,9 @@ class Sweeper:
         return dataclasses.replace(self._read(), held=held)
 
     def _visit(self, cookie: int, iterator: int) -> bool:
-        """Run an iterator to its end, with patience. False if it is held up."""
-        if self._worker is None:
-            self._worker = Worker()
+        """False if the walk is held up: its namespace is left out meanwhile."""
         self._held.add(cookie)
-
-        def visit() -> None:
-            try:
-                libbpf.finish_iterator(iterator)
-            finally:
-                self._held.discard(cookie)
-
-        if self._worker.run(visit, _PATIENCE_S):
-            return True
-        self._worker.leave()
-        self._worker = None
-        return False
+        return self._walker.walk(iterator, lambda: self._held.discard(cookie)) is not None
 
     def walk_pairs(self) -> libbpf.Walk:
         """All pairs, in steps; layout.py reads their values."""

@@ -59,6 +59,7 @@ class Settings:
     run_dir: str = "/run/splicer"
     pin_dir: str = "/sys/fs/bpf/splicer"
     hot_reads: int = 16
+    census: bool = True
     stop_timeout: float = 5.0
     debug: bool = False
     log_format: LogFormat = "auto"
@@ -98,17 +99,20 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "run_dir": PATH,
     "pin_dir": PATH,
     "hot_reads": integer(1, 65535),
+    "census": SWITCH,
     "stop_timeout": seconds(0, 3600),
     "debug": SWITCH,
     "log_format": choice(LOG_FORMATS),
 }
+# Switches whose option switches them off.
+_ON_BY_DEFAULT = ("census",)
 # What a daemon takes over while it runs; the rest is for the next start.
 RELOADABLE = ("mode", "default", "blocking", "policies")
 
 
 def option_of(name: str) -> str:
     """The command-line option of a setting: --max-connections for max_connections."""
-    return "--" + name.replace("_", "-")
+    return ("--no-" if name in _ON_BY_DEFAULT else "--") + name.replace("_", "-")
 
 
 def variable_of(name: str) -> str:

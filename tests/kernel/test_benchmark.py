@@ -116,6 +116,14 @@ def test_looks_go_to_those_who_ask() -> None:
     assert found["runs_per_ask"] < a_round / 4
 
 
+@thorough("test_census.py shows that they are found; this that so many are, in so many namespaces")
+def test_older_connections_are_found() -> None:
+    """All of them, in all namespaces, while all are in use."""
+    found = _measure("--census", "--connections=500", "--seconds=1")["census"]
+    assert found["found"] == 500
+    assert found["namespaces"] == 50
+
+
 @pytest.mark.timeout(320)
 @thorough("test_enlist.py shows that they are spliced; this shows that the table says so")
 def test_how_soon_connections_are_spliced() -> None:

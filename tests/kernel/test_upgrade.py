@@ -50,8 +50,9 @@ def _use(host: Host, tree: Path | None) -> None:
 @pytest.mark.parametrize("ending", spread(["killed", "stopped"], ["killed"], "the easier of the two endings"))
 def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> None:
     """Upgrade and downgrade: the old generation is drained and gone before the new one is attached, each
-    connection goes on as plain TCP, and new ones are spliced by the new build."""
-    with Host("--stop-timeout", "0.5") as host:
+    connection goes on as plain TCP, as long as no census finds it, and new ones are spliced by the new
+    build."""
+    with Host("--stop-timeout", "0.5", "--no-census") as host:
         load = Load(host, lab)
         quiet = host.hot_pair(lab)
         waiting = host.hot_pair(lab)
@@ -82,6 +83,21 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
         _check_survivors(host, lab, load, quiet, waiting)
 
 
+def test_another_build_finds_the_connections_again(lab: Lab, other_build: Path) -> None:
+    """What the old generation had spliced is spliced by the new one, under load."""
+    with Host("--stop-timeout", "0.5") as host:
+        load = Load(host, lab)
+        quiet = host.hot_pair(lab)
+        host.daemon.kill()
+        _use(host, other_build)
+        host.start()
+        assert host.daemon.log.read_text().count('"generation_replaced"') == 1
+        host.make_hot(quiet)
+        load.finish()
+        quiet.verify()
+        host.check_alive(lab)
+
+
 @thorough("test_another_build_under_load with connections that come and go")
 def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other_build: Path) -> None:
     """Connections established in the gap between two generations are whole: known and spliced, or plain."""
@@ -106,9 +122,10 @@ def test_another_build_is_replaced_while_connections_come_and_go(lab: Lab, other
         host.check_alive(lab)
 
 
-def _pin_former_watch(host: Host) -> None:
-    """Make the pins look like those of a build whose watch was an iterator, with a link of its own. Where the
-    kernel would refuse the one it was, one over TCP sockets stands for it."""
+def _pin_former_build(host: Host) -> None:
+    """Make the pins look like those of a build whose watch was an iterator, with a link of its own, and which
+    had not all the programs and maps of today. Where the kernel would refuse the iterator it was, one over
+    TCP sockets stands for it."""
     with contextlib.ExitStack() as opened:
         program = libbpf.open_pin(str(host.pin_dir / "programs" / "adopt"))
         opened.callback(os.close, program)
@@ -117,6 +134,8 @@ def _pin_former_watch(host: Host) -> None:
         (host.pin_dir / "programs" / "watch").unlink()
         libbpf.pin(program, str(host.pin_dir / "programs" / "watch"))
         libbpf.pin(link, str(host.pin_dir / "links" / "watch"))
+    for newer in ("programs/enlist", "programs/census", "maps/muted", "maps/older"):
+        (host.pin_dir / newer).unlink()
     build = host.pin_dir / "build"
     build.unlink()
     build.symlink_to("0123456789abcdef")
@@ -124,13 +143,14 @@ def _pin_former_watch(host: Host) -> None:
 
 @pytest.mark.parametrize("how", spread(["start", "unload"], ["start"], "the same code on the other way"))
 def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
-    """It cannot be run any more, and is drained and removed without it."""
-    with Host("--stop-timeout", "0.5") as host:
+    """It cannot be run any more, and is drained and removed without it, and without what builds have had
+    since."""
+    with Host("--stop-timeout", "0.5", "--no-census") as host:
         load = Load(host, lab)
         quiet, waiting = host.hot_pair(lab), host.hot_pair(lab)
         waiting.client.send(5000, chunk=500)
         host.daemon.kill()
-        _pin_former_watch(host)
+        _pin_former_build(host)
         if how == "unload":
             done = call(
                 "unload", f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}", "--stop-timeout=0.5"

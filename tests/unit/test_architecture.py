@@ -150,7 +150,7 @@ def test_flags_and_switches() -> None:
     text = (REPOSITORY / "bpf/types.h").read_text()
     body = text.partition("struct settings {")[2].partition("};")[0]
     switches = {unquote(row[0])[0] for row in find_rows(["field", "meaning", "written by"])}
-    assert switches <= set(re.findall(r"u32 (\w+);", body))
+    assert switches <= set(re.findall(r"u(?:32|64) (\w+);", body))
 
 
 # -- times -------------------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ def test_workloads_are_found_by_group_and_by_name(bench: Modules) -> None:
         ["--watch", "--only=x"],
         ["--adoption", "--lives"],
         ["--adoption", "--watch"],
+        ["--census", "--watch"],
     ],
 )
 def test_what_cannot_be_measured_together_is_refused(
