@@ -4,7 +4,6 @@ are put together, and census joins them; see bpf/census.c."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 import time
@@ -198,8 +197,10 @@ class Census:
         try:
             for each in connections:
                 value = OLDER.pack(each.client.sk, each.server.sk, each.client.cookie, each.server.cookie)
-                with contextlib.suppress(libbpf.KernelError):  # no memory, or more than there is room for
+                try:
                     self._older.set(_NAME.pack(each.name), value)
+                except libbpf.KernelError:  # no memory, or more than there is room for
+                    yield [OlderOutcome.FULL]
             ends = [end for each in connections for end in (each.client, each.server)]
             for cookie in dict.fromkeys(end.netns for end in ends):
                 path = self._directory.find(cookie)

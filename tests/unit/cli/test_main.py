@@ -16,7 +16,7 @@ from splicer.cli import main as cli
 from splicer.cli import version
 from splicer.errors import SplicerError
 from splicer.model import REASONS
-from splicer.policy.config import VALUE_TYPES
+from splicer.policy.config import VALUE_TYPES, option_of
 
 from ..conftest import Invoke, Terminal
 
@@ -48,7 +48,7 @@ def test_flows_help_explains_every_reason(invoke: Invoke) -> None:
 
 def test_run_help_names_every_option_of_the_contract(invoke: Invoke) -> None:
     text = invoke("run", "--help").stdout
-    settings = ["--" + name.replace("_", "-") for name in VALUE_TYPES]
+    settings = [option_of(name) for name in VALUE_TYPES]
     for option in [*settings, "--config", "--print-config", "--color"]:
         assert f" {option} " in text or f"[{option}]" in text
 
