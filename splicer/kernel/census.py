@@ -27,6 +27,8 @@ from splicer.kernel.settings import SettingsMap
 from splicer.kernel.walker import Walker
 
 _WORD = 1 << 32
+# A namespace may have a million sockets, and is visited once.
+_PATIENCE_S = 2.0
 _NAME = struct.Struct("=Q")
 
 # What keeps a connection with both ends on this host from being followed, in the words of `splicer status`.
@@ -142,7 +144,7 @@ class Census:
         self._settings = settings
         self._cgroup = cgroup
         self._directory = directory or Directory()
-        self._walker = Walker()
+        self._walker = Walker(_PATIENCE_S)
         self._held_up = 0
         self._namespaces = 0
 

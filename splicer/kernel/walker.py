@@ -49,9 +49,11 @@ class _Worker:
 
 
 class Walker:
-    """Walks over sockets, one walk after the other."""
+    """Walks over sockets, one walk after the other. One that takes longer than `patience` seconds is held
+    up."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = _PATIENCE_S) -> None:
+        self._patience = patience
         self._worker: _Worker | None = None
 
     def walk(self, iterator: int, ended: Callable[[], None] = lambda: None) -> bytes | None:
@@ -70,7 +72,7 @@ class Walker:
             finally:
                 ended()
 
-        if self._worker.run(walk, _PATIENCE_S):
+        if self._worker.run(walk, self._patience):
             return written[0]
         self.close()
         return None
