@@ -97,9 +97,9 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=15I")
+SETTINGS = struct.Struct("=16I")
 RULE_KEY = struct.Struct("=Q 2I")
-RULE = struct.Struct("=2Q")
+RULE = struct.Struct("=3Q")
 NOTHING_SAID = (1 << 63) - 1
 NETWORK_KEY = struct.Struct("=I 16s")
 NETWORK = struct.Struct("=I")
@@ -317,6 +317,7 @@ class KernelSettings:
     registering: bool
     finishing: bool = False
     walking: bool = False
+    allow_inq: bool = False
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -335,6 +336,7 @@ class KernelSettings:
             self.registering,
             self.finishing,
             self.walking,
+            self.allow_inq,
         )
 
     @classmethod
@@ -357,4 +359,5 @@ class KernelSettings:
             bool(v[12]),
             bool(v[13]),
             bool(v[14]),
+            bool(v[15]),
         )

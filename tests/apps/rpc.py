@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gRPC: its C core asks for TCP_INQ on every connection. Python's is PyPI's newest, Ruby's Debian's.
+
+Calls of all four kinds, messages of 4 MB, calls that are cancelled, overdue or refused; a server that retires
+(its clients get a GOAWAY) or dies while a call goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apps.case import Case, Failed, Outcome
+from apps.stage import PROGRAMS, STOP_TIMEOUT, Stage
+
+PORT = 7000
+# The interpreter that has grpcio.
+PYTHON: tuple[str | Path, ...] = (sys.executable, "-I", PROGRAMS / "rpc.py")
+RUBY: tuple[str | Path, ...] = ("ruby", PROGRAMS / "rpc.rb")
+
+
+def _find_python() -> list[str]:
+    return [] if importlib.util.find_spec("grpc") else ["grpcio"]
+
+
+def _find_ruby() -> list[str]:
+    try:
+        done = subprocess.run(["ruby", "-e", "require 'grpc'"], check=False, capture_output=True)
+    except FileNotFoundError:
+        return []  # named as a program
+    return ["ruby-grpc"] if done.returncode else []
+
+
+def _find_both() -> list[str]:
+    return _find_python() + _find_ruby()
+
+
+def _run(stage: Stage, server: tuple[str | Path, ...], client: tuple[str | Path, ...], what: str) -> Outcome:
+    address = (stage.address("a"), str(PORT))
+    running = stage.start(*server, "serve", *address)
+    stage.wait_listening(running, PORT)
+    told: dict[str, Any] = json.loads(
+        stage.call(*client, "ask", *address, what, str(stage.seconds), timeout=120)
+    )
+    facts = told["facts"]
+    if what != "calls":
+        try:
+            facts["server"] = running.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"the server is still there: {running.tail()}") from None
+        stage.stop(running)
+        return Outcome(f"{facts['before']} messages, then {facts['ended']}", facts)
+    rate = told["measures"]["calls per second"]
+    return Outcome(f"{facts['unary'] + facts['parallel']} calls right", facts, {"calls per second": rate})
+
+
+def _case(name: str, server: tuple[str | Path, ...], client: tuple[str | Path, ...], what: str) -> Case:
+    programs = {str(each[0]) for each in (server, client)}
+    find = _find_both if server != client else _find_python if server is PYTHON else _find_ruby
+    return Case(
+        name,
+        partial(_run, server=server, client=client, what=what),
+        tuple(sorted(programs)),
+        find_missing=find,
+    )
+
+
+CASES = (
+    _case("grpc-python", PYTHON, PYTHON, "calls"),
+    _case("grpc-python-retires", PYTHON, PYTHON, "retire"),
+    _case("grpc-python-dies", PYTHON, PYTHON, "die"),
+    _case("grpc-ruby", RUBY, RUBY, "calls"),
+    _case("grpc-ruby-retires", RUBY, RUBY, "retire"),
+    _case("grpc-ruby-dies", RUBY, RUBY, "die"),
+    _case("grpc-ruby-to-python", PYTHON, RUBY, "calls"),
+    _case("grpc-python-to-ruby", RUBY, PYTHON, "calls"),
+)
