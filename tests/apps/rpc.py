@@ -11,6 +11,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 from apps.case import Case, Failed, Outcome
 from apps.stage import PROGRAMS, STOP_TIMEOUT, Stage
 
+Command = tuple[str | Path, ...]
+
 PORT = 7000
 # The interpreter that has grpcio.
-PYTHON: tuple[str | Path, ...] = (sys.executable, "-I", PROGRAMS / "rpc.py")
-RUBY: tuple[str | Path, ...] = ("ruby", PROGRAMS / "rpc.rb")
+PYTHON: Command = (sys.executable, "-I", PROGRAMS / "rpc.py")
+RUBY: Command = ("ruby", PROGRAMS / "rpc.rb")
 
 
 def _find_python() -> list[str]:
@@ -40,13 +43,14 @@ def _find_both() -> list[str]:
     return _find_python() + _find_ruby()
 
 
-def _run(stage: Stage, server: tuple[str | Path, ...], client: tuple[str | Path, ...], what: str) -> Outcome:
+def _run(
+    stage: Stage, server: Command, client: Command, what: str, environment: Mapping[str, str]
+) -> Outcome:
     address = (stage.address("a"), str(PORT))
-    running = stage.start(*server, "serve", *address)
+    running = stage.start(*server, "serve", *address, environment=environment)
     stage.wait_listening(running, PORT)
-    told: dict[str, Any] = json.loads(
-        stage.call(*client, "ask", *address, what, str(stage.seconds), timeout=120)
-    )
+    command = (*client, "ask", *address, what, str(stage.seconds))
+    told: dict[str, Any] = json.loads(stage.call(*command, timeout=120, environment=environment))
     facts = told["facts"]
     if what != "calls":
         try:
@@ -59,14 +63,20 @@ def _run(stage: Stage, server: tuple[str | Path, ...], client: tuple[str | Path,
     return Outcome(f"{facts['unary'] + facts['parallel']} calls right", facts, {"calls per second": rate})
 
 
-def _case(name: str, server: tuple[str | Path, ...], client: tuple[str | Path, ...], what: str) -> Case:
-    programs = {str(each[0]) for each in (server, client)}
-    find = _find_both if server != client else _find_python if server is PYTHON else _find_ruby
+def _case(
+    name: str,
+    server: Command,
+    client: Command,
+    what: str,
+    reasons: Collection[str] = (),
+    **environment: str,
+) -> Case:
     return Case(
         name,
-        partial(_run, server=server, client=client, what=what),
-        tuple(sorted(programs)),
-        find_missing=find,
+        partial(_run, server=server, client=client, what=what, environment=environment),
+        tuple(sorted({str(each[0]) for each in (server, client)})),
+        find_missing=_find_both if server != client else _find_python if server is PYTHON else _find_ruby,
+        reasons=frozenset(reasons),
     )
 
 
@@ -74,6 +84,11 @@ CASES = (
     _case("grpc-python", PYTHON, PYTHON, "calls"),
     _case("grpc-python-retires", PYTHON, PYTHON, "retire"),
     _case("grpc-python-dies", PYTHON, PYTHON, "die"),
+    _case("grpc-python-poll", PYTHON, PYTHON, "calls", GRPC_POLL_STRATEGY="poll"),
+    _case(
+        *("grpc-python-lowat", PYTHON, PYTHON, "calls", {"rcvlowat"}),
+        GRPC_EXPERIMENTS="tcp_rcv_lowat,tcp_frame_size_tuning",
+    ),
     _case("grpc-ruby", RUBY, RUBY, "calls"),
     _case("grpc-ruby-retires", RUBY, RUBY, "retire"),
     _case("grpc-ruby-dies", RUBY, RUBY, "die"),
