@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gRPC: its C core asks for TCP_INQ on every connection. Python's is PyPI's newest, Ruby's Debian's.
+"""gRPC: its C core asks for TCP_INQ on every connection. Python's is PyPI's newest, Ruby's is Debian's.
 
 Calls of all four kinds, messages of 4 MB, calls that are cancelled, overdue or refused; a server that retires
 (its clients get a GOAWAY) or dies while a call goes on.
@@ -68,7 +68,10 @@ def _case(
     server: Command,
     client: Command,
     what: str,
+    *,
+    redirects: bool = True,
     reasons: Collection[str] = (),
+    remark: str = "",
     **environment: str,
 ) -> Case:
     return Case(
@@ -76,7 +79,9 @@ def _case(
         partial(_run, server=server, client=client, what=what, environment=environment),
         tuple(sorted({str(each[0]) for each in (server, client)})),
         find_missing=_find_both if server != client else _find_python if server is PYTHON else _find_ruby,
+        redirects=redirects,
         reasons=frozenset(reasons),
+        remark=remark,
     )
 
 
@@ -86,12 +91,16 @@ CASES = (
     _case("grpc-python-dies", PYTHON, PYTHON, "die"),
     _case("grpc-python-poll", PYTHON, PYTHON, "calls", GRPC_POLL_STRATEGY="poll"),
     _case(
-        *("grpc-python-lowat", PYTHON, PYTHON, "calls", {"rcvlowat"}),
+        *("grpc-python-lowat", PYTHON, PYTHON, "calls"),
         GRPC_EXPERIMENTS="tcp_rcv_lowat,tcp_frame_size_tuning",
     ),
-    _case("grpc-ruby", RUBY, RUBY, "calls"),
-    _case("grpc-ruby-retires", RUBY, RUBY, "retire"),
-    _case("grpc-ruby-dies", RUBY, RUBY, "die"),
-    _case("grpc-ruby-to-python", PYTHON, RUBY, "calls"),
-    _case("grpc-python-to-ruby", RUBY, PYTHON, "calls"),
+    _case("grpc-ruby", PYTHON, RUBY, "calls"),
+    _case("grpc-ruby-retires", PYTHON, RUBY, "retire"),
+    _case("grpc-ruby-dies", PYTHON, RUBY, "die"),
+    _case(
+        *("grpc-ruby-server", RUBY, PYTHON, "calls"),
+        redirects=False,
+        reasons={"zerocopy"},
+        remark="a server whose C core knows MSG_ZEROCOPY has SO_ZEROCOPY on its listening sockets",
+    ),
 )
