@@ -275,9 +275,9 @@ static __always_inline u32 look_at_enlisted(struct pair *p)
 	if (p->state != STATE_SPLICED || !is_still_in(client) || !is_still_in(server))
 		return ENLIST_OVER;
 	/* An option that was asked for while they went in: see guard.c. */
-	reason = find_misfit_option(client->sk);
+	reason = find_misfit_option(client->sk, p->allow_inq);
 	if (!reason)
-		reason = find_misfit_option(server->sk);
+		reason = find_misfit_option(server->sk, p->allow_inq);
 	if (!reason && (is_unseen(client, &at_client) | is_unseen(server, &at_server)))
 		reason = REASON_BUSY;
 	if (reason) {

@@ -23,8 +23,12 @@ static __always_inline u32 find_misfit_birth(u64 sk)
 	return REASON_NONE;
 }
 
-/* What an application can ask for at any time. */
-static __always_inline u32 find_misfit_option(u64 sk)
+/*
+ * What an application can ask for at any time. Of TCP_INQ and timestamps a psock
+ * gives no control message. That the first one is missing is no answer, and who
+ * asks for it reads on: the policy allows it. A time cannot be had otherwise.
+ */
+static __always_inline u32 find_misfit_option(u64 sk, int allow_inq)
 {
 	u32 rcvlowat = 0, tsflags = 0;
 	u64 flags = 0, pointer = 0, pacing = ~0UL;
@@ -47,9 +51,10 @@ static __always_inline u32 find_misfit_option(u64 sk)
 	if (peek_off >= 0)
 		return REASON_PEEK_OFF;
 	PROBE(bits, sk, tcp_sock_recvmsg_inq);
+	if (bits & MASK_tcp_sock_recvmsg_inq && !allow_inq)
+		return REASON_CMSG;
 	PROBE(tsflags, sk, sock_sk_tsflags);
-	if (bits & MASK_tcp_sock_recvmsg_inq || tsflags ||
-	    flags & (1ULL << ENUM_SOCK_RCVTSTAMP))
+	if (tsflags || flags & (1ULL << ENUM_SOCK_RCVTSTAMP))
 		return REASON_CMSG;
 	PROBE(pointer, sk, sock_sk_filter);
 	if (pointer)
@@ -95,5 +100,5 @@ static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e)
 		reason = REASON_BLOCKING;
 	if (!reason && has_spliced(e))
 		reason = REASON_SPLICE;
-	return reason ? reason : find_misfit_option(sk);
+	return reason ? reason : find_misfit_option(sk, p->allow_inq);
 }

@@ -61,6 +61,8 @@ int guard(struct bpf_sockopt *ctx)
 		      tp->rcv_nxt - (u32)tp->bytes_received, 1, &id, &side);
 	if (!p || p->end[side].sk != (u64)tp)
 		return 1;
+	if (ctx->level == SOL_TCP && ctx->optname == TCP_INQ && p->allow_inq)
+		return 1;
 	if (is_redirecting(p->state)) {
 		start_draining(p, reason);
 	} else {

@@ -38,6 +38,7 @@ consider_one(struct rule *best, u32 kind, u64 who, u32 port)
 		return;
 	best->mode = choose_rule(best->mode, r->mode);
 	best->allow_blocking = choose_rule(best->allow_blocking, r->allow_blocking);
+	best->allow_inq = choose_rule(best->allow_inq, r->allow_inq);
 }
 
 static __always_inline void consider(struct rule *best, u32 kind, u64 who, u32 port)
@@ -75,10 +76,11 @@ consider_end(struct rule *best, struct settings *s, u64 sk, u32 ip[4], u32 port)
 static __always_inline void decide(struct pair *p, struct settings *s)
 {
 	struct end *client = &p->end[CLIENT], *server = &p->end[SERVER];
-	u32 mode = s->mode, allow_blocking = s->allow_blocking, version = s->policy;
+	u32 mode = s->mode, allow_blocking = s->allow_blocking, allow_inq = s->allow_inq;
+	u32 version = s->policy;
 	u32 port = server->key.local_port;
-	struct rule by_client = { NOTHING_SAID, NOTHING_SAID };
-	struct rule by_server = { NOTHING_SAID, NOTHING_SAID };
+	struct rule by_client = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
+	struct rule by_server = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
 
 	if (!(s->has_rules & ~(1 << RULE_NETNS)))
 		goto out;
@@ -97,16 +99,22 @@ static __always_inline void decide(struct pair *p, struct settings *s)
 		allow_blocking = by_client.allow_blocking;
 	if (by_server.allow_blocking != NOTHING_SAID)
 		allow_blocking = by_server.allow_blocking;
+	if (by_client.allow_inq != NOTHING_SAID)
+		allow_inq = by_client.allow_inq;
+	if (by_server.allow_inq != NOTHING_SAID)
+		allow_inq = by_server.allow_inq;
 out:
 	p->mode = mode;
+	p->stricter = !allow_inq && (p->allow_inq || p->stricter);
 	p->allow_blocking = allow_blocking;
+	p->allow_inq = allow_inq;
 	p->policy = version;
 }
 
 /* The policy has changed since it was last asked: what follows from that? */
 static __always_inline void decide_again(struct pair *p, struct settings *s)
 {
-	u32 could_block = p->allow_blocking;
+	u32 could_block = p->allow_blocking, could_ask = p->allow_inq;
 
 	decide(p, s);
 	if (p->mode == MODE_OFF) {
@@ -117,7 +125,8 @@ static __always_inline void decide_again(struct pair *p, struct settings *s)
 		else
 			p->reason = REASON_POLICY;
 	} else if (p->reason == REASON_POLICY ||
-		   (p->reason == REASON_BLOCKING && p->allow_blocking && !could_block)) {
+		   (p->reason == REASON_BLOCKING && p->allow_blocking && !could_block) ||
+		   (p->reason == REASON_CMSG && p->allow_inq && !could_ask)) {
 		p->reason = REASON_COLD;
 		p->announced = 0;
 		p->retry_ns = 0;

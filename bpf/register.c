@@ -93,12 +93,13 @@ static __always_inline int
 splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 		      struct pair_id id, struct end_key *key)
 {
-	struct rule said = { NOTHING_SAID, NOTHING_SAID };
+	struct rule said = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
 
 	read_tuple(key, tp);
 	key->netns = netns_cookie(skops);
 	key->id = id;
-	if (!take_hint(key) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp))
+	/* What the server's rules say of TCP_INQ is not known here; verdict looks again. */
+	if (!take_hint(key) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp, 1))
 		return 0;
 	consider_end(&said, s, (u64)tp, key->local_ip, key->remote_port);
 	if (said.mode != NOTHING_SAID && (u32)said.mode == MODE_OFF)
@@ -204,7 +205,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	decide(p, s);
 	if (p->mode == MODE_EAGER &&
 	    !find_misfit_file(socket_of(seed->client_sk), p->allow_blocking) &&
-	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp) && is_in &&
+	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp, p->allow_inq) && is_in &&
 	    put_in(skops, &seed->key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;

@@ -156,9 +156,11 @@ struct pair {
 		u32 half;	/* plain: visits since the first end went in */
 		u32 messages;	/* spliced: how many there were when watch last looked */
 	};
-	u32 policy;		/* settings.policy when the next two were decided */
+	u32 policy;		/* settings.policy when the next three were decided */
 	u8 mode;
-	u8 allow_blocking;
+	u8 allow_blocking : 1;
+	u8 allow_inq : 1;
+	u8 stricter : 1;	/* allow_inq was taken back: watch looks at the options each time */
 	u8 announced;		/* enum announced */
 	u8 was_spliced;		/* since it was last plain */
 	union {
@@ -256,6 +258,7 @@ struct rule_key {
 struct rule {
 	u64 mode;
 	u64 allow_blocking;
+	u64 allow_inq;
 };
 
 #define NOTHING_SAID	(~0ULL >> 1)
@@ -293,6 +296,7 @@ struct settings {
 	u32 registering;	/* 0: new connections are left alone */
 	u32 finishing;		/* adopt puts in second ends only */
 	u32 walking;		/* there is no enlist: adopt puts everything in */
+	u32 allow_inq;
 	u32 census;		/* enum census_state */
 	u64 cgroup;		/* the census is of sockets made in it or below it; 0: of all */
 };

@@ -22,7 +22,7 @@
 enum care {
 	CARE_QUIET,		/* nothing was sent since the last look */
 	CARE_BUSY,
-	CARE_THOROUGH,		/* it is new, or its turn has come: one look in eight */
+	CARE_THOROUGH,		/* it is new, its policy stricter, or its turn has come: one look in eight */
 };
 
 /*
@@ -36,7 +36,7 @@ static __always_inline enum care choose_care(struct pair *p)
 
 	p->messages = p->dir[CLIENT].redirected_messages + p->dir[CLIENT].passed_messages +
 		      p->dir[SERVER].redirected_messages + p->dir[SERVER].passed_messages;
-	if (now - p->changed_ns < NEW_NS || !((now >> 30 ^ p->id.client_seq) & 7))
+	if (p->stricter || now - p->changed_ns < NEW_NS || !((now >> 30 ^ p->id.client_seq) & 7))
 		return CARE_THOROUGH;
 	return p->messages == before ? CARE_QUIET : CARE_BUSY;
 }
@@ -122,7 +122,7 @@ examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
 	 * was held up behind it for as long as an adoption takes.
 	 */
 	if (p->care == CARE_THOROUGH) {
-		reason = find_misfit_option(sk);
+		reason = find_misfit_option(sk, p->allow_inq);
 		if (reason)
 			return reason;
 	}

@@ -57,6 +57,7 @@ has_bpftool() { bpftool version >/dev/null 2>&1; }
 has_testsuite() {
     has_python && "$PYTHON" -I -c 'import importlib.util as u; assert u.find_spec("test.test_socket")' 2>/dev/null
 }
+has_ruby_grpc() { has_command ruby && ruby -e 'require "grpc"' 2>/dev/null; }
 has_postgresql() { compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && has_command psql; }
 
 has() {
@@ -69,6 +70,7 @@ has() {
         compose) has_compose ;;
         testsuite) has_testsuite ;;
         postgresql) has_postgresql ;;
+        ruby-grpc) has_ruby_grpc ;;
         *) has_command "$1" ;;
     esac
 }
@@ -275,7 +277,7 @@ test_pieces=(ip nft bpftool nginx wrk socat haproxy)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark)
-apps_pieces=(iperf3 memcached postgresql h2load node javac go)
+apps_pieces=(iperf3 memcached postgresql h2load node javac go ruby-grpc)
 case $level in
     run) ;;
     test) pieces+=("${test_pieces[@]}") ;;

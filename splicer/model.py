@@ -45,7 +45,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("busy", "No moment without bytes in flight was found; another attempt follows."),
     ("closing", "An end has begun to close."),
     ("waitall_reader", "A blocking end is read with MSG_WAITALL, which a spliced socket does not honour."),
-    ("control_messages", "An end asked for TCP_INQ or timestamps, which redirected bytes do not carry."),
+    (
+        "control_messages",
+        "An end asked for timestamps, or for TCP_INQ against the policy; redirected bytes carry neither.",
+    ),
     ("socket_filter", "An end has a socket filter (SO_ATTACH_FILTER), which would not see redirected bytes."),
     ("pacing", "An end has SO_MAX_PACING_RATE, which redirected bytes would not obey."),
     ("unaccepted", "Eager: the server has not accepted the connection, or an end has not read from it."),

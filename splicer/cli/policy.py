@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from splicer.errors import OK
-from splicer.policy.rules import show_ports
+from splicer.policy.rules import SAYS, show_ports
 from splicer.text import (
     PLAIN,
     Cell,
@@ -37,7 +37,7 @@ digits of its id): everything that is said about it, and what decides."""
 
 EPILOG = """\
 What is said about an end of a connection, the first that says something counts,
-for mode and blocking each by itself:
+for mode, blocking and tcp_inq each by itself:
   1 override   splicer set CONTAINER MODE, until splicer unset CONTAINER
   2 labels     splicer.enable, splicer.mode, splicer.ports of its container
   3 rules      [[policy]] tables of the configuration file, in their order
@@ -99,8 +99,13 @@ def render(answer: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         first = f"Only what is switched on is spliced (--default off), by itself in mode {mode}."
     else:
         first = f"Everything local is spliced in mode {mode}, where nothing else is said."
-    blocking = {"allow": "spliced too", "refuse": "left alone"}.get(text(answer, "blocking"), "?")
-    lines = [palette.paint(first, "bold"), f"Connections with blocking readers are {blocking}."]
+    says = {"allow": "spliced too", "refuse": "left alone"}
+    blocking, tcp_inq = (says.get(text(answer, name), "?") for name in ("blocking", "tcp_inq"))
+    lines = [
+        palette.paint(first, "bold"),
+        f"Connections with blocking readers are {blocking}.",
+        f"Connections that ask for TCP_INQ are {tcp_inq}.",
+    ]
     lines += _list_rules(sections(answer, "rules"), width, palette)
     containers = sections(answer, "containers")
     if not containers:
@@ -156,7 +161,7 @@ def _select(rule: Mapping[str, object]) -> str:
 
 
 def _say(rule: Mapping[str, object]) -> str:
-    said = ", ".join(f"{key} {text(rule, key)}" for key in ("mode", "blocking") if text(rule, key))
+    said = ", ".join(f"{key} {text(rule, key)}" for key in SAYS if text(rule, key))
     if _needs_footnote(rule):
         said = said.replace("eager", "eager*", 1)
     return said
@@ -188,11 +193,11 @@ def _group_ports(told: Mapping[str, object]) -> list[tuple[str, str, str]]:
     """Ports that differ from the rest, what holds there, and why; those with the same answer together."""
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in sections(told, "ports"):
-        mode, blocking = text(entry, "mode"), text(entry, "blocking")
-        says, why = mode, [text(entry, "source")]
-        if blocking and blocking != text(told, "blocking"):
-            says += f", blocking {blocking}"
-            why.append(text(entry, "blocking_source"))
+        says, why = text(entry, "mode"), [text(entry, "source")]
+        for name in ("blocking", "tcp_inq"):
+            if text(entry, name) and text(entry, name) != text(told, name):
+                says += f", {name} {text(entry, name)}"
+                why.append(text(entry, f"{name}_source"))
         groups.setdefault((says, ", ".join(dict.fromkeys(why))), []).append(number(entry, "port"))
     return [(show_ports(ports), says, why) for (says, why), ports in groups.items()]
 
@@ -250,6 +255,7 @@ def _describe(told: Mapping[str, object]) -> list[tuple[str, str]]:
         ("published", ", ".join(texts(told, "published"))),
         ("mode", f"{text(told, 'mode')} ({text(told, 'mode_source')})"),
         ("blocking", f"{text(told, 'blocking')} ({text(told, 'blocking_source')})"),
+        ("tcp_inq", f"{text(told, 'tcp_inq')} ({text(told, 'tcp_inq_source')})"),
     ]
     return [row for row in rows if row[1]]
 

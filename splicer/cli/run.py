@@ -40,6 +40,10 @@ def _make_epilog() -> str:
         "refuse": "connections with a blocking reader stay plain TCP (default)",
         "allow": "splice them too; read KNOWN_ISSUES.md first",
     }
+    tcp_inq = {
+        "allow": "connections that ask for it are spliced, and get no answer then (default)",
+        "refuse": "they stay plain TCP; for programs that cannot do without the answer",
+    }
     docker = {
         "auto": "the engine of this host, looked for until it is there (default)",
         "off": "containers are not looked at; rules by cgroup, address and port still apply",
@@ -68,6 +72,9 @@ default:
 blocking readers:
 {legend(blocking)}
 
+TCP_INQ, the question how much is left to read, which gRPC always asks:
+{legend(tcp_inq)}
+
 containers (--docker; Docker, or Podman's compatible socket):
 {legend(docker)}
 
@@ -82,6 +89,7 @@ configuration file (TOML; keys are the long options with _ for -):
   ports = [80, "8000-8010"]    # the server's own
   mode = "eager"
   blocking = "allow"
+  tcp_inq = "refuse"
 
 selectors of a [[policy]] table:
 {legend(selectors)}
@@ -90,8 +98,9 @@ Overrides (splicer set) come before labels, labels before [[policy]] tables. A
 connection is off if either end is off; else the server's end decides, else the
 client's, else --mode and --default. splicer policy shows all of it.
 
-SIGHUP reads the file again: mode, default, blocking and the tables apply at
-once, to living connections too; the rest needs a restart, and the log says so.
+SIGHUP reads the file again: mode, default, blocking, tcp_inq and the tables
+apply at once, to living connections too; the rest needs a restart, and the log
+says so.
 A mistake in the file leaves everything as it was.
 
 Each option has a variable: SPLICER_MODE, SPLICER_MAX_CONNECTIONS, and so on.
@@ -128,6 +137,11 @@ def add(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--blocking", metavar="POLICY", help="blocking readers: refuse or allow (default: refuse)"
+    )
+    parser.add_argument(
+        "--tcp-inq",
+        metavar="POLICY",
+        help="connections that ask for TCP_INQ: allow or refuse (default: allow)",
     )
     parser.add_argument(
         "--docker", metavar="WHERE", help="where the container engine is: auto, off or a URL (default: auto)"

@@ -157,6 +157,7 @@ class RequestHandlers:
                 "ports": list(rule.ports),
                 "mode": rule.mode,
                 "blocking": rule.blocking,
+                "tcp_inq": rule.tcp_inq,
                 "matches": matches,
             }
             for rule, matches in self._reconciler.list_rules()

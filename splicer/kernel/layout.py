@@ -128,9 +128,9 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=16I Q")
+SETTINGS = struct.Struct("=17I 4x Q")
 RULE_KEY = struct.Struct("=Q 2I")
-RULE = struct.Struct("=2Q")
+RULE = struct.Struct("=3Q")
 NOTHING_SAID = (1 << 63) - 1
 NETWORK_KEY = struct.Struct("=I 16s")
 NETWORK = struct.Struct("=I")
@@ -367,6 +367,7 @@ class KernelSettings:
     registering: bool
     finishing: bool = False
     walking: bool = False
+    allow_inq: bool = False
     census: int = 0
     cgroup: int = 0
 
@@ -387,6 +388,7 @@ class KernelSettings:
             self.registering,
             self.finishing,
             self.walking,
+            self.allow_inq,
             self.census,
             self.cgroup,
         )
@@ -411,6 +413,7 @@ class KernelSettings:
             bool(v[12]),
             bool(v[13]),
             bool(v[14]),
-            v[15],
+            bool(v[15]),
             v[16],
+            v[17],
         )

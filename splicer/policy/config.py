@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from splicer.errors import USAGE, SplicerError
 from splicer.policy.rules import BLOCKING as BLOCKING
 from splicer.policy.rules import CONTAINER_MODES as CONTAINER_MODES
+from splicer.policy.rules import TCP_INQ as TCP_INQ
 from splicer.policy.rules import Rule as Rule
 from splicer.policy.rules import read_rules, render_rule
 from splicer.policy.values import (
@@ -34,6 +35,7 @@ from splicer.policy.values import (
 Mode = Literal["adaptive", "eager"]
 Default = Literal["on", "off"]
 Blocking = Literal["refuse", "allow"]
+TcpInq = Literal["allow", "refuse"]
 LogFormat = Literal["auto", "console", "json"]
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -52,6 +54,7 @@ class Settings:
     mode: Mode = "adaptive"
     default: Default = "on"
     blocking: Blocking = "refuse"
+    tcp_inq: TcpInq = "allow"
     policies: tuple[Rule, ...] = ()
     docker: str = "auto"
     ready_file: str | None = None
@@ -91,6 +94,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     ),
     "default": choice(DEFAULTS),
     "blocking": choice(BLOCKING),
+    "tcp_inq": choice(TCP_INQ),
     "docker": ValueType(
         "auto, off, or where the engine listens, such as unix:///run/podman/podman.sock", _is_engine
     ),
@@ -107,7 +111,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
 # Switches whose option switches them off.
 _ON_BY_DEFAULT = ("census",)
 # What a daemon takes over while it runs; the rest is for the next start.
-RELOADABLE = ("mode", "default", "blocking", "policies")
+RELOADABLE = ("mode", "default", "blocking", "tcp_inq", "policies")
 
 
 def option_of(name: str) -> str:

@@ -36,7 +36,7 @@ ANY, CGROUP, NETWORK, NETNS = 0, 1, 2, 3
 
 _MODES = {"off": 0, "adaptive": 1, "eager": 2}
 _EAGER = _MODES["eager"]
-_BLOCKING = {"refuse": 0, "allow": 1}
+_MAY = {"refuse": 0, "allow": 1}
 _ALL_IPV4 = IPv6Network("::ffff:0:0/96")
 
 K = TypeVar("K")
@@ -52,15 +52,18 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """`mode`: 0 off, 1 adaptive, 2 eager. `blocking`: 0 refuse, 1 allow. A rank of 0: nothing is said."""
+    """`mode`: 0 off, 1 adaptive, 2 eager. `blocking`, `tcp_inq`: 0 refuse, 1 allow. A rank of 0: nothing is
+    said."""
 
-    mode: int
-    mode_rank: int
-    blocking: int
-    blocking_rank: int
+    mode: int = 0
+    mode_rank: int = 0
+    blocking: int = 0
+    blocking_rank: int = 0
+    tcp_inq: int = 0
+    tcp_inq_rank: int = 0
 
 
-_NOTHING = Entry(0, 0, 0, 0)
+_NOTHING = Entry()
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def compile_policy(
         said = list_statements(container, host, rules, overrides, root)
         alone = not shares_network(container, containers)
         for port, statement in find_eager_ports(said, alone=alone).items():
-            draft.put(Key(NETNS, container.netns, port), Entry(_EAGER, statement.rank, 0, 0))
+            draft.put(Key(NETNS, container.netns, port), Entry(_EAGER, statement.rank))
     return Compiled(draft.entries, networks, host)
 
 
@@ -151,25 +154,25 @@ class _Draft:
 
     def say(self, kind: int, who: int, statement: Statement) -> None:
         """Enter a statement under all its ports."""
-        mode_rank = 0 if statement.mode is None else statement.rank
-        blocking_rank = 0 if statement.blocking is None else statement.rank
         entry = Entry(
             _MODES[statement.mode or "off"],
-            mode_rank,
-            _BLOCKING[statement.blocking or "refuse"],
-            blocking_rank,
+            0 if statement.mode is None else statement.rank,
+            _MAY[statement.blocking or "refuse"],
+            0 if statement.blocking is None else statement.rank,
+            _MAY[statement.tcp_inq or "refuse"],
+            0 if statement.tcp_inq is None else statement.rank,
         )
         for port in statement.ports or (0,):
             self.put(Key(kind, who, port), entry)
 
     def put(self, key: Key, entry: Entry) -> None:
         """Enter what an entry says where nothing of a lower rank is there already."""
-        mode, mode_rank, blocking, blocking_rank = self.entries.get(key, _NOTHING)
-        if entry.mode_rank and (not mode_rank or entry.mode_rank < mode_rank):
-            mode, mode_rank = entry.mode, entry.mode_rank
-        if entry.blocking_rank and (not blocking_rank or entry.blocking_rank < blocking_rank):
-            blocking, blocking_rank = entry.blocking, entry.blocking_rank
-        self.entries[key] = Entry(mode, mode_rank, blocking, blocking_rank)
+        there = self.entries.get(key, _NOTHING)
+        said: list[int] = []
+        for position in range(0, len(entry), 2):
+            old, new = there[position : position + 2], entry[position : position + 2]
+            said += new if new[1] and (not old[1] or new[1] < old[1]) else old
+        self.entries[key] = Entry(*said)
 
 
 def _number_networks(networks: Iterable[IPv6Network]) -> dict[IPv6Network, int]:

@@ -21,7 +21,7 @@ from splicer.policy.precedence import (
     name_companions,
     shares_network,
 )
-from splicer.policy.rules import Rule, show_ports
+from splicer.policy.rules import SAYS, Rule, show_ports
 
 _DEFAULT = "default"
 
@@ -35,6 +35,18 @@ class PortPolicy:
     source: str
     blocking: str
     blocking_source: str
+    tcp_inq: str
+    tcp_inq_source: str
+
+    @property
+    def values(self) -> tuple[str, str, str]:
+        """What holds, whoever says so."""
+        return self.mode, self.blocking, self.tcp_inq
+
+    @property
+    def sources(self) -> tuple[str, str, str]:
+        """Who says each of `values`."""
+        return self.source, self.blocking_source, self.tcp_inq_source
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,8 @@ class Explanation:
     mode_source: str
     blocking: str
     blocking_source: str
+    tcp_inq: str
+    tcp_inq_source: str
     ports: tuple[PortPolicy, ...]
     parts: tuple[Part, ...]
     problems: tuple[labels.Problem, ...]
@@ -79,6 +93,8 @@ class Explanation:
             "mode_source": self.mode_source,
             "blocking": self.blocking,
             "blocking_source": self.blocking_source,
+            "tcp_inq": self.tcp_inq,
+            "tcp_inq_source": self.tcp_inq_source,
             "ports": [asdict(port) for port in self.ports],
             "parts": [asdict(part) for part in self.parts],
             "problems": [asdict(problem) for problem in self.problems],
@@ -105,14 +121,16 @@ def explain(
     rest = _decide_port(statements, host, 0)
     named = sorted({port for statement in statements for port in statement.ports})
     ports = [_decide_port(statements, host, port) for port in named]
-    used = {source for each in (rest, *ports) for source in (each.source, each.blocking_source)}
+    used = {source for each in (rest, *ports) for source in each.sources}
     return Explanation(
         container=container,
         mode=rest.mode,
         mode_source=rest.source,
         blocking=rest.blocking,
         blocking_source=rest.blocking_source,
-        ports=tuple(each for each in ports if (each.mode, each.blocking) != (rest.mode, rest.blocking)),
+        tcp_inq=rest.tcp_inq,
+        tcp_inq_source=rest.tcp_inq_source,
+        ports=tuple(each for each in ports if each.values != rest.values),
         parts=tuple(_list_parts(container, host, rules, statements, used)),
         problems=labels.read(container.labels)[1],
         notes=tuple(_list_notes(container, containers, said)),
@@ -121,12 +139,15 @@ def explain(
 
 def _decide_port(statements: Sequence[Statement], host: Host, port: int) -> PortPolicy:
     mode, blocking = decide(statements, "mode", port), decide(statements, "blocking", port)
+    tcp_inq = decide(statements, "tcp_inq", port)
     return PortPolicy(
         port=port,
         mode=(mode and mode.mode) or host.effective_mode,
         source=mode.because if mode else _DEFAULT,
         blocking=(blocking and blocking.blocking) or host.blocking,
         blocking_source=blocking.because if blocking else _DEFAULT,
+        tcp_inq=(tcp_inq and tcp_inq.tcp_inq) or host.tcp_inq,
+        tcp_inq_source=tcp_inq.because if tcp_inq else _DEFAULT,
     )
 
 
@@ -149,12 +170,13 @@ def _list_parts(
             says += _limit(rule, container)
         yield Part(source, says, any(statement.because in used for statement in group))
     switched = "" if host.default == "on" else " (--default off)"
-    yield Part(_DEFAULT, f"mode {host.effective_mode}{switched}, blocking {host.blocking}", _DEFAULT in used)
+    says = f"mode {host.effective_mode}{switched}, blocking {host.blocking}, tcp_inq {host.tcp_inq}"
+    yield Part(_DEFAULT, says, _DEFAULT in used)
 
 
 def _word(statement: Statement) -> str:
-    values = {"mode": statement.mode, "blocking": statement.blocking}
-    says = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    values = ((name, getattr(statement, name)) for name in SAYS)
+    says = ", ".join(f"{name} {value}" for name, value in values if value is not None)
     if not statement.ports:
         return says
     return f"{says} on {'port' if len(statement.ports) == 1 else 'ports'} {show_ports(statement.ports)}"

@@ -26,16 +26,17 @@ RANK_RULES = 10
 V2_ROOT = "/sys/fs/cgroup"
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
-Value = Literal["mode", "blocking"]
+Value = Literal["mode", "blocking", "tcp_inq"]
 
 
 @dataclass(frozen=True)
 class Host:
-    """What holds where nobody says anything: `mode` if `default` is on, else off; and `blocking`."""
+    """What holds where nobody says anything: `mode` if `default` is on, else off; `blocking`; `tcp_inq`."""
 
     mode: str
     default: str
     blocking: str
+    tcp_inq: str = "allow"
 
     @property
     def effective_mode(self) -> str:
@@ -56,6 +57,7 @@ class Statement:
     ports: tuple[int, ...] = ()
     mode: str | None = None
     blocking: str | None = None
+    tcp_inq: str | None = None
 
     def covers(self, port: int) -> bool:
         """Is it about connections to this server port? 0 stands for every port that nobody names."""
@@ -95,7 +97,15 @@ def from_labels(container: Container, host: Host) -> list[Statement]:
 
 def from_rule(rule: Rule, position: int) -> Statement:
     """What a rule says, wherever it applies. `position` is its place among all rules, from 0."""
-    return Statement(RANK_RULES + position, rule.source, rule.source, rule.ports, rule.mode, rule.blocking)
+    return Statement(
+        RANK_RULES + position,
+        rule.source,
+        rule.source,
+        rule.ports,
+        rule.mode,
+        rule.blocking,
+        rule.tcp_inq,
+    )
 
 
 def list_statements(

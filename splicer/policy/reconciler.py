@@ -119,7 +119,8 @@ class PolicyReconciler:
         )
 
     def _host(self) -> precedence.Host:
-        return precedence.Host(self._settings.mode, self._settings.default, self._settings.blocking)
+        settings = self._settings
+        return precedence.Host(settings.mode, settings.default, settings.blocking, settings.tcp_inq)
 
     def _containers(self) -> Mapping[str, Container]:
         return self._read_inventory() or {}
@@ -171,13 +172,15 @@ class PolicyReconciler:
         now = self._live.read()
         host = compiled.host
         mode = MODES[host.mode if host.default == "on" else "off"]
-        allow_blocking = host.blocking == "allow"
-        changed |= (mode, allow_blocking) != (now.mode, now.allow_blocking) or not now.policy
+        allow_blocking, allow_inq = host.blocking == "allow", host.tcp_inq == "allow"
+        changed |= (mode, allow_blocking, allow_inq) != (now.mode, now.allow_blocking, now.allow_inq)
+        changed |= not now.policy
         # Decisions made while the rules were being written carry the old number and are made again.
         number = now.policy % 0xFFFFFFFF + 1 if changed else now.policy
         self._live.write(
             mode=mode,
             allow_blocking=allow_blocking,
+            allow_inq=allow_inq,
             policy=number,
             has_rules=sum({1 << key.kind for key in entries}),
             has_eager=compiled.has_eager,
@@ -301,7 +304,12 @@ class PolicyReconciler:
     def describe(self) -> dict[str, Any]:
         """The host's own policy."""
         host = self._host()
-        return {"default": host.default, "mode": host.mode, "blocking": host.blocking}
+        return {
+            "default": host.default,
+            "mode": host.mode,
+            "blocking": host.blocking,
+            "tcp_inq": host.tcp_inq,
+        }
 
 
 def _pack_entry(key: Key, entry: Entry) -> bytes:
@@ -310,13 +318,17 @@ def _pack_entry(key: Key, entry: Entry) -> bytes:
     def pack(rank: int, value: int) -> int:
         return (2 * rank + (not key.port)) << 32 | value if rank else NOTHING_SAID
 
-    return RULE.pack(pack(entry.mode_rank, entry.mode), pack(entry.blocking_rank, entry.blocking))
+    return RULE.pack(
+        pack(entry.mode_rank, entry.mode),
+        pack(entry.blocking_rank, entry.blocking),
+        pack(entry.tcp_inq_rank, entry.tcp_inq),
+    )
 
 
 def _unpack_entry(raw_key: bytes, raw: bytes) -> tuple[Key, Entry]:
     who, kind, port = RULE_KEY.unpack(raw_key)
     said = [(0, 0) if word == NOTHING_SAID else (word & 0xFFFFFFFF, word >> 33) for word in RULE.unpack(raw)]
-    return Key(kind, who, port), Entry(*said[0], *said[1])
+    return Key(kind, who, port), Entry(*said[0], *said[1], *said[2])
 
 
 def _pack_key(key: Key) -> bytes:

@@ -15,6 +15,9 @@ from splicer.policy.values import ValueType, check_value, choice, is_text, refus
 CONTAINER_MODES = ("adaptive", "eager", "off")
 """What a container, a service or an address can be told: by label, by `[[policy]]`, by `splicer set`."""
 BLOCKING = ("refuse", "allow")
+TCP_INQ = ("allow", "refuse")
+SAYS = ("mode", "blocking", "tcp_inq")
+"""What a rule can say."""
 
 # Selectors by what they can stand beside: those about containers combine, the others want a table each.
 CONTAINER_SELECTORS = ("container", "image", "service", "project")
@@ -27,9 +30,8 @@ PORTS_PER_RULE = 256
 class Rule:
     """One `[[policy]]` table: which ends of connections it is about, and what differs for them.
 
-    `ports` are the server's own ports, sorted; empty means all. `mode` and `blocking` are None where the rule
-    says nothing. `number` counts the tables of `file` from 1; the file is where it stands and not what it
-    says.
+    `ports` are the server's own ports, sorted; empty means all. Of SAYS, None is what the rule says nothing
+    about. `number` counts the tables of `file` from 1; the file is where it stands and not what it says.
     """
 
     container: str | None = None
@@ -41,6 +43,7 @@ class Rule:
     ports: tuple[int, ...] = ()
     mode: str | None = None
     blocking: str | None = None
+    tcp_inq: str | None = None
     number: int = 1
     file: str = field(default="", compare=False)
 
@@ -103,6 +106,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "ports": _PORTS,
     "mode": choice(CONTAINER_MODES),
     "blocking": choice(BLOCKING),
+    "tcp_inq": choice(TCP_INQ),
 }
 
 
@@ -132,8 +136,8 @@ def _read_rule(entry: Mapping[str, Any], number: int, file: str) -> Rule:
 
     if not entry.keys() & {*SELECTORS, "ports"}:
         raise complain("selects nothing", f"accepted: one or more of {', '.join([*SELECTORS, 'ports'])}")
-    if not entry.keys() & {"mode", "blocking"}:
-        raise complain("says nothing", "accepted: mode, blocking, or both")
+    if not entry.keys() & {*SAYS}:
+        raise complain("says nothing", f"accepted: one or more of {', '.join(SAYS)}")
     for selector in PLACE_SELECTORS:
         others = [name for name in SELECTORS if name in entry and name != selector]
         if selector in entry and others:
@@ -151,7 +155,7 @@ def render_rule(rule: Rule) -> list[str]:
     if rule.ports:
         ranges = [low if low == high else f"{low}-{high}" for low, high in _group(rule.ports)]
         values["ports"] = ranges[0] if len(ranges) == 1 else ranges
-    values |= {"mode": rule.mode, "blocking": rule.blocking}
+    values |= {name: getattr(rule, name) for name in SAYS}
     return [f"{key} = {render_value(value)}" for key, value in values.items() if value is not None]
 
 

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from apps import cpython, databases, iperf3, languages, web
+from apps import cpython, databases, iperf3, languages, rpc, web
 from apps.case import Case
 
-CASES: tuple[Case, ...] = (*cpython.CASES, *web.CASES, *iperf3.CASES, *databases.CASES, *languages.CASES)
+CASES: tuple[Case, ...] = (
+    *(*cpython.CASES, *web.CASES, *iperf3.CASES, *databases.CASES, *languages.CASES),
+    *rpc.CASES,
+)
 # What `make test` runs too. scripts/setup.sh e2e installs what they need.
 CHEAP = (
     *("cpython-test_httplib", "cpython-test_socketserver", "wrk", "curl", "nginx-http1", "haproxy-default"),
     *("haproxy-splice", "redis-benchmark", "python-asyncio"),
+    *("grpc-python", "grpc-python-retires", "grpc-python-dies"),
 )
 
 

@@ -18,10 +18,13 @@ from apps.catalogue import CHEAP
 RUN = Path(__file__).with_name("run")
 RUN_TIMEOUT = 400  # seconds; on a machine that does nothing else it takes a minute
 END_TIMEOUT = 30
-# Each reads in a way of its own; nginx asks FIONREAD, haproxy-splice calls splice(2).
-FEW = ("curl", "nginx-http1", "haproxy-splice", "redis-benchmark")
+# Each reads in a way of its own; nginx asks FIONREAD, haproxy-splice calls splice(2), gRPC asks for TCP_INQ.
+FEW = ("curl", "nginx-http1", "haproxy-splice", "redis-benchmark", "grpc-python")
 REASON = "each is a minute of its own; test-apps has them too"
-SPLICED = ("wrk", "curl", "nginx-http1", "haproxy-default", "redis-benchmark", "python-asyncio")
+SPLICED = (
+    *("wrk", "curl", "nginx-http1", "haproxy-default", "redis-benchmark", "python-asyncio"),
+    *("grpc-python", "grpc-python-retires", "grpc-python-dies"),
+)
 
 
 def _call(*arguments: str) -> tuple[int, str, str]:

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from apps.catalogue import CHEAP, find_cases
 
-SETUP = Path(__file__).parents[2] / "scripts/setup.sh"
+ROOT = Path(__file__).parents[2]
+SETUP = ROOT / "scripts/setup.sh"
 LISTS = ("pieces", "test_pieces", "small_pieces", "e2e_pieces")
 # What need not be installed, and what comes with something of another name.
-ALWAYS_THERE = {"/usr/bin/python3"}
+ALWAYS_THERE = {"/usr/bin/python3", sys.executable}
 COMES_WITH = {"redis-cli": "redis-benchmark"}
 
 
@@ -26,3 +29,6 @@ def test_setup_installs_what_it_needs(name: str) -> None:
     if name.startswith("cpython-"):
         wanted.add("testsuite")
     assert wanted <= installed
+    if name.startswith("grpc-python"):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert any(each.startswith("grpcio") for each in project["optional-dependencies"]["dev"])

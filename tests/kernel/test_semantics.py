@@ -16,7 +16,6 @@ from support.players import Pair, PeerError
 from support.wire import Wire
 
 TCP_FASTOPEN = 23
-TCP_INQ = 36
 ADAPTIVE_AND_EAGER = pytest.mark.parametrize("port", [0, EAGER], ids=["adaptive", "eager"])
 
 
@@ -187,21 +186,6 @@ def test_dontwait(wire: Wire) -> None:
     assert pair.server.attempt("hear_once", count=1, flags=MSG_DONTWAIT) == "EAGAIN"
     pair.client.say("x")
     assert pair.server.hear(1) == "x"
-
-
-def test_in_queue_control_message(wire: Wire) -> None:
-    """With TCP_INQ recvmsg(2) tells how many bytes still wait."""
-    pair = wire.pair(options=([], [[socket.IPPROTO_TCP, TCP_INQ, 1]]))
-    if wire.spliced:
-        # Either spliced or refused: the answer below has to be right in any case.
-        for _ in range(10):
-            pair.pingpong(40)
-            time.sleep(0.02)
-    pair.client.say("0123456789")
-    assert pair.server.wait_fionread(count=10) == 10
-    assert pair.server.hear_message(count=4) == ["0123", [[socket.IPPROTO_TCP, TCP_INQ, 6]]]
-    assert pair.server.hear_message(count=10) == ["456789", [[socket.IPPROTO_TCP, TCP_INQ, 0]]]
-    pair.verify()
 
 
 # readiness

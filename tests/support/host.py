@@ -28,7 +28,7 @@ HOT_TIMEOUT = 5.0  # seconds
 CHANGED_NS, RETRY_NS = 49, 50  # among the fields of layout.PAIR
 
 # Ports whose service has a policy of its own in the configuration below.
-EAGER, OFF, ALLOW, EAGER_ALLOW = 7101, 7102, 7103, 7104
+EAGER, OFF, ALLOW, EAGER_ALLOW, NO_INQ, EAGER_NO_INQ = 7101, 7102, 7103, 7104, 7105, 7106
 SERVICES = f"""
 [[policy]]
 ports = {EAGER}
@@ -46,6 +46,15 @@ blocking = "allow"
 ports = {EAGER_ALLOW}
 mode = "eager"
 blocking = "allow"
+
+[[policy]]
+ports = {NO_INQ}
+tcp_inq = "refuse"
+
+[[policy]]
+ports = {EAGER_NO_INQ}
+mode = "eager"
+tcp_inq = "refuse"
 """
 
 ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}

@@ -23,6 +23,7 @@ MODULES = (
     "streams",
     "endings",
     "options",
+    "in_queue",
     "processes",
     "unspliced",
 )

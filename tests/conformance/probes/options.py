@@ -16,7 +16,7 @@ from conformance.probes import probe
 from conformance.scene import End, Scene, error_name, names, pattern, received_bytes
 
 SO_PEEK_OFF, SO_ZEROCOPY, SO_INCOMING_CPU = 42, 60, 49
-TCP_ULP, TCP_REPAIR, TCP_INQ, TCP_NOTSENT_LOWAT = 31, 19, 36, 25
+TCP_ULP, TCP_REPAIR, TCP_NOTSENT_LOWAT = 31, 19, 25
 MSG_ZEROCOPY = 0x4000000
 SOL, TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
 
@@ -151,21 +151,6 @@ def repair_checkpoint(s: Scene) -> None:
     s.client.recv(100, socket.MSG_PEEK)
     s.client.set("no REPAIR", TCP, TCP_REPAIR, 0)
     s.client.rest()
-
-
-@probe(redirects=False)
-def in_queue_message(s: Scene) -> None:
-    """TCP_INQ asked for later: recvmsg(2) tells how many bytes still wait."""
-    s.server.set("INQ", TCP, TCP_INQ, 1)
-    s.client.send(b"0123456789")
-    s.settle()
-    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 4))
-    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 100))
-
-
-def read_in_queue(sock: socket.socket, count: int) -> str:
-    data, control, _, _ = sock.recvmsg(count, 256)
-    return f"{data!r} {[struct.unpack('i', value)[0] for _, _, value in control]}"
 
 
 def await_stamps(s: Scene, sender: End, reader: End) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from support.pauses import Stopwatch
 
 from conformance.probes import probe
-from conformance.probes.options import await_stamps, expect_filtered, read_in_queue
+from conformance.probes.options import await_stamps, expect_filtered
 from conformance.probes.uring import ASYNC, IS_THERE, OP_RECV, Buffer, Uring, name_result
 from conformance.scene import Scene, error_name, pattern
 
@@ -197,15 +197,6 @@ def peek_offset_from_the_start(s: Scene) -> None:
     s.server.recv(2)
     s.server.recv(100, socket.MSG_PEEK)
     s.server.rest()
-
-
-@probe(options=((), ((TCP, 36, 1),)), reason="control_messages")
-def in_queue_message_from_the_start(s: Scene) -> None:
-    """TCP_INQ: every recvmsg(2) tells how many bytes still wait."""
-    s.client.send(b"0123456789")
-    s.settle()
-    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 4))
-    s.server.call("recvmsg", lambda: read_in_queue(s.server.sock, 100))
 
 
 @probe(options=(((SOL, 35, 1),), ()), reason="control_messages")

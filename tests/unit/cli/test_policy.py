@@ -43,6 +43,7 @@ def answer(chosen: list[Any], **changes: Any) -> dict[str, Any]:
             "ports": list(rule.ports),
             "mode": rule.mode,
             "blocking": rule.blocking,
+            "tcp_inq": rule.tcp_inq,
             "matches": rule.number,
         }
         for rule in RULES
@@ -53,6 +54,7 @@ def answer(chosen: list[Any], **changes: Any) -> dict[str, Any]:
         "default": "on",
         "mode": "adaptive",
         "blocking": "refuse",
+        "tcp_inq": "allow",
         "docker": {"state": "connected", "endpoint": "unix:///run/docker.sock", "containers": 3},
         "rules": rules,
         "containers": told,
@@ -94,7 +96,8 @@ class TestPolicy:
         lines = outcome.stdout.splitlines()
         assert lines[0] == "Everything local is spliced in mode adaptive, where nothing else is said."
         assert lines[1] == "Connections with blocking readers are left alone."
-        assert lines[3:9] == [
+        assert lines[2] == "Connections that ask for TCP_INQ are spliced too."
+        assert lines[4:10] == [
             f"Rules of {FILE}",
             "RULE  ABOUT                             SAYS            CONTAINERS",
             "   1  service web, ports 80, 8000-8001  mode eager               1",
@@ -102,7 +105,7 @@ class TestPolicy:
             "   3  port 5432                         blocking allow         any",
             "* as adaptive for whatever is in no container",
         ]
-        heading, web, bad, pod = (" ".join(line.split()) for line in lines[10:])
+        heading, web, bad, pod = (" ".join(line.split()) for line in lines[11:])
         assert heading == "CONTAINER SERVICE MODE BECAUSE NOTE"
         assert web == "demo-web-1 web off override 5432: off, blocking allow"
         assert bad.startswith("demo-bad-1 off label splicer.enable (bad value) bad splicer.enable; 5432:")
@@ -115,10 +118,11 @@ class TestPolicy:
         assert daemon.asked[1] == {"command": "policy", "container": "web"}
 
     def test_nothing_but_what_is_switched_on(self) -> None:
-        lines = policy.render(answer([], default="off", rules=[], blocking="allow"))
+        lines = policy.render(answer([], default="off", rules=[], blocking="allow", tcp_inq="refuse"))
         assert lines == [
             "Only what is switched on is spliced (--default off), by itself in mode adaptive.",
             "Connections with blocking readers are spliced too.",
+            "Connections that ask for TCP_INQ are left alone.",
             "",
             "No containers are known. Docker: connected (unix:///run/docker.sock), 3 containers.",
         ]

@@ -96,6 +96,7 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
         ("docker", "ssh://host"),
         ("docker", "unix:///run/a\nb"),
         ("blocking", "yes"),
+        ("tcp_inq", "ask"),
         ("max_connections", "15"),
         ("max_connections", "1048577"),
         ("max_connections", "many"),
@@ -206,7 +207,13 @@ def test_what_a_reload_takes_over() -> None:
     assert (same.settings, same.applied, same.needs_restart) == (current, (), ())
     rule = Rule(ports=(80,), mode="off", file="new")
     read = Settings(
-        run_dir="/other", hot_reads=5, mode="eager", default="off", blocking="allow", policies=(rule,)
+        run_dir="/other",
+        hot_reads=5,
+        mode="eager",
+        default="off",
+        blocking="allow",
+        tcp_inq="refuse",
+        policies=(rule,),
     )
     outcome = reload(current, read)
     assert outcome.settings == dataclasses.replace(read, run_dir="/r", hot_reads=4)

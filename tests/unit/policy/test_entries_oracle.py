@@ -49,8 +49,10 @@ class End:
     paths: tuple[str, ...] = ()
 
 
-def look_up(policy: Compiled, end: End, port: int, *, server: bool) -> tuple[int | None, int | None]:
-    """Mode and blocking that the entries have for an end, as bpf/policy.h finds them."""
+def look_up(
+    policy: Compiled, end: End, port: int, *, server: bool
+) -> tuple[int | None, int | None, int | None]:
+    """Mode, blocking and tcp_inq that the entries have for an end, as bpf/policy.h finds them."""
     candidates = [key for who in end.cgroups for key in (Key(CGROUP, who, port), Key(CGROUP, who, 0))]
     address = ipaddress.ip_address(end.address)
     bits = int(address) | (0xFFFF << 32 if address.version == 4 else 0)
@@ -62,6 +64,7 @@ def look_up(policy: Compiled, end: End, port: int, *, server: bool) -> tuple[int
         candidates.append(Key(ANY, 0, port))
     mode: tuple[int, int] | None = None
     blocking: tuple[int, int] | None = None
+    tcp_inq: tuple[int, int] | None = None
     for key in candidates:
         entry = policy.entries.get(key)
         if entry is None:
@@ -70,20 +73,27 @@ def look_up(policy: Compiled, end: End, port: int, *, server: bool) -> tuple[int
             mode = (entry.mode_rank, entry.mode)
         if entry.blocking_rank and (blocking is None or entry.blocking_rank < blocking[0]):
             blocking = (entry.blocking_rank, entry.blocking)
-    return mode and mode[1], blocking and blocking[1]
+        if entry.tcp_inq_rank and (tcp_inq is None or entry.tcp_inq_rank < tcp_inq[0]):
+            tcp_inq = (entry.tcp_inq_rank, entry.tcp_inq)
+    return mode and mode[1], blocking and blocking[1], tcp_inq and tcp_inq[1]
 
 
-def judge(policy: Compiled, client: End, server: End, port: int) -> tuple[str, str]:
-    """Mode and blocking of a connection."""
-    server_mode, server_blocking = look_up(policy, server, port, server=True)
-    client_mode, client_blocking = look_up(policy, client, port, server=False)
+def judge(policy: Compiled, client: End, server: End, port: int) -> tuple[str, str, str]:
+    """Mode, blocking and tcp_inq of a connection."""
+    server_mode, *server_may = look_up(policy, server, port, server=True)
+    client_mode, *client_may = look_up(policy, client, port, server=False)
     if OFF in (server_mode, client_mode):
         mode = "off"
     else:
         told = [MODES[each] for each in (server_mode, client_mode) if each is not None]
         mode = [*told, policy.host.mode if policy.host.default == "on" else "off"][0]
-    said = [BLOCKING[each] for each in (server_blocking, client_blocking) if each is not None]
-    return mode, [*said, policy.host.blocking][0]
+    blocking, tcp_inq = (
+        [*(BLOCKING[each] for each in said if each is not None), otherwise][0]
+        for said, otherwise in zip(
+            zip(server_may, client_may, strict=True), (policy.host.blocking, policy.host.tcp_inq), strict=True
+        )
+    )
+    return mode, blocking, tcp_inq
 
 
 # -- the oracle ----------------------------------------------------------------------------------------------
@@ -148,8 +158,8 @@ def state(
 
 def decree(
     client: End, server: End, port: int, host: Host, rules: Sequence[Rule], overrides: Mapping[str, str]
-) -> tuple[str, str]:
-    """Mode and blocking of a connection, by the words of the documents."""
+) -> tuple[str, str, str]:
+    """Mode, blocking and tcp_inq of a connection, by the words of the documents."""
     told = [
         state("mode", end, port, host, rules, overrides, server=end is server) for end in (server, client)
     ]
@@ -157,10 +167,15 @@ def decree(
         mode = "off"
     else:
         mode = next((each for each in told if each), host.mode if host.default == "on" else "off")
-    said = [
-        state("blocking", end, port, host, rules, overrides, server=end is server) for end in (server, client)
-    ]
-    return mode, next((each for each in said if each), host.blocking)
+    blocking, tcp_inq = (
+        [state(value, end, port, host, rules, overrides, server=end is server) for end in (server, client)]
+        for value in ("blocking", "tcp_inq")
+    )
+    return (
+        mode,
+        next((each for each in blocking if each), host.blocking),
+        next((each for each in tcp_inq if each), host.tcp_inq),
+    )
 
 
 # -- random hosts --------------------------------------------------------------------------------------------
@@ -228,11 +243,10 @@ def make_rule(chance: random.Random, number: int) -> Rule:
         values["cidr"] = chance.choice(NETWORKS)
     if kind == "ports" or chance.random() < 0.5:
         values["ports"] = tuple(sorted(chance.sample(PORTS, chance.choice((1, 2)))))
-    says = chance.choice(("mode", "mode", "blocking", "both"))
-    if says != "blocking":
+    says = chance.choice((("mode",), ("mode",), ("blocking",), ("tcp_inq",), ("mode", "blocking", "tcp_inq")))
+    if "mode" in says:
         values["mode"] = chance.choice(MODES)
-    if says != "mode":
-        values["blocking"] = chance.choice(BLOCKING)
+    values |= {name: chance.choice(BLOCKING) for name in ("blocking", "tcp_inq") if name in says}
     return Rule(**values)
 
 
@@ -289,9 +303,9 @@ IDS = {text: number for text, number in CGROUPS.items() if number is not None}
 def test_the_kernel_finds_what_the_documents_say(seed: int) -> None:
     chance = random.Random(seed)
     outcomes = set()
-    for _ in range(25):
+    for _ in range(70):
         host = Host(
-            chance.choice(("adaptive", "eager")), chance.choice(("on", "off")), chance.choice(BLOCKING)
+            chance.choice(("adaptive", "eager")), chance.choice(("on", "off")), *chance.choices(BLOCKING, k=2)
         )
         rules = [make_rule(chance, number) for number in range(1, chance.randint(1, 8))]
         containers = make_containers(chance)
@@ -312,7 +326,7 @@ def test_the_kernel_finds_what_the_documents_say(seed: int) -> None:
                 port,
             )
             outcomes.add(expected)
-    assert len(outcomes) == 6, "a generator that does not reach everything proves little"
+    assert len(outcomes) == 3 * 2 * 2, "a generator that does not reach everything proves little"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -322,7 +336,7 @@ def test_an_explanation_says_the_same(seed: int) -> None:
     stranger = End((), "192.0.2.1")
     for _ in range(20):
         host = Host(
-            chance.choice(("adaptive", "eager")), chance.choice(("on", "off")), chance.choice(BLOCKING)
+            chance.choice(("adaptive", "eager")), chance.choice(("on", "off")), *chance.choices(BLOCKING, k=2)
         )
         containers = [each for each in make_containers(chance) if len(each.addresses) == 1]
         # Nothing may be said about the client, so no rule about everybody's address.
@@ -336,10 +350,11 @@ def test_an_explanation_says_the_same(seed: int) -> None:
         for each in containers:
             told = explain(each, host, rules, overrides, containers, root=ROOT)
             server = inside(each)
-            assert (told.mode, told.blocking) == judge(policy, stranger, server, 22)
-            at = {port.port: (port.mode, port.blocking) for port in told.ports}
+            everywhere = told.mode, told.blocking, told.tcp_inq
+            assert everywhere == judge(policy, stranger, server, 22)
+            at = {port.port: port.values for port in told.ports}
             for port in PORTS:
-                assert at.get(port, (told.mode, told.blocking)) == judge(policy, stranger, server, port)
+                assert at.get(port, everywhere) == judge(policy, stranger, server, port)
             silent = state("mode", server, 22, host, rules, overrides, server=True) is None
             assert (told.mode_source == "default") == silent
             assert any(part.used for part in told.parts)

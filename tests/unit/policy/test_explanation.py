@@ -39,7 +39,7 @@ def test_nothing_said() -> None:
         "refuse",
         "default",
     )
-    assert parts(told) == [("default", "mode adaptive, blocking refuse", True)]
+    assert parts(told) == [("default", "mode adaptive, blocking refuse, tcp_inq allow", True)]
     assert (told.ports, told.problems, told.notes) == ((), (), ())
 
 
@@ -49,20 +49,26 @@ def test_everything_in_order_of_precedence() -> None:
         Rule(cidr="172.16.0.0/12", blocking="allow", number=2, file="/etc/splicer.toml"),
         Rule(container="other", mode="off", number=3, file="/etc/splicer.toml"),
         Rule(container="w*", mode="eager", ports=(80, 81), number=4, file="/etc/splicer.toml"),
+        Rule(ports=(82,), tcp_inq="refuse", number=5, file="/etc/splicer.toml"),
     ]
     web = container("web", 1, {"splicer.ports": "8080"}, addresses=("172.17.0.1", "10.0.0.1"))
     told = explain_it(web, rules, {"web": "eager"}, Host("adaptive", "off", "refuse"))
     assert (told.mode, told.mode_source) == ("eager", "override")
     assert (told.blocking, told.blocking_source) == ("allow", "/etc/splicer.toml [[policy]] 2")
-    assert told.ports == ()
+    assert (told.tcp_inq, told.tcp_inq_source) == ("allow", "default")
+    assert [(port.port, port.tcp_inq, port.tcp_inq_source) for port in told.ports] == [
+        (82, "refuse", "/etc/splicer.toml [[policy]] 5")
+    ]
     assert parts(told) == [
         ("override", "mode eager", True),
         ("labels", "mode adaptive on port 8080, mode off on all others", False),
         ("/etc/splicer.toml [[policy]] 1", "mode off on port 5432, as a server", False),
         ("/etc/splicer.toml [[policy]] 2", "blocking allow, at address 172.17.0.1 only", True),
         ("/etc/splicer.toml [[policy]] 4", "mode eager on ports 80-81", False),
-        ("default", "mode off (--default off), blocking refuse", False),
+        ("/etc/splicer.toml [[policy]] 5", "tcp_inq refuse on port 82, as a server", True),
+        ("default", "mode off (--default off), blocking refuse, tcp_inq allow", True),
     ]
+    rules = rules[:-1]
     told = explain_it(web, rules)
     assert (told.mode, told.mode_source) == ("off", "label splicer.ports")
     assert [(port.port, port.mode, port.source) for port in told.ports] == [

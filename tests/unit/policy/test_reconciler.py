@@ -71,15 +71,14 @@ class World:
             self.log,
         )
 
-    def read_rules(self) -> dict[tuple[int, int, int], tuple[int | None, int | None]]:
-        """(kind, who, port) to (mode, blocking)."""
+    def read_rules(self) -> dict[tuple[int, int, int], tuple[int | None, ...]]:
+        """(kind, who, port) to (mode, blocking, tcp_inq)."""
         found = {}
         for key, value in self.rules.items():
             who, kind, port = RULE_KEY.unpack(key)
-            mode, blocking = (
+            found[kind, who, port] = tuple(
                 None if word == NOTHING_SAID else word & 0xFFFFFFFF for word in RULE.unpack(value)
             )
-            found[kind, who, port] = mode, blocking
         return found
 
     def run(self, name: str, number: int, **labels: str) -> None:
@@ -109,7 +108,7 @@ def test_nothing_to_say_is_one_number(world: World) -> None:
     reconciler = world.govern()
     assert reconciler.apply()
     assert not world.rules.content
-    assert world.live.read() == dataclasses.replace(NONE, mode=1, policy=1)
+    assert world.live.read() == dataclasses.replace(NONE, mode=1, policy=1, allow_inq=True)
     assert not reconciler.apply(), "nothing has changed"
     assert world.live.read().policy == 1
 
@@ -118,9 +117,16 @@ def test_the_programs_are_let_to_work_after_the_policy(world: World) -> None:
     world.govern(default="off", blocking="allow", hot_reads=3).start_splicing()
     settings = world.live.read()
     assert (settings.mode, settings.allow_blocking, settings.policy) == (0, True, 1)
+    assert settings.allow_inq
     assert (settings.splicing, settings.registering, settings.hot_reads) == (True, True, 3)
     assert settings.queue_messages
     assert settings.queue_bytes
+
+
+def test_a_policy_that_refuses_is_another_number(world: World) -> None:
+    world.govern().apply()
+    world.govern(tcp_inq="refuse").apply()
+    assert (world.live.read().allow_inq, world.live.read().policy) == (False, 2)
 
 
 def test_the_number_never_becomes_zero(world: World) -> None:
@@ -135,7 +141,7 @@ def test_labels_come_and_go_with_their_container(world: World) -> None:
     world.run("web", 7, mode="off")
     world.run("app", 8)
     assert reconciler.apply()
-    assert world.read_rules() == {(CGROUP, 7, 0): (0, None)}
+    assert world.read_rules() == {(CGROUP, 7, 0): (0, None, None)}
     assert world.live.read().has_rules == 1 << CGROUP
     world.containers = {}
     assert reconciler.apply()
@@ -152,12 +158,14 @@ def test_rules_by_port_network_and_cgroup(world: World) -> None:
         Rule(cidr="10.0.0.0/8", blocking="allow"),
         Rule(cgroup="slice", mode="eager"),
         Rule(cgroup="missing", mode="off"),
+        Rule(ports=(82,), tcp_inq="refuse"),
     )
     reconciler = world.govern(policies=policies)
     reconciler.apply()
     said = world.read_rules()
-    assert said[PORT, 0, 80] == said[PORT, 0, 81] == (0, None)
-    assert said[CGROUP, inode, 0] == (2, None)
+    assert said[PORT, 0, 80] == said[PORT, 0, 81] == (0, None, None)
+    assert said[CGROUP, inode, 0] == (2, None, None)
+    assert said[PORT, 0, 82] == (None, None, 0)
     assert (NETWORK, 1, 0) in said or len([key for key in said if key[0] == NETWORK]) == 1
     prefixes = {NETWORK_KEY.unpack(key)[0] for key, _ in world.networks.items()}
     assert prefixes == {104}
@@ -209,15 +217,15 @@ def test_an_override_is_stored_applied_and_taken_back(world: World) -> None:
     reconciler.apply()
     assert reconciler.override("web", "off") == (["web"], [])
     assert reconciler.override("web", "off") == ([], ["web"])
-    assert world.read_rules() == {(CGROUP, 7, 0): (0, None)}
+    assert world.read_rules() == {(CGROUP, 7, 0): (0, None, None)}
     # By name: it holds for the container that follows, also in the next daemon.
     world.containers = {}
     world.run("web", 9, mode="adaptive")
     another = world.govern()
     another.apply()
-    assert world.read_rules()[CGROUP, 9, 0] == (0, None)
+    assert world.read_rules()[CGROUP, 9, 0] == (0, None, None)
     assert another.override("web", None) == (["web"], [])
-    assert world.read_rules()[CGROUP, 9, 0] == (1, None)
+    assert world.read_rules()[CGROUP, 9, 0] == (1, None, None)
     assert another.override("web", None) == ([], ["web"])
 
 
@@ -282,7 +290,7 @@ def test_bad_labels_are_complained_about_once(world: World) -> None:
     assert world.log.names().count("bad_label") == 1
     [problem] = reconciler.list_problems()
     assert (problem["container"], problem["label"], problem["value"]) == ("web", "splicer.enable", "maybe")
-    assert world.read_rules()[CGROUP, 7, 0] == (0, None), "left alone"
+    assert world.read_rules()[CGROUP, 7, 0] == (0, None, None), "left alone"
 
 
 def test_settings_read_again_take_effect(world: World) -> None:
@@ -291,7 +299,12 @@ def test_settings_read_again_take_effect(world: World) -> None:
     reconciler.use_settings(Settings(run_dir=str(world.run_dir), default="off"))
     assert reconciler.apply()
     assert world.live.read().mode == 0
-    assert reconciler.describe() == {"default": "off", "mode": "adaptive", "blocking": "refuse"}
+    assert reconciler.describe() == {
+        "default": "off",
+        "mode": "adaptive",
+        "blocking": "refuse",
+        "tcp_inq": "allow",
+    }
 
 
 def test_rules_are_counted_by_the_containers_they_are_about(world: World) -> None:
