@@ -150,12 +150,18 @@ class Splicer:
             yield found
 
     def status(self) -> dict[str, Any]:
-        command = [self._command, "status", "--json", "--run-dir", str(self._run_dir)]
+        return self._ask("status")
+
+    def flows(self) -> list[dict[str, Any]]:
+        return list(self._ask("flows")["flows"])
+
+    def _ask(self, noun: str) -> dict[str, Any]:
+        command = [self._command, noun, "--json", "--run-dir", str(self._run_dir)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise TestbedError(f"splicer status failed ({done.returncode}): {done.stderr.strip()}")
-        status: dict[str, Any] = json.loads(done.stdout)
-        return status
+            raise TestbedError(f"splicer {noun} failed ({done.returncode}): {done.stderr.strip()}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
 
 
 def _import_splicer() -> Any:
