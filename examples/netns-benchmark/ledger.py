@@ -8,14 +8,32 @@ look by a connection that has ended is missed. IP counts that as well, so it is 
 
 from __future__ import annotations
 
-import re
+import ipaddress
+import os
+import socket
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-# Of each segment on Ethernet: IP header, TCP header, timestamps.
+# Of each segment: IP header, TCP header, timestamps.
 HEADERS = 20 + 20 + 12
+
+# include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h and tcp.h
+NETLINK_SOCK_DIAG, DIAG, DUMP, NLMSG_ERROR, NLMSG_DONE = 4, 20, 0x301, 2, 3
+INET_DIAG_INFO = 2
+INFO = 1 << (INET_DIAG_INFO - 1)
+# All but SYN_SENT, TIME_WAIT, CLOSE, LISTEN and those that are not accepted yet.
+STATES = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11
+NETLINK = struct.Struct("=IHHII")
+# family, protocol, which attributes, states; and an empty name
+DIAG_REQUEST = struct.Struct("=BBBxI48x")
+# family; ports, addresses, cookie
+DIAG_ANSWER = struct.Struct("=Bxxx2s2s16s16s4xQ20x")
+ATTRIBUTE = struct.Struct("=HH")
+# bytes_sent, bytes_retrans
+TCP_INFO = struct.Struct("=200xQQ")
 
 
 class Connection(NamedTuple):
@@ -30,30 +48,65 @@ class Connection(NamedTuple):
 class Socket(NamedTuple):
     """An end; `cookie` is the kernel's name for it, `sent` what it has sent, each byte once."""
 
-    cookie: str
+    cookie: int
     local: str
     remote: str
     sent: int
 
 
-def read_sockets(text: str) -> list[Socket]:
-    """What `ss -tineHO` prints: a line for each socket. Those that carry nothing are left out."""
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) < 5 or words[0] in ("LISTEN", "SYN-SENT", "TIME-WAIT"):
-            continue
-        numbers = dict(re.findall(r"\b(bytes_sent|bytes_retrans|sk):([0-9a-f]+)", line))
-        if "sk" in numbers:
-            sent = int(numbers.get("bytes_sent", 0)) - int(numbers.get("bytes_retrans", 0))
-            found.append(Socket(numbers["sk"], _read_end(words[3]), _read_end(words[4]), sent))
-    return found
+class Looker:
+    """Asks the kernel for the TCP sockets of the namespace in which it was made."""
+
+    def __init__(self) -> None:
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
+
+    def close(self) -> None:
+        self._netlink.close()
+
+    def look(self) -> list[Socket]:
+        """All that have a connection."""
+        found: list[Socket] = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = DIAG_REQUEST.pack(family, socket.IPPROTO_TCP, INFO, STATES)
+            self._netlink.send(NETLINK.pack(NETLINK.size + len(request), DIAG, DUMP, 0, 0) + request)
+            while not _read_answer(self._netlink.recv(1 << 16), found):
+                pass
+        return found
 
 
-def _read_end(text: str) -> str:
+def _read_answer(answer: bytes, into: list[Socket]) -> bool:
+    """Whether it was the last one. Raises OSError."""
+    while answer:
+        length, kind, _, _, _ = NETLINK.unpack_from(answer)
+        body, answer = answer[NETLINK.size : length], answer[(length + 3) & ~3 :]
+        if kind == NLMSG_ERROR:
+            (number,) = struct.unpack_from("=i", body)
+            raise OSError(-number, os.strerror(-number))
+        if kind == NLMSG_DONE:
+            return True
+        into.append(_read_socket(body))
+    return False
+
+
+def _read_socket(body: bytes) -> Socket:
+    family, local_port, remote_port, local, remote, cookie = DIAG_ANSWER.unpack_from(body)
+    sent, rest = 0, body[DIAG_ANSWER.size :]
+    while len(rest) >= ATTRIBUTE.size:
+        length, kind = ATTRIBUTE.unpack_from(rest)
+        if kind == INET_DIAG_INFO and length >= ATTRIBUTE.size + TCP_INFO.size:
+            sent, again = TCP_INFO.unpack_from(rest, ATTRIBUTE.size)
+            sent -= again
+        rest = rest[(length + 3) & ~3 :]
+    ends = _name_end(family, local, local_port), _name_end(family, remote, remote_port)
+    return Socket(cookie, *ends, sent)
+
+
+def _name_end(family: int, address: bytes, port_be: bytes) -> str:
     """Address and port, an IPv4 address as one also where the socket is of IPv6."""
-    address, _, port = text.rpartition(":")
-    return f"{address.strip('[]').removeprefix('::ffff:')}:{port}"
+    found = ipaddress.ip_address(address[:4] if family == socket.AF_INET else address)
+    if isinstance(found, ipaddress.IPv6Address):
+        found = found.ipv4_mapped or found
+    return f"{found}:{int.from_bytes(port_be, 'big')}"
 
 
 @dataclass
@@ -68,7 +121,7 @@ class Ledger:
     open: set[Connection] = field(default_factory=set)
     # Of connections with an end elsewhere.
     sent_elsewhere: int = 0
-    _last: dict[str, int] | None = None
+    _last: dict[int, int] | None = None
 
     def look(self, sockets: Iterable[Socket]) -> None:
         """All sockets of all services, at one moment."""

@@ -5,6 +5,7 @@ with pools of connections between them. The pages that they make are in pages/."
 from __future__ import annotations
 
 import contextlib
+import os
 import pwd
 import shutil
 import socket
@@ -143,6 +144,8 @@ class Services:
     def _running(self, service: Service, command: Sequence[str]) -> Iterator[None]:
         log = self._bed.directory / f"{service.name}.log"
         with log.open("wb") as output:
+            # PHP opens it anew.
+            os.fchown(output.fileno(), self._user.pw_uid, self._user.pw_gid)
             child = self._bed.start(
                 command, self.namespaces[service], stdout=output, stderr=output, group=service.name
             )

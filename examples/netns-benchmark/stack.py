@@ -5,6 +5,7 @@ between whom the rest is, and why it is plain."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ledger import Connection, Ledger, Packets, read_packets, read_sockets
+from ledger import Connection, Ledger, Looker, Packets, read_packets
 from model import Metric
 from results import Row, format_number
 from services import NGINX, PAGES, SERVICES, Services
@@ -37,8 +38,7 @@ class Splicer(Protocol):
     """The daemon under test: see splicing.py."""
 
     def running(self) -> AbstractContextManager[subprocess.Popen[bytes]]: ...
-    def status(self) -> dict[str, Any]: ...
-    def flows(self) -> list[dict[str, Any]]: ...
+    def ask(self, noun: str) -> dict[str, Any]: ...
 
 
 class Ends(NamedTuple):
@@ -282,17 +282,22 @@ class Bench:
         self._splicer = splicer
         self._read_busy_seconds = read_busy_seconds
         self._seconds = seconds
+        self._lookers: dict[str, Looker] = {}
 
     def measure(self, into: Measured, connections: int, legs: int, tell: Callable[[str], None]) -> None:
         """Raises TestbedError."""
-        with self._loading(connections) as load:
+        with contextlib.ExitStack() as stack:
+            for service, namespace in self._services.namespaces.items():
+                with namespace.entered():
+                    self._lookers[service.name] = stack.enter_context(contextlib.closing(Looker()))
+            load = stack.enter_context(self._loading(connections))
             self._pause(SETTLE, load)
-            into.plains.append(self._measure_rates())
+            into.plains.append(self._watch(self._make_ledger())[0])
             for turn in range(legs):
                 tell(f"stack {turn + 1}/{legs}")
                 self._measure_spliced(into, load)
                 self._pause(1.0, load)
-                into.plains.append(self._measure_rates())
+                into.plains.append(self._watch(self._make_ledger())[0])
             tell("")
             into.errors.update(self._end(load))
 
@@ -327,14 +332,19 @@ class Bench:
             kind: report[kind] for kind in ("connect", "read", "write", "status", "timeout") if report[kind]
         }
 
-    def _measure_rates(self, during: Callable[[float], None] = time.sleep) -> Rates:
-        """`during` gets the seconds that it shall last."""
+    def _watch(self, ledger: Ledger) -> tuple[Rates, Packets]:
+        """What is served meanwhile; plain legs are watched as well, for that costs a little."""
         begun, served, busy = time.monotonic(), self._count_served(), self._read_busy_seconds()
-        during(self._seconds)
+        packets = self._read_packets()
+        self._look(ledger)
+        while (left := begun + self._seconds - time.monotonic()) > 0:
+            time.sleep(min(GLANCE, left))
+            self._look(ledger)
+        packets = self._read_packets() - packets
         busy = self._read_busy_seconds() - busy
         # One of them is this question.
         served = self._count_served() - served - 1
-        return Rates(served / (time.monotonic() - begun), busy / max(served, 1) * 1e6)
+        return Rates(served / (time.monotonic() - begun), busy / max(served, 1) * 1e6), packets
 
     def _count_served(self) -> int:
         with (
@@ -346,36 +356,22 @@ class Bench:
             return int(connection.getresponse().read().splitlines()[2].split()[2])
 
     def _measure_spliced(self, into: Measured, load: subprocess.Popen[bytes]) -> None:
-        before = self._make_ledger()
-        self._look(before)
         with self._splicer.running():
+            older = self._make_ledger()
+            self._look(older)
             self._pause(SETTLE, load)
             ledger = self._make_ledger()
-            redirected: dict[Ends, int] = {}
-            packets = Packets()
-
-            def count(seconds: float) -> None:
-                nonlocal packets
-                deadline = time.monotonic() + seconds
-                totals = sum_redirected(self._splicer.status()["traffic"])
-                packets = self._read_packets()
-                self._look(ledger)
-                while time.monotonic() < deadline:
-                    time.sleep(min(GLANCE, max(0.0, deadline - time.monotonic())))
-                    self._look(ledger)
-                packets = self._read_packets() - packets
-                for ends, amount in sum_redirected(self._splicer.status()["traffic"]).items():
-                    redirected[ends] = amount - totals.get(ends, 0)
-
-            into.splices.append(self._measure_rates(count))
-            rows = explain(ledger.sent, ledger.open, before.open, self._splicer.flows())
-            by_ends = {row.ends: row for row in rows}
-            for ends, amount in redirected.items():
-                if amount:
-                    by_ends.setdefault(ends, PairRow(ends)).redirected_bytes = amount
-            seen = sum(ledger.sent.values()) + ledger.sent_elsewhere
-            into.legs.append(SplicedLeg(list(by_ends.values()), max(0, packets.payload - seen)))
-            into.rescued += self._splicer.status()["totals"]["rescued"]
+            before = sum_redirected(self._splicer.ask("status")["traffic"])
+            rates, packets = self._watch(ledger)
+            status, flows = self._splicer.ask("status"), self._splicer.ask("flows")["flows"]
+            rows = {row.ends: row for row in explain(ledger.sent, ledger.open, older.open, flows)}
+            for ends, amount in sum_redirected(status["traffic"]).items():
+                if more := amount - before.get(ends, 0):
+                    rows.setdefault(ends, PairRow(ends)).redirected_bytes = more
+        seen = sum(ledger.sent.values()) + ledger.sent_elsewhere
+        into.splices.append(rates)
+        into.legs.append(SplicedLeg(list(rows.values()), max(0, packets.payload - seen)))
+        into.rescued += status["totals"]["rescued"]
 
     def _make_ledger(self) -> Ledger:
         return Ledger(
@@ -384,10 +380,7 @@ class Bench:
         )
 
     def _look(self, ledger: Ledger) -> None:
-        found = []
-        for namespace in self._services.namespaces.values():
-            found += read_sockets(self._bed.run(["ss", "-tineHO"], namespace))
-        ledger.look(found)
+        ledger.look(itertools.chain.from_iterable(looker.look() for looker in self._lookers.values()))
 
     def _read_packets(self) -> Packets:
         return sum((read_packets(pid) for pid in self._services.pids.values()), Packets())
