@@ -90,6 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--mode", choices=("adaptive", "eager"), help="passed on to splicer run")
     add("--connections", type=_positive_int, metavar="N", help="wrk's connections (16; 10000 with --watch)")
     add("--driver", choices=tuple(services.DRIVERS), default="mysqlclient", help="for --stack (mysqlclient)")
+    add("--python", metavar="PATH", default=services.PYTHON, help="for --stack, with the clients that it has")
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
     add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
     options = parser.parse_args(arguments)
@@ -253,12 +254,12 @@ def run_adoption(options: argparse.Namespace) -> int:
 
 
 def run_stack(options: argparse.Namespace) -> int:
-    found = stack.Measured(services.describe(), options.driver, options.seconds or 5.0)
+    found = stack.Measured(services.describe(options.python), options.driver, options.seconds or 5.0)
     with Testbed() as bed:
         command = find_splicer(options.splicer)
         refuse_company(command)
         splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [], timed=False)
-        programs = services.Services(bed, options.connections, options.driver)
+        programs = services.Services(bed, options.connections, options.driver, options.python)
         with programs.running():
             bench = stack.Bench(bed, programs, splicer, busy_seconds, found.seconds)
             bench.measure(found, options.connections, options.alternations, _progress)

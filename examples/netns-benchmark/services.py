@@ -43,6 +43,9 @@ SERVICES = (NGINX, PHP, PYTHON_APP, MARIADB, REDIS, POSTGRESQL)
 # Drivers for MariaDB that the Python application can use, by the names of their modules.
 DRIVERS = {"mysqlclient": "MySQLdb", "pymysql": "pymysql"}
 
+# Of the Python application; PyMySQL says that it is another.
+CLIENTS = {"psycopg": "psycopg", "redis-py": "redis"}
+
 NGINX_CONF = """\
 daemon off;
 user root;
@@ -103,8 +106,10 @@ class Services:
     and there are as many processes of PHP. Each process of the Python application has a pool of half as many
     to each database."""
 
-    def __init__(self, bed: Testbed, connections: int, driver: str) -> None:
+    def __init__(self, bed: Testbed, connections: int, driver: str, python: str = PYTHON) -> None:
+        """`python` runs the application, with the clients that it has."""
         self._bed = bed
+        self._python = python
         self._connections = connections
         self._driver = DRIVERS[driver]
         self._user = pwd.getpwnam("nobody")
@@ -223,7 +228,7 @@ class Services:
 
     def _prepare_python(self) -> list[str]:
         return self._as_nobody(
-            *(PYTHON, "-m", "gunicorn", "--chdir", self._pages, "--bind", _name(PYTHON_APP)),
+            *(self._python, "-m", "gunicorn", "--chdir", self._pages, "--bind", _name(PYTHON_APP)),
             *("--workers", str(WORKERS), "--worker-class", "gthread"),
             *("--threads", str(self._connections), "--keep-alive", "75", "--graceful-timeout", "2"),
             "app:application",
@@ -268,17 +273,21 @@ def find_php() -> Path:
     return found[-1]
 
 
-def describe() -> Mapping[str, str]:
-    """The versions of the programs, by the names of their services. Raises TestbedError if one is missing."""
+def describe(python: str = PYTHON) -> Mapping[str, str]:
+    """The versions of the programs, by the names of their services, and of Python's clients by
+    theirs. Raises TestbedError if one is missing."""
     commands: dict[Service, tuple[str | Path, ...]] = {
         NGINX: ("nginx", "-v"),
         PHP: (find_php(), "-v"),
-        PYTHON_APP: (PYTHON, "-m", "gunicorn", "--version"),
+        PYTHON_APP: (python, "-m", "gunicorn", "--version"),
         MARIADB: ("mariadbd", "--version"),
         REDIS: ("redis-server", "--version"),
         POSTGRESQL: (find_postgresql() / "postgres", "--version"),
     }
-    return {service.name: _ask_version(command) for service, command in commands.items()}
+    found = {service.name: _ask_version(command) for service, command in commands.items()}
+    for name, module in CLIENTS.items():
+        found[name] = _ask_version((python, "-c", f"import {module}; print({module}.__version__)"))
+    return found
 
 
 def _ask_version(command: Sequence[str | Path]) -> str:

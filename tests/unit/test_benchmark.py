@@ -375,6 +375,7 @@ def test_what_was_redirected_between_cgroups(bench: Modules) -> None:
         ("mariadbd  Ver 10.11.14-MariaDB-0+deb12u2 for debian-linux-gnu on x86_64 (Debian 12)", "10.11.14"),
         ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", "7.0.15"),
         ("postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)", "15.14"),
+        ("8.1.0", "8.1.0"),
         ("nothing", "?"),
     ],
 )
