@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps run image test test-all lint unit kernel conformance e2e test-apps soak bench pictures clean
+.PHONY: help setup setup-test setup-e2e setup-apps setup-stack run image test test-all lint unit kernel conformance e2e test-apps soak bench bench-stack pictures clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -22,6 +22,9 @@ setup-e2e: ## the same, what the tests with containers need (Docker), and the sm
 
 setup-apps: ## as setup-test, and the programs that test-apps runs (Redis, PostgreSQL, Java, Go and others)
 	@scripts/setup.sh apps
+
+setup-stack: ## as setup-test, and the programs that bench-stack runs (PHP, MariaDB, Redis, PostgreSQL, gunicorn)
+	@scripts/setup.sh stack
 
 run: setup ## setup, then `splicer run $(ARGS)` in the foreground; Ctrl-C drains and stops it
 	@exec $(BIN)/splicer run $(ARGS)
@@ -62,6 +65,9 @@ soak: setup-test ## connections that check themselves while things go wrong (roo
 
 bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
 	@exec examples/netns-benchmark/run $(ARGS)
+
+bench-stack: setup-stack ## which part of a stack's bytes is redirected, and why not the rest (root); ARGS="-n 3"
+	@exec examples/netns-benchmark/run --stack $(ARGS)
 
 pictures: ## the pictures and the table in docs/, drawn anew from docs/figures.json
 	@python3 docs/draw.py

@@ -6,6 +6,7 @@
 # scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves; and the small
 #                         programs of tests/apps, so that `make test` has all it needs
 # scripts/setup.sh apps   also the programs that `make test-apps` runs, databases and compilers among them
+# scripts/setup.sh stack  what the tests need, and the programs of `make bench-stack`: PHP, MariaDB, Redis, PostgreSQL
 #
 # Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
 # other Linux the same pieces are looked for and, where one is missing, named. Running it again is
@@ -58,6 +59,11 @@ has_testsuite() {
     has_python && "$PYTHON" -I -c 'import importlib.util as u; assert u.find_spec("test.test_socket")' 2>/dev/null
 }
 has_ruby_grpc() { has_command ruby && ruby -e 'require "grpc"' 2>/dev/null; }
+# Of the distribution's own Python, as above: its packages of clients belong to it.
+has_module() {
+    has_python && "$PYTHON" -I -c 'import importlib.util as u, sys; sys.exit(not u.find_spec(sys.argv[1]))' "$1"
+}
+has_php_extension() { compgen -G "/usr/lib/php/*/$1.so" >/dev/null; }
 has_postgresql() { compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null && has_command psql; }
 
 has() {
@@ -71,6 +77,16 @@ has() {
         testsuite) has_testsuite ;;
         postgresql) has_postgresql ;;
         ruby-grpc) has_ruby_grpc ;;
+        # Its command has the version in its name.
+        php-fpm) compgen -G '/usr/sbin/php-fpm[0-9]*' >/dev/null ;;
+        php-mysql) has_php_extension mysqli ;;
+        php-redis) has_php_extension redis ;;
+        python3-psycopg) has_module psycopg ;;
+        python3-psycopg-pool) has_module psycopg_pool ;;
+        python3-redis) has_module redis ;;
+        python3-mysqldb) has_module MySQLdb ;;
+        python3-pymysql) has_module pymysql ;;
+        python3-gunicorn) has_module gunicorn ;;
         *) has_command "$1" ;;
     esac
 }
@@ -107,6 +123,7 @@ package_of() {
         h2load) echo nghttp2-client ;;
         node) echo nodejs ;;
         javac) echo default-jdk-headless ;;
+        mariadbd) echo mariadb-server ;;
         go) echo golang-go ;;
         bpftool)
             if has_candidate bpftool; then
@@ -163,6 +180,7 @@ install_packages() { # pieces
             nginx) new_services+=(nginx) ;;
             dockerd) new_services+=(docker.socket docker containerd) ;;
             redis-server | postgresql | haproxy | memcached) new_services+=("$piece") ;;
+            mariadbd) new_services+=(mariadb) ;;
         esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
@@ -191,6 +209,11 @@ install_packages() { # pieces
     fi
     rm -f "$log"
     allow_service_start
+    for service in /lib/systemd/system/php*-fpm.service; do
+        if [[ " $* " == *" php-fpm "* && -e $service ]]; then
+            new_services+=("$(basename "$service" .service)")
+        fi
+    done
     # The benchmark starts an nginx of its own and the tests a dockerd; installing one must not leave a
     # server behind that appears at the next boot.
     for service in "${new_services[@]}"; do
@@ -264,7 +287,7 @@ sys.exit(not ok)" 2>/dev/null; then
     printf '%s\n' "$wanted" >"$stamp"
     # What serves the tests serves `splicer run` as well; the environment of both kinds of tests is the same.
     if [[ $level != run ]]; then
-        for other in run test e2e apps; do
+        for other in run test e2e apps stack; do
             [[ $stamp == "$VENV/.setup-$other" ]] || cp "$stamp" "$VENV/.setup-$other"
         done
     fi
@@ -278,12 +301,15 @@ e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unsh
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark)
 apps_pieces=(iperf3 memcached postgresql h2load node javac go ruby-grpc)
+stack_pieces=(redis-server postgresql mariadbd php-fpm php-mysql php-redis python3-psycopg python3-psycopg-pool)
+stack_pieces+=(python3-redis python3-mysqldb python3-pymysql python3-gunicorn)
 case $level in
     run) ;;
     test) pieces+=("${test_pieces[@]}") ;;
     e2e) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${e2e_pieces[@]}") ;;
     apps) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${apps_pieces[@]}") ;;
-    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps" ;;
+    stack) pieces+=("${test_pieces[@]}" "${stack_pieces[@]}") ;;
+    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps|stack" ;;
 esac
 # Two at the same time (make -j, two terminals) take turns.
 exec 9<scripts/setup.sh

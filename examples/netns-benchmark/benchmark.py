@@ -15,13 +15,22 @@ from typing import Any
 
 import adopting
 import census
+import services
+import stack
 import watching
 from cells import matrix, streams
 from model import Load, Workload
 from results import TABLE_HEAD, Leg, Result
 from splicing import Splicer, cpu_seconds, find_splicer, refuse_company
 from testbed import Interrupted, Testbed, TestbedError, interrupt_on_signals
-from workloads import LIFE_WORKLOADS, REFUSED_WORKLOADS, WRK_WORKLOADS, describe_nginx, missing_programs
+from workloads import (
+    LIFE_WORKLOADS,
+    REFUSED_WORKLOADS,
+    WRK_WORKLOADS,
+    busy_seconds,
+    describe_nginx,
+    missing_programs,
+)
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 # Workloads that are measured instead of the default ones.
@@ -69,6 +78,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--watch", action="store_true", help="what looking after spliced connections costs the daemon")
     add("--census", action="store_true", help="how soon older connections are found, and what they notice")
     add("--adoption", action="store_true", help="how soon busy connections are spliced")
+    add(
+        "--stack",
+        action="store_true",
+        help="which part of a stack's bytes is redirected, and why not the rest",
+    )
     add("--list", action="store_true", help="list the workloads and stop")
     add("--check", action="store_true", help="fail where a ratio is worse than the workload's bound")
     add("--baseline", action="store_true", help="the spliced legs plain as well")
@@ -82,13 +96,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="wrk's connections (16; 10000 with --watch, 5000 with --census)",
     )
+    add("--driver", choices=tuple(services.DRIVERS), default="mysqlclient", help="for --stack (mysqlclient)")
+    add("--python", metavar="PATH", default=services.PYTHON, help="for --stack, with the clients that it has")
     add("--threads", type=_positive_int, default=1, metavar="N", help="wrk's threads (1)")
     add("--workers", type=_positive_int, default=1, metavar="N", help="nginx's workers (1)")
     options = parser.parse_args(arguments)
     if options.programs and options.baseline:
         parser.error("--programs is not for --baseline, which loads none")
     groups = [name for name in GROUPS if getattr(options, name)]
-    alone = [name for name in ("watch", "census", "adoption") if getattr(options, name)]
+    alone = [name for name in ("watch", "census", "adoption", "stack") if getattr(options, name)]
     if alone and (groups or options.baseline or options.only or len(alone) > 1):
         parser.error(f"--{alone[0]} is measured by itself")
     if len(groups) > 1:
@@ -166,6 +182,8 @@ def run(options: argparse.Namespace) -> int:
         return run_census(options)
     if options.adoption:
         return run_adoption(options)
+    if options.stack:
+        return run_stack(options)
     as_table = options.group in TABLES
     load = Load(
         options.seconds or (2.0 if as_table else 3.0), options.connections, options.threads, options.workers
@@ -253,6 +271,24 @@ def run_adoption(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"schema": 1, "machine": describe_machine(), "adoption": rows}, indent=2))
     return report_failures(splicer.failures)
+
+
+def run_stack(options: argparse.Namespace) -> int:
+    found = stack.Measured(services.describe(options.python), options.driver, options.seconds or 5.0)
+    with Testbed() as bed:
+        command = find_splicer(options.splicer)
+        refuse_company(command)
+        splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [], timed=False)
+        programs = services.Services(bed, options.connections, options.driver, options.python)
+        with programs.running():
+            bench = stack.Bench(bed, programs, splicer, busy_seconds, found.seconds)
+            bench.measure(found, options.connections, options.alternations, _progress)
+    if options.json:
+        document = {"schema": 1, "machine": describe_machine(), "stack": found.to_json()}
+        print(json.dumps(document, indent=2))
+    else:
+        print(found.to_text())
+    return report_failures(splicer.failures + found.failures())
 
 
 def _progress(text: str) -> None:

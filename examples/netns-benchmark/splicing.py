@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,20 @@ class Splicer:
             raise TestbedError(f"splicer status failed ({done.returncode}): {done.stderr.strip()}")
         status: dict[str, Any] = json.loads(done.stdout)
         return status
+
+    def ask(self, noun: str) -> dict[str, Any]:
+        """The same and more, in a hundredth of the time of a command. Raises TestbedError."""
+        try:
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(READY_SECONDS)
+                control.connect(str(self._run_dir / "control.sock"))
+                control.sendall(json.dumps({"command": noun}).encode() + b"\n")
+                answer: dict[str, Any] = json.loads(control.makefile("rb").readline())
+        except (OSError, ValueError) as error:
+            raise TestbedError(f"splicer does not answer: {error}") from error
+        if not answer["ok"]:
+            raise TestbedError(f"splicer {noun} failed: {answer}")
+        return dict(answer["result"])
 
 
 def _import_splicer() -> Any:

@@ -156,19 +156,25 @@ class Testbed:
         self._stack.callback(_libc.umount2, target, MNT_DETACH)
 
     def _connect_namespaces(self) -> None:
-        self.server, self.client, bridge = (self._namespace(name) for name in ("server", "client", "bridge"))
-        self.ip(bridge, "link add bridge type bridge")
-        self.ip(bridge, "link set bridge up")
-        for end, address in ((self.server, SERVER_ADDRESS), (self.client, CLIENT_ADDRESS)):
-            self.ip(bridge, f"link add {end.name} type veth peer name eth0 netns {end.path}")
-            self.ip(bridge, f"link set {end.name} master bridge up")
-            self.ip(end, f"addr add {address}/24 dev eth0")
-            self.ip(end, "link set eth0 up")
-            self.ip(end, "link set lo up")
-            # Room for tens of thousands of connections per second to one port.
-            self.run(["sh", "-c", "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range"], end)
-            # Else TIME_WAIT piles up from leg to leg, and plain TCP itself slows down and then stalls.
-            self.run(["sh", "-c", "echo 2048 >/proc/sys/net/ipv4/tcp_max_tw_buckets"], end)
+        self._bridge = self._namespace("bridge")
+        self.ip(self._bridge, "link add bridge type bridge")
+        self.ip(self._bridge, "link set bridge up")
+        self.server = self.add_host("server", SERVER_ADDRESS)
+        self.client = self.add_host("client", CLIENT_ADDRESS)
+
+    def add_host(self, name: str, address: str) -> Namespace:
+        """One more namespace on the bridge."""
+        end = self._namespace(name)
+        self.ip(self._bridge, f"link add {name} type veth peer name eth0 netns {end.path}")
+        self.ip(self._bridge, f"link set {name} master bridge up")
+        self.ip(end, f"addr add {address}/24 dev eth0")
+        self.ip(end, "link set eth0 up")
+        self.ip(end, "link set lo up")
+        # Room for tens of thousands of connections per second to one port.
+        self.run(["sh", "-c", "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range"], end)
+        # Else TIME_WAIT piles up from leg to leg, and plain TCP itself slows down and then stalls.
+        self.run(["sh", "-c", "echo 2048 >/proc/sys/net/ipv4/tcp_max_tw_buckets"], end)
+        return end
 
     def add_namespace(self, name: str) -> Namespace:
         """One more, with a loopback device and nothing else."""
@@ -185,8 +191,9 @@ class Testbed:
         """Runs ip(8) in a namespace."""
         self.run(["ip", *arguments.split()], namespace)
 
-    def run(self, command: Sequence[str], namespace: Namespace) -> None:
-        """Runs a command that sets something up; its failure is a TestbedError with its output."""
+    def run(self, command: Sequence[str], namespace: Namespace) -> str:
+        """Runs a command that sets something up or tells something; what it printed. Its failure is a
+        TestbedError with that."""
         done = subprocess.run(
             command,
             preexec_fn=_entry(namespace, None, signal.SIGKILL),
@@ -198,6 +205,7 @@ class Testbed:
         )
         if done.returncode != 0:
             raise TestbedError(f"{' '.join(command)} (namespace {namespace.name}): {done.stdout.strip()}")
+        return done.stdout
 
     def start(
         self,
@@ -208,13 +216,17 @@ class Testbed:
         stdin: int = subprocess.DEVNULL,
         cpu: int | None = None,
         watched: bool = True,
+        group: str = "",
     ) -> subprocess.Popen[bytes]:
         """Starts a process, in a namespace and in the cgroup; without a namespace: outside of both.
 
         With `cpu` it stays on the CPU of that index among the usable ones, modulo their number. If it is not
-        `watched`, it is outside the cgroup, as a process of another host would be.
+        `watched`, it is outside the cgroup, as a process of another host would be. `group` is a cgroup of its
+        own below the other, as a container has one.
         """
-        cgroup = self.cgroup if namespace and watched else None
+        cgroup = self.cgroup / group if namespace and watched else None
+        if cgroup is not None:
+            cgroup.mkdir(exist_ok=True)
         child = subprocess.Popen(
             command,
             preexec_fn=_entry(namespace, cgroup, signal.SIGTERM, cpu),
@@ -274,6 +286,8 @@ def _entry(
 
 
 def _remove_cgroup(cgroup: Path) -> None:
+    for group in cgroup.glob("*/"):
+        _remove_cgroup(group)
     # Whoever is still in it was started here, and by now only as an orphan of something that crashed.
     for pid in (cgroup / "cgroup.procs").read_text().split():
         with contextlib.suppress(ProcessLookupError):
@@ -295,6 +309,8 @@ def _remove_stale(root: Path) -> None:
     for cgroup in root.glob(f"{PREFIX}*"):
         if not Path(f"/proc/{cgroup.name.removeprefix(PREFIX)}").exists():
             with contextlib.suppress(OSError):
+                for group in cgroup.glob("*/"):
+                    group.rmdir()
                 cgroup.rmdir()
 
 

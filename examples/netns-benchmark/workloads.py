@@ -55,13 +55,13 @@ class Wrk:
         if self.proxied:
             port = PROXY_PORT
         with nginx.running(bed, load.workers, requests=self.requests, watched=not self.remote):
-            busy = _busy_seconds()
+            busy = busy_seconds()
             command = ["wrk", f"-t{load.threads}", f"-c{load.connections}", f"-d{math.ceil(load.seconds)}s"]
             command += ["--latency", "-s", str(HERE / "report.lua")]
             if self.closing:
                 command += ["-H", "Connection: close"]
             report = json.loads(run_load(bed, [*command, f"http://{address}:{port}{self.path}"], where))
-            busy = _busy_seconds() - busy
+            busy = busy_seconds() - busy
         errors = {kind: report[kind] for kind in ("connect", "read", "write", "status", "timeout")}
         metrics = {
             "rate": report["requests"] / report["duration"] * 1e6,
@@ -93,9 +93,9 @@ class Blocking:
         program = [sys.executable, "-I", str(HERE / "reader.py"), LOOPBACK, str(ORIGIN_PORT), self.path]
         program += ["close" if self.closing else "keep-alive", str(load.seconds)]
         with nginx.running(bed, load.workers, cpu=1):
-            busy = _busy_seconds()
+            busy = busy_seconds()
             metrics = json.loads(run_load(bed, program, bed.server, 0 if self.apart else 1))
-            busy = _busy_seconds() - busy
+            busy = busy_seconds() - busy
         requests = metrics.pop("requests")
         return Sample({**metrics, "cpu_us": busy / requests * 1e6}, requests=requests)
 
@@ -196,7 +196,7 @@ def describe_nginx() -> str:
     return said.strip().rpartition("/")[2]
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU time of the whole machine: most of a packet's is spent in interrupts, which no process is
     charged for. What a hypervisor gave to others is not in it."""
     times = psutil.cpu_times()

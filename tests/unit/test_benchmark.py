@@ -6,6 +6,7 @@ That it measures is tests/kernel/test_benchmark.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ import pytest
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "examples/netns-benchmark"
 LOOPBACK = "127.0.0.1"
+SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
 SPLICING = {
     "spliced": 1,
     "redirected_messages": 100,
@@ -195,6 +197,8 @@ def test_workloads_are_found_by_group_and_by_name(bench: Modules) -> None:
         ["--adoption", "--lives"],
         ["--adoption", "--watch"],
         ["--census", "--watch"],
+        ["--stack", "--baseline"],
+        ["--stack", "--matrix"],
     ],
 )
 def test_what_cannot_be_measured_together_is_refused(
@@ -227,6 +231,157 @@ def test_how_soon_where_none_was_spliced(bench: Modules) -> None:
     row = bench.adopting.Row("one", 4, [0.0] * 5)
     assert row.to_json()["p50_ms"] is None
     assert "- " in row.to_line()
+
+
+# -- a stack of programs -----------------------------------------------------------------------------------
+
+SERVICES = {"10.0.0.1": "web", "10.0.0.2": "db"}
+PORTS = {"web": 8080, "db": 3306}
+
+
+def _connection(bench: Modules, port: int = 40000) -> Any:
+    return bench.ledger.Connection("web", "db", f"10.0.0.1:{port}", "10.0.0.2:3306")
+
+
+@pytest.mark.parametrize(
+    ("family", "address"), [(socket.AF_INET, LOOPBACK), (socket.AF_INET6, f"::ffff:{LOOPBACK}")]
+)
+def test_what_sockets_have_sent(bench: Modules, family: socket.AddressFamily, address: str) -> None:
+    with (
+        contextlib.closing(bench.ledger.Looker()) as looker,
+        socket.create_server((LOOPBACK, 0)) as listener,
+        socket.socket(family) as client,
+    ):
+        port = listener.getsockname()[1]
+        client.connect((address, port))
+        server, _ = listener.accept()
+        with server:
+            client.sendall(bytes(1234))
+            server.sendall(bytes(56))
+            server.recv(1234, socket.MSG_WAITALL)
+            found = {each.cookie: each for each in looker.look()}
+            ends = f"{LOOPBACK}:{client.getsockname()[1]}", f"{LOOPBACK}:{port}"
+            for each, local, remote, sent in ((client, *ends, 1234), (server, *ends[::-1], 56)):
+                cookie = int.from_bytes(each.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+                assert found[cookie] == (cookie, local, remote, sent)
+
+
+def test_a_connection_counts_from_the_first_look_on(bench: Modules) -> None:
+    """Both ends of it; one that comes later from its beginning, and one that is gone as it was last seen."""
+    ledger = bench.ledger.Ledger(SERVICES, PORTS)
+
+    def look(**sent: int) -> None:
+        ends = {"a": ("10.0.0.1:40000", "10.0.0.2:3306"), "c": ("10.0.0.1:8080", "10.0.0.9:50000")}
+        ends |= {"b": ends["a"][::-1], "d": ("10.0.0.1:40001", "10.0.0.2:3306")}
+        ledger.look(bench.ledger.Socket(ord(name), *ends[name], n) for name, n in sent.items())
+
+    look(a=1000, b=5000, c=10)
+    assert ledger.sent == {_connection(bench): 0}
+    look(a=1001, b=5020, c=310, d=300)
+    look(d=400)
+    assert ledger.sent == {_connection(bench): 21, _connection(bench, 40001): 400}
+    assert ledger.open == {_connection(bench, 40001)}
+    assert ledger.sent_elsewhere == 300
+
+
+def test_ip_counts_what_no_look_has_seen(bench: Modules) -> None:
+    before, after = bench.ledger.Packets(1000, 10), bench.ledger.Packets(1000 + 3 * 52 + 900, 13)
+    assert (after - before).payload == 900
+    assert bench.ledger.read_packets(os.getpid()).octets >= 0
+
+
+FLOW = {"local": "10.0.0.1:40000", "remote": "10.0.0.2:3306", "state": "paired", "reason": "blocking_reader"}
+
+
+@pytest.mark.parametrize(
+    ("is_open", "older", "flow", "reason"),
+    [
+        (True, True, FLOW, "blocking_reader"),
+        (True, True, None, "older, not listed"),
+        (True, False, None, "not listed"),
+        (False, True, None, "ended"),
+        (True, False, {**FLOW, "state": "spliced", "reason": ""}, "spliced"),
+        (True, False, {**FLOW, "state": "draining", "reason": ""}, "draining"),
+    ],
+)
+def test_why_bytes_went_through_tcp(
+    bench: Modules, is_open: bool, older: bool, flow: dict[str, Any] | None, reason: str
+) -> None:
+    connection = _connection(bench)
+    rows = bench.stack.explain(
+        {connection: 700},
+        {connection} if is_open else set(),
+        {connection} if older else set(),
+        [flow] if flow else [],
+    )
+    assert [(row.ends, row.plain) for row in rows] == [
+        (bench.stack.Ends("web", "db"), {reason: bench.stack.Amount(1, 700)})
+    ]
+
+
+def _measured(bench: Modules) -> Any:
+    ends, amount = bench.stack.Ends("web", "db"), bench.stack.Amount
+    found = bench.stack.Measured({"web": "1.0", "db": "2"}, "pymysql", 5.0, errors={"timeout": 2, "read": 0})
+    for redirected, missed in ((3_000_000, 0), (1_000_000, 60_000)):
+        plain = {"blocking_reader": amount(4, 900_000), "cold": amount(2, 100_000)}
+        found.legs.append(bench.stack.SplicedLeg([bench.stack.PairRow(ends, redirected, plain)], missed))
+    found.plains += [bench.stack.Rates(100, 50), bench.stack.Rates(100, 50), bench.stack.Rates(100, 50)]
+    found.splices += [bench.stack.Rates(110, 40), bench.stack.Rates(120, 45)]
+    return found
+
+
+def test_the_share_of_a_stack(bench: Modules) -> None:
+    found = _measured(bench)
+    assert found.shares == [0.75, 0.5]
+    answer = found.to_json()
+    assert answer["share"] == pytest.approx(4 / 6)
+    assert answer["missed"] == pytest.approx(60_000 / 2_060_000)
+    assert answer["pairs"] == [
+        {
+            "client": "web",
+            "server": "db",
+            "tcp_bytes": 2_000_000,
+            "redirected_bytes": 4_000_000,
+            "share": pytest.approx(4 / 6),
+            "plain": {
+                "blocking_reader": {"connections": 8, "bytes": 1_800_000},
+                "cold": {"connections": 4, "bytes": 200_000},
+            },
+        }
+    ]
+    lines = [" ".join(line.split()) for line in found.to_text().splitlines()]
+    assert "web -> db 2.00 4.00 67% blocking_reader 90% (4), cold 10% (2)" in lines
+    assert "requests/s 100 115 1.15 (1.10 - 1.20) 1.00 (1.00 - 1.00)" in lines
+    assert lines[-1] == "all 2.00 4.00 67% 50% - 75% in a leg"
+    assert found.failures() == ["stack: wrk counted 2 errors (timeout)"]
+
+
+def test_what_was_redirected_between_cgroups(bench: Modules) -> None:
+    rows = [
+        {"client": {"cgroup": f"/x/{client}"}, "server": {"cgroup": "/x/db"}, "redirected_bytes": number}
+        for client, number in (("web", 5), ("jobs", 7), ("web", 2))
+    ]
+    assert bench.stack.sum_redirected(rows) == {
+        bench.stack.Ends("web", "db"): 7,
+        bench.stack.Ends("jobs", "db"): 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("nginx version: nginx/1.22.1\n", "1.22.1"),
+        ("PHP 8.2.29 (fpm-fcgi) (built: Jul  3 2026 16:16:05)\nCopyright (c) The PHP Group", "8.2.29"),
+        ("gunicorn (version 20.1.0)", "20.1.0"),
+        ("mariadbd  Ver 10.11.14-MariaDB-0+deb12u2 for debian-linux-gnu on x86_64 (Debian 12)", "10.11.14"),
+        ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", "7.0.15"),
+        ("postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)", "15.14"),
+        ("8.1.0", "8.1.0"),
+        ("nothing", "?"),
+    ],
+)
+def test_versions(bench: Modules, text: str, version: str) -> None:
+    assert bench.services.read_version(text) == version
 
 
 # -- the load -----------------------------------------------------------------------------------------------

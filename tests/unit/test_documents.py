@@ -28,6 +28,7 @@ PROGRAMS = {
 }
 TARGETS = {
     "bench": "examples/netns-benchmark/benchmark.py",
+    "bench-stack": "examples/netns-benchmark/benchmark.py",
     "test-apps": "tests/apps/__main__.py",
     "soak": "tests/soak/__main__.py",
 }
