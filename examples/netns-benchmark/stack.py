@@ -332,19 +332,18 @@ class Bench:
             kind: report[kind] for kind in ("connect", "read", "write", "status", "timeout") if report[kind]
         }
 
-    def _watch(self, ledger: Ledger) -> tuple[Rates, Packets]:
-        """What is served meanwhile; plain legs are watched as well, for that costs a little."""
+    def _watch(self, ledger: Ledger) -> tuple[Rates, float]:
+        """What is served meanwhile, and how many bytes TCP has sent. Plain legs are watched as well, for that
+        costs a little."""
         begun, served, busy = time.monotonic(), self._count_served(), self._read_busy_seconds()
-        packets = self._read_packets()
-        self._look(ledger)
+        first = last = self._look_and_weigh(ledger)
         while (left := begun + self._seconds - time.monotonic()) > 0:
             time.sleep(min(GLANCE, left))
-            self._look(ledger)
-        packets = self._read_packets() - packets
+            last = self._look_and_weigh(ledger)
         busy = self._read_busy_seconds() - busy
         # One of them is this question.
         served = self._count_served() - served - 1
-        return Rates(served / (time.monotonic() - begun), busy / max(served, 1) * 1e6), packets
+        return Rates(served / (time.monotonic() - begun), busy / max(served, 1) * 1e6), last - first
 
     def _count_served(self) -> int:
         with (
@@ -362,7 +361,7 @@ class Bench:
             self._pause(SETTLE, load)
             ledger = self._make_ledger()
             before = sum_redirected(self._splicer.ask("status")["traffic"])
-            rates, packets = self._watch(ledger)
+            rates, payload = self._watch(ledger)
             status, flows = self._splicer.ask("status"), self._splicer.ask("flows")["flows"]
             rows = {row.ends: row for row in explain(ledger.sent, ledger.open, older.open, flows)}
             for ends, amount in sum_redirected(status["traffic"]).items():
@@ -370,7 +369,7 @@ class Bench:
                     rows.setdefault(ends, PairRow(ends)).redirected_bytes = more
         seen = sum(ledger.sent.values()) + ledger.sent_elsewhere
         into.splices.append(rates)
-        into.legs.append(SplicedLeg(list(rows.values()), max(0, packets.payload - seen)))
+        into.legs.append(SplicedLeg(list(rows.values()), max(0, round(payload - seen))))
         into.rescued += status["totals"]["rescued"]
 
     def _make_ledger(self) -> Ledger:
@@ -381,6 +380,12 @@ class Bench:
 
     def _look(self, ledger: Ledger) -> None:
         ledger.look(itertools.chain.from_iterable(looker.look() for looker in self._lookers.values()))
+
+    def _look_and_weigh(self, ledger: Ledger) -> float:
+        """What IP has sent so far, in the middle of the look: that takes a while on a busy machine."""
+        before = self._read_packets()
+        self._look(ledger)
+        return (before.payload + self._read_packets().payload) / 2
 
     def _read_packets(self) -> Packets:
         return sum((read_packets(pid) for pid in self._services.pids.values()), Packets())
