@@ -85,7 +85,7 @@ ENLIST_REQUEST = struct.Struct("=Q 2I 2I")
 ENLIST_SIZE = ENLIST_HEAD.size + ENLIST_PAIRS * ENLIST_REQUEST.size
 
 _END_KEY = "4I 4I Q 2I I I"
-_END = _END_KEY + " Q Q Q I I I I I I"
+_END = _END_KEY + " Q Q Q I I H 2x I I I"
 _END_SIZE = struct.calcsize("=" + _END)
 _DIRECTION = "4Q 6I 2H I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
@@ -97,7 +97,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=15I")
+SETTINGS = struct.Struct("=16I")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=2Q")
 NOTHING_SAID = (1 << 63) - 1
@@ -300,7 +300,7 @@ def read_event(record: bytes) -> Event:
 class KernelSettings:
     """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything;
     `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule;
-    `walking` if there is no enlist."""
+    `walking` if there is no enlist; `switched` as probes.find_switch_marks() found it."""
 
     mode: int
     allow_blocking: bool
@@ -317,6 +317,7 @@ class KernelSettings:
     registering: bool
     finishing: bool = False
     walking: bool = False
+    switched: int = 0
 
     def pack(self) -> bytes:
         return SETTINGS.pack(
@@ -335,6 +336,7 @@ class KernelSettings:
             self.registering,
             self.finishing,
             self.walking,
+            self.switched,
         )
 
     @classmethod
@@ -357,4 +359,5 @@ class KernelSettings:
             bool(v[12]),
             bool(v[13]),
             bool(v[14]),
+            v[15],
         )

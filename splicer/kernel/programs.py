@@ -72,6 +72,7 @@ MAPS = (
     "rendezvous",
     "hints",
     "splicers",
+    "sleepers",
     "muted",
     "rules",
     "networks",
