@@ -133,7 +133,7 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		goto later;
 	/* The other end is looked at once more: it may have changed while it was in. */
 	if (half) {
-		reason = find_misfit(peer->sk, p, peer);
+		reason = find_misfit(peer->sk, p, peer, 1);
 		if (reason) {
 			refuse(p, reason, REFUSED_RETRY_NS);
 			return;
@@ -215,7 +215,7 @@ static __always_inline u64 get_cool_down(struct pair *p)
  * Is everything that the peer redirected in our queue? If neither its rest nor
  * its next verdict has shown that, it sits in one system call: asleep in TCP,
  * we suppose after SETTLE_NS, unless somebody holds our psock (a sender does
- * from before it queues). Blocking readers hold it as they sleep.
+ * from before it queues). Readers that sleep hold theirs.
  */
 static __always_inline int
 has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inbound)
@@ -227,8 +227,10 @@ has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inboun
 		return 1;
 	if (p->allow_blocking)
 		return waited >= SETTLE_BLOCKING_NS;
+	if (waited < SETTLE_NS)
+		return 0;
 	PROBE(references, own_psock(tp), sk_psock_refcnt);
-	return references == 1 && waited >= SETTLE_NS;
+	return references == 1 || p->end[CLIENT].asleep || p->end[SERVER].asleep;
 }
 
 /* Both ends are out. */

@@ -70,13 +70,18 @@ static __always_inline u32 find_refusal(void *tp, struct pair *p, struct end *e)
 		return REASON_CLOSING;
 	if (p->mode == MODE_OFF)
 		return REASON_POLICY;
-	reason = find_misfit((u64)tp, p, e);
+	reason = find_misfit((u64)tp, p, e, 1);
 	if (reason)
 		return reason;
 	/* Asked before either end goes in. */
 	if (FIELD(tp, u64, sock_sk_user_data) && !(e->flags & (END_IN_MAP | END_LEFT)))
 		return REASON_FOREIGN_PSOCK;
 	return REASON_NONE;
+}
+
+static __always_inline enum fit find_fit(struct end *e)
+{
+	return e->flags & END_SLEEPLESS ? FIT_AWAKE : FIT;
 }
 
 /* Both ends are in: from here on verdicts redirect. */
@@ -89,8 +94,8 @@ static __always_inline void begin_splicing(struct pair *p)
 	p->dir[SERVER].contended = 0;
 	p->dir[CLIENT].primed = 0;
 	p->dir[SERVER].primed = 0;
-	p->dir[CLIENT].fit = 1;
-	p->dir[SERVER].fit = 1;
+	p->dir[CLIENT].fit = find_fit(&p->end[SERVER]);
+	p->dir[SERVER].fit = find_fit(&p->end[CLIENT]);
 	p->dir[CLIENT].settled = 0;
 	p->dir[SERVER].settled = 0;
 	WRITE_ONCE(p->state, STATE_SPLICED);

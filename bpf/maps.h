@@ -12,6 +12,7 @@
 #define MUTED_SLOTS	16384	/* a power of two */
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
+#define MAX_SLEEPERS		4096
 #define MAX_RULES		16384
 #define MAX_NETWORKS		1024
 #define MAX_TRAFFIC		4096
@@ -50,6 +51,9 @@ BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
 
 /* Processes that were seen to read a socket with splice(2): pid to birth. */
 BPF_TABLE("lru_hash", u32, u32, splicers, MAX_SPLICERS);
+
+/* Processes that began to sleep in reads of a spliced socket: pid to birth. */
+BPF_TABLE("lru_hash", u32, u32, sleepers, MAX_SLEEPERS);
 
 /* Sockets that observe does not look at for a while. Shared by those with the same low bits. */
 BPF_TABLE("array", int, struct muted, muted, MUTED_SLOTS);

@@ -66,6 +66,60 @@ static __always_inline int is_sleepy(void *tp, enum reader reader)
 }
 
 /*
+ * Did this read sleep? The kernel marks a thread that leaves its CPU, for what it has to
+ * do before it goes back to user mode, and the mark is gone once it was there. Which mark
+ * that is differs by kernel: the daemon has found out. One that lost its CPU to another
+ * is taken for one that slept.
+ */
+static __always_inline int has_slept(struct settings *s)
+{
+	return FIELD(current_task(), u32, task_struct_thread_info_flags) & s->switched;
+}
+
+/* What does this read say about those to come? */
+static __always_inline void
+note_manner(void *tp, struct end *e, enum reader reader, struct settings *s)
+{
+	if (reader == READER_DONTWAIT)
+		return;
+	if (!is_sleepy(tp, reader)) {
+		e->flags |= END_RELIANT;
+		return;
+	}
+	e->flags |= END_BLOCKS;
+	if (reader == READER_WAITALL || !s->switched || has_slept(s))
+		e->flags |= END_SLEEPY;
+}
+
+/*
+ * The other end reads where nothing keeps it from sleeping. Who has sent something waits
+ * for the answer nearly always: where does it? Between its reads it may have O_NONBLOCK.
+ */
+static __always_inline void note_waiter(struct end *peer)
+{
+	switch (find_waiter(peer, 1)) {
+	case WAITER_READ:
+		peer->asleep = 1;
+		break;
+	case WAITER_POLL:
+		if (peer->polls < POLLS_ENOUGH &&
+		    find_misfit_file(socket_of(peer->sk), 0) == REASON_BLOCKING)
+			peer->polls++;
+		break;
+	default:
+		break;
+	}
+}
+
+static __always_inline void forget_manner(struct end *e)
+{
+	e->reads = 0;
+	e->polls = 0;
+	e->asleep = 0;
+	e->flags &= ~(END_SLEEPY | END_BLOCKS | END_RELIANT);
+}
+
+/*
  * The process splices: find_misfit() keeps it out from now on. Those of its
  * connections that are spliced are found by the watch, which had better come soon.
  */
@@ -186,7 +240,8 @@ look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader r
 	if (!is_redirecting(p->state))
 		return;
 	reason = refuse_reader(p, reader);
-	if (!reason && !p->allow_blocking && is_sleepy(tp, reader))
+	if (!reason && !p->allow_blocking && is_sleepy(tp, reader) &&
+	    (!(e->flags & END_SLEEPLESS) || reader == READER_WAITALL))
 		reason = REASON_BLOCKING;
 	if (reason) {
 		start_draining(p, reason);
@@ -233,19 +288,18 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 			return MUTE_LONG;
 		/* How they read may be another way by now. */
 		p->retry_ns = 0;
-		e->reads = 0;
-		peer->reads = 0;
-		e->flags &= ~END_SLEEPY;
-		peer->flags &= ~END_SLEEPY;
+		forget_manner(e);
+		forget_manner(peer);
 	}
 	if (e->reads < s->hot_reads) {
 		e->reads++;
 		note_reader(e, tgid);
 		if (unread_bytes(tp))
 			e->flags |= END_PARTIAL;
-		if (is_sleepy(tp, reader))
-			e->flags |= END_SLEEPY;
+		note_manner(tp, e, reader, s);
 	}
+	if (peer->flags & END_BLOCKS && !p->allow_blocking)
+		note_waiter(peer);
 	if (e->reads < s->hot_reads)
 		return 0;
 	if (peer->reads < s->hot_reads)

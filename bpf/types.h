@@ -95,7 +95,10 @@ enum end_flag {
 	END_RESTED	= 1 << 3,	/* was seen with nothing unread or on its way to it */
 	END_LEFT	= 1 << 4,	/* has been in the SOCKHASH before */
 	END_MOVED	= 1 << 5,	/* leaving: was seen to take some of what waits for it */
-	END_SLEEPY	= 1 << 6,	/* was seen to read in a way that sleeps where nothing is there */
+	END_SLEEPY	= 1 << 6,	/* slept in a read, or said that it would */
+	END_BLOCKS	= 1 << 7,	/* has read where nothing kept it from sleeping */
+	END_RELIANT	= 1 << 8,	/* has read where O_NONBLOCK alone kept it from sleeping */
+	END_SLEEPLESS	= 1 << 9,	/* has no O_NONBLOCK, and is in since it does not sleep */
 };
 
 /* struct pair.announced: whose it is to put both ends in. */
@@ -111,6 +114,13 @@ enum mode {
 	MODE_EAGER,
 };
 
+/* What is known of an end that is in the SOCKHASH. */
+enum fit {
+	FIT_UNKNOWN,		/* eager: it went in unseen */
+	FIT,			/* passed every check */
+	FIT_AWAKE,		/* the same, as long as it does not sleep in a read */
+};
+
 struct end {
 	struct end_key key;	/* a client's is written when it is first observed */
 	u64 sk;			/* kernel address of its struct sock */
@@ -118,7 +128,9 @@ struct end {
 	u64 cgroup;		/* id of the cgroup the socket was made in */
 	u32 waiting_ms;		/* in the map: since when bytes were seen to wait, or 0 */
 	u32 born;		/* when the process below was, to tell a pid from its next use */
-	u32 reads;		/* while plain, stops at settings.hot_reads */
+	u16 reads;		/* while plain, stops at settings.hot_reads */
+	u8 polls;		/* has no O_NONBLOCK: so often seen waiting in poll(2) or the like */
+	u8 asleep;		/* was seen asleep in a read, by who sends to it or by watch */
 	u32 tgid;		/* the process that read last, init namespace */
 	u32 flags;
 	u32 waiting_for;	/* what had been read at that time */
@@ -140,7 +152,7 @@ struct direction {
 	u32 burst;		/* messages since the other direction spoke */
 	u32 burst_bytes;	/* their size */
 	u16 settled;		/* draining: every redirected message has arrived */
-	u16 fit;		/* the end it leads to passed every check */
+	u16 fit;		/* enum fit: of the end it leads to */
 	u32 contended;		/* rises when the reader had its lock, and nothing to read */
 };
 
@@ -298,6 +310,7 @@ struct settings {
 	u32 walking;		/* there is no enlist: adopt puts everything in */
 	u32 allow_inq;
 	u32 census;		/* enum census_state */
+	u32 switched;		/* flags of a thread that has left its CPU since it was in user mode; 0: not known */
 	u64 cgroup;		/* the census is of sockets made in it or below it; 0: of all */
 };
 

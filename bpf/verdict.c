@@ -198,10 +198,18 @@ check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_s
 	 */
 	if (p->allow_blocking && !d->primed)
 		return WAY_TCP_WATCHED;
-	if (d->fit)
+	if (d->fit == FIT)
 		return WAY_REDIRECT;
+	/* It polls before it reads, or asks not to wait. Once it sleeps it goes back: TCP bytes wake it. */
+	if (d->fit == FIT_AWAKE) {
+		if (p->allow_blocking || !is_asleep(peer))
+			return WAY_REDIRECT;
+		remember_sleeper(peer);
+		start_draining(p, REASON_BLOCKING);
+		return WAY_TCP;
+	}
 	/* Eager: inserted before anything was known about it. */
-	reason = find_misfit(peer->sk, p, peer);
+	reason = find_misfit(peer->sk, p, peer, 0);
 	if (reason && reason != REASON_UNACCEPTED) {
 		start_draining(p, reason);
 		return WAY_TCP;
@@ -209,7 +217,7 @@ check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_s
 	/* How it reads is known only after observe has seen it read. */
 	if (reason || !d->primed)
 		return WAY_TCP_WATCHED;
-	d->fit = 1;
+	d->fit = FIT;
 	return WAY_REDIRECT;
 }
 

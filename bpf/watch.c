@@ -107,8 +107,10 @@ examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
 	u64 sk = e->sk, socket = socket_of(sk);
 	u32 reason;
 
-	/* O_NONBLOCK taken away. */
+	/* O_NONBLOCK taken away; or it never was there, and it sleeps now. */
 	reason = find_misfit_file(socket, p->allow_blocking);
+	if (reason == REASON_BLOCKING && e->flags & END_SLEEPLESS && !is_asleep(e))
+		reason = REASON_NONE;
 	if (reason && reason != REASON_UNACCEPTED)
 		return reason;
 	if (is_out_of_memory(sk, socket))
@@ -138,6 +140,8 @@ static __always_inline u32 look_at_end(struct pair *p, struct end *e, struct dir
 		return 0;
 	if (!reason)
 		return look;
+	if (reason == REASON_BLOCKING && e->flags & END_SLEEPLESS)
+		remember_sleeper(e);
 	/* By way of memory the verifier forgets which it was, and walks on once and not once for each. */
 	WRITE_ONCE(p->reason, reason);
 	reason = READ_ONCE(p->reason);

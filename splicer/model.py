@@ -23,7 +23,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("pending", "Both ends are hot and fit; adoption waits for a moment with nothing in flight."),
     (
         "blocking_reader",
-        "An end uses a blocking socket (no O_NONBLOCK), which a spliced socket cannot serve faithfully.",
+        "An end sleeps in reads, or may (no O_NONBLOCK): a spliced socket cannot serve it faithfully.",
     ),
     ("splice_reader", "The reading process uses splice(2), which would never see redirected bytes."),
     ("unknown_reader", "An end is read by a system call that is not known to see redirected bytes."),
@@ -189,7 +189,8 @@ class Status:
 
     `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
-    `adoption` is "name" or, where enlist cannot be run, "walk". `census` says what became of connections that
+    `adoption` is "name" or, where enlist cannot be run, "walk". `blocking_readers` is "told apart" or, where
+    the programs cannot tell who sleeps in a read, "refused". `census` says what became of connections that
     are older than the programs; see class CensusReport.
     """
 
@@ -202,6 +203,7 @@ class Status:
     running: bool = True
     kernel_class: str = ""
     adoption: str = ""
+    blocking_readers: str = ""
     uptime_seconds: float = 0.0
     default: str = "on"
     healthy: bool = True

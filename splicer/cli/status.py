@@ -156,6 +156,8 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         about.append(
             ("adoption", "by walk, late and dear: the kernel runs no tc program for us; see the log")
         )
+    if text(status, "blocking_readers") == "refused":
+        about.append(("blocking", "all refused: no way to tell on this kernel who sleeps; see the log"))
     if docker := section(status, "docker"):
         about.append(("docker", describe_docker(docker)))
     if census := section(status, "census"):

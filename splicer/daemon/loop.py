@@ -26,6 +26,7 @@ from splicer.host.cgroups import Cgroup
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
 from splicer.kernel import generation, libbpf, probes
+from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
 from splicer.kernel.sweep import Sweeper
@@ -81,7 +82,7 @@ class Daemon:
             self._patrol = Patrol(self._sweeper)
             self._enlister = self._generation.enlister(self._log)
             self._enlistment = Enlistment(self._enlister, self._queues, self._patrol.ask)
-            self._sweeper.settings.write(walking=self._enlister is None)
+            self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
             try:
                 self._work_until_stopped(kernel.name)
@@ -103,6 +104,18 @@ class Daemon:
             return CensusTaker(None, self._log, instead=EARLIER)
         steps = self._generation.find_older(settings, self._cgroup)
         return CensusTaker(steps, self._log, instead=UNAVAILABLE)
+
+    def _find_switch_marks(self) -> int:
+        """How the programs know of a read that it slept; 0 if they cannot, and leave all blocking readers
+        alone."""
+        btf = Btf()
+        try:
+            return probes.find_switch_marks(btf)
+        except OSError as error:
+            self._log.warning("sleepers_not_told_apart", error=error.strerror)
+            return 0
+        finally:
+            btf.close()
 
     def _work_until_stopped(self, kernel_class: str) -> None:
         self._say_what_a_container_lacks()

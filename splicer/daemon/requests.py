@@ -89,6 +89,7 @@ class RequestHandlers:
         for number, name in STATES.items():
             states[name] += numbers[number]
         host = self._reconciler.describe()
+        settings = self._sweeper.settings.read()
         beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
         status = Status(
             pid=read_own_pid(),
@@ -108,7 +109,8 @@ class RequestHandlers:
                 refused=refused,
             ),
             kernel_class=self._kernel_class,
-            adoption="walk" if self._sweeper.settings.read().walking else "name",
+            adoption="walk" if settings.walking else "name",
+            blocking_readers="told apart" if settings.switched else "refused",
             uptime_seconds=round(time.monotonic() - self._started, 3),
             healthy=beating and not self._reconciler.failure,
             trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),

@@ -116,7 +116,7 @@ OLDER = struct.Struct("=4Q")
 OLDER_JOINED = struct.Struct("=2Q")
 
 _END_KEY = "4I 4I Q 2I I I"
-_END = _END_KEY + " Q Q Q I I I I I I"
+_END = _END_KEY + " Q Q Q I I H 2x I I I"
 _END_SIZE = struct.calcsize("=" + _END)
 _DIRECTION = "4Q 6I 2H I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
@@ -128,7 +128,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
-SETTINGS = struct.Struct("=17I 4x Q")
+SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
 NOTHING_SAID = (1 << 63) - 1
@@ -350,7 +350,7 @@ class KernelSettings:
     """struct settings. Sizes in bytes; `stopping` is 0 or the number of the reason to drain everything;
     `policy` is another number after every change of policy; `has_rules` holds a bit for each kind of rule;
     `walking` if there is no enlist; `census` is of CensusState, and `cgroup` the id of the cgroup that it is
-    about, 0 for all."""
+    about, 0 for all; `switched` as probes.find_switch_marks() found it."""
 
     mode: int
     allow_blocking: bool
@@ -369,6 +369,7 @@ class KernelSettings:
     walking: bool = False
     allow_inq: bool = False
     census: int = 0
+    switched: int = 0
     cgroup: int = 0
 
     def pack(self) -> bytes:
@@ -390,6 +391,7 @@ class KernelSettings:
             self.walking,
             self.allow_inq,
             self.census,
+            self.switched,
             self.cgroup,
         )
 
@@ -416,4 +418,5 @@ class KernelSettings:
             bool(v[15]),
             v[16],
             v[17],
+            v[18],
         )

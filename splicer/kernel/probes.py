@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
+import platform
+import select
 import socket
 import struct
 import termios
+import threading
 import time
 from dataclasses import dataclass
 
@@ -23,6 +27,10 @@ from splicer.kernel.btf import Btf
 
 _SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
 _BYTES = b"probe"
+# Of /proc/PID/syscall, where a thread sleeps in it (arch/x86/entry/syscalls/syscall_64.tbl).
+_RECVFROM = "45 "
+_READS_ASLEEP, _READS_AWAKE = 8, 32
+_SLEEP_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -174,3 +182,127 @@ def require_class() -> KernelClass:
             exit_code=UNSUPPORTED,
         )
     return found
+
+
+def _assemble_note(map_fd: int, port: int, port_offset: int, flags_offset: int) -> bytes:
+    """Raw tracepoint program on reads: of sockets with this local port it notes the thread's flags, and
+    counts them."""
+    return b"".join(
+        (
+            _instruction(0x79, dst=6, src=1),  # r6 = sk
+            _instruction(0x69, dst=1, src=6, offset=port_offset),  # r1 = *(u16 *)(r6 + port_offset)
+            _instruction(0x55, dst=1, offset=13, immediate=port),  # if r1 != port: exit
+            _instruction(libbpf.CALL, immediate=158),  # call get_current_task_btf
+            _instruction(0x61, dst=7, src=0, offset=flags_offset),  # r7 = *(u32 *)(r0 + flags_offset)
+            _instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
+            _instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
+            _instruction(0),
+            _instruction(0xBF, dst=2, src=10),  # r2 = fp
+            _instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
+            _instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
+            _instruction(0x15, dst=0, offset=4),  # if r0 == 0: exit
+            _instruction(0x63, dst=0, src=7),  # *(u32 *)r0 = r7
+            _instruction(0x61, dst=1, src=0, offset=4),  # r1 = *(u32 *)(r0 + 4)
+            _instruction(0x07, dst=1, immediate=1),  # r1 += 1
+            _instruction(0x63, dst=0, src=1, offset=4),  # *(u32 *)(r0 + 4) = r1
+            _instruction(0xB7, dst=0),  # r0 = 0
+            _instruction(0x95),  # exit
+        )
+    )
+
+
+class _ScratchReader:
+    """One end of a connection of our own, and what a tracepoint program has noted of its reads."""
+
+    def __init__(self, btf: Btf, stack: contextlib.ExitStack) -> None:
+        flags, port = btf.locate("task_struct.thread_info.flags"), btf.locate("sock.__sk_common.skc_num")
+        if flags is None or port is None:
+            raise libbpf.KernelError(errno.ENOENT, "find a thread's flags")
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self._sender = stack.enter_context(socket.create_connection(listener.getsockname()))
+        self._receiver = stack.enter_context(listener.accept()[0])
+        self._noted = libbpf.Map(libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, "probe", 4, 8, 1))
+        stack.callback(self._noted.close)
+        program, log = libbpf.load_program(
+            libbpf.BPF_PROG_TYPE_TRACING,
+            "probe",
+            _assemble_note(self._noted.fd, listener.getsockname()[1], port.offset, flags.offset),
+            attach_type=libbpf.BPF_TRACE_RAW_TP,
+            btf_id=btf.find_tracepoint("tcp_rcv_space_adjust"),
+        )
+        if program < 0:
+            raise libbpf.KernelError(-program, f"load a tracepoint program ({log.strip()[-80:]})")
+        stack.callback(os.close, program)
+        stack.callback(os.close, libbpf.link_tracepoint(program))
+
+    def _take_note(self) -> int:
+        """The flags of the one read that was done since the last time."""
+        raw = self._noted.get(struct.pack("=I", 0)) or bytes(8)
+        self._noted.set(struct.pack("=I", 0), bytes(8))
+        found, reads = struct.unpack("=2I", raw)
+        if reads != 1:
+            raise libbpf.KernelError(errno.EIO, "see one read")
+        return int(found)
+
+    def read_awake(self) -> int:
+        """Flags of a thread that reads what is there."""
+        self._sender.send(b"x")
+        if not select.select([self._receiver], [], [], _SLEEP_TIMEOUT_S)[0]:
+            raise libbpf.KernelError(errno.ETIMEDOUT, "send over the loopback device")
+        self._receiver.recv(1)
+        return self._take_note()
+
+    def read_asleep(self) -> int:
+        """Flags of a thread that slept in its read."""
+        reader = threading.Thread(target=self._receiver.recv, args=(1,), daemon=True)
+        reader.start()
+        try:
+            # Of a thread that is not off its CPU the kernel says "running".
+            deadline, state = (
+                time.monotonic() + _SLEEP_TIMEOUT_S,
+                f"/proc/self/task/{reader.native_id}/syscall",
+            )
+            while not _read_text(state).startswith(_RECVFROM):
+                if time.monotonic() > deadline:
+                    raise libbpf.KernelError(errno.ETIMEDOUT, "see a thread sleep")
+                time.sleep(0.0005)
+        finally:
+            self._sender.send(b"x")
+            reader.join()
+        return self._take_note()
+
+
+def _read_text(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def choose_marks(asleep: list[int], awake: list[int]) -> int:
+    """Flags that are there after each read that slept, and seldom after others: of these some have lost their
+    CPU to another thread."""
+
+    def tells(bit: int) -> bool:
+        return all(flags & bit for flags in asleep) and sum(bool(flags & bit) for flags in awake) * 4 <= len(
+            awake
+        )
+
+    return sum(bit for bit in (1 << n for n in range(32)) if tells(bit))
+
+
+def find_switch_marks(btf: Btf) -> int:
+    """The flags that a thread has from when it leaves its CPU until it is back in user mode: who has one of
+    them at the end of a read, slept in it, or was made to make room for another.
+
+    Found by trying, since a kernel names them nowhere (x86 has one for the FPU: TIF_NEED_FPU_LOAD). Elsewhere
+    than on x86 there is none that all threads have. Raises OSError if nothing can be found out.
+    """
+    if platform.machine() != "x86_64":
+        raise libbpf.KernelError(errno.EOPNOTSUPP, "tell who slept")
+    with contextlib.ExitStack() as stack:
+        reader = _ScratchReader(btf, stack)
+        asleep = [reader.read_asleep() for _ in range(_READS_ASLEEP)]
+        awake = [reader.read_awake() for _ in range(_READS_AWAKE)]
+    marks = choose_marks(asleep, awake)
+    if not marks:
+        raise libbpf.KernelError(errno.ENODATA, "tell who slept")
+    return marks

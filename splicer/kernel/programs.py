@@ -81,6 +81,7 @@ MAPS = (
     "rendezvous",
     "hints",
     "splicers",
+    "sleepers",
     "muted",
     "older",
     "rules",

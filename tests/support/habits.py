@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A peer with the habits of real programs: it sends when epoll says that there is room, reads what FIONREAD
-says that there is, asks without end whether there is anything, or reads with O_NONBLOCK cleared for the time.
+says that there is, asks without end whether there is anything, reads with O_NONBLOCK cleared for the time, or
+waits elsewhere than in its reads on a socket that blocks.
 
 Run as a script like peer.py and with its operations; those added here are event loops.
 """
@@ -104,6 +105,42 @@ class Toggling(Connection):
             os.set_blocking(self.sock.fileno(), False)
 
 
+class Waiting(Connection):
+    """A connection whose socket blocks, and whose reads find what they are for: something waits before them,
+    or they ask not to wait. Of so many reads one does not care, and sleeps."""
+
+    def begin_waiting(self, way: str, sleep_every: int) -> None:
+        """`way` is poll, select, epoll, or dontwait after a poll."""
+        self.way, self.sleep_every = way, sleep_every
+        self.reads = 0
+        self.poller = select.epoll() if way == "epoll" else None
+        if self.poller is not None:
+            self.poller.register(self.sock, select.EPOLLIN)
+        self.sock.setblocking(True)
+
+    def wait(self, events: int, deadline: float) -> None:
+        if not events & select.POLLIN:
+            return
+        self.reads += 1
+        if self.sleep_every and not self.reads % self.sleep_every:
+            return
+        left = max(deadline - time.monotonic(), 0.0)
+        if self.way == "select":
+            ready = bool(select.select([self.sock], [], [], left)[0])
+        elif self.poller is not None:
+            ready = bool(self.poller.poll(left))
+        else:
+            poller = select.poll()
+            poller.register(self.sock, select.POLLIN)
+            ready = bool(poller.poll(left * 1000))
+        if not ready:
+            raise Overdue
+
+    def take(self, count: int, flags: int = 0, *, streamed: bool = True) -> bytes:
+        own = socket.MSG_DONTWAIT if self.way == "dontwait" else 0
+        return super().take(count, flags | own, streamed=streamed)
+
+
 class Habitual(peer.Peer):
     """The operations of a peer, and those that believe what the kernel says about a socket."""
 
@@ -136,6 +173,15 @@ class Habitual(peer.Peer):
     def toggle(self, conn: str, on: bool = True) -> None:
         """From now on clear O_NONBLOCK for each read, and set it again; or no more."""
         self._connections[conn].__class__ = Toggling if on else Connection
+
+    # waiting elsewhere than in a read
+
+    def wait_in(self, conn: str, way: str, sleep_every: int = 0) -> None:
+        """From now on the socket blocks, and is read as class Waiting says."""
+        connection = self._connections[conn]
+        connection.__class__ = Waiting
+        assert isinstance(connection, Waiting)
+        connection.begin_waiting(way, sleep_every)
 
     # sending when there is room
 

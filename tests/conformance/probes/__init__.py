@@ -25,6 +25,7 @@ MODULES = (
     "options",
     "in_queue",
     "processes",
+    "sleepless",
     "unspliced",
 )
 
@@ -35,7 +36,7 @@ class Probe:
 
     name: str
     play: Callable[..., None]
-    # Client and server sockets block. Such a connection is never spliced, and neither is one with a reason.
+    # Client and server sockets block. One with a reason is never spliced.
     blocking: tuple[bool, bool] = (False, False)
     # Options [level, option, value] of the client's socket before connect(2), and of the server's after
     # accept(2).

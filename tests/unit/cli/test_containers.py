@@ -114,6 +114,13 @@ class TestStatus:
     def test_mode(self, default: str, said: str) -> None:
         assert f"mode     {said}\n" in "\n".join(status.render({**STATUS, "default": default}))
 
+    @pytest.mark.parametrize("said", ["refused", "told apart", ""])
+    def test_blocking_readers(self, said: str) -> None:
+        text = "\n".join(status.render({**STATUS, "blocking_readers": said}))
+        assert ("blocking  all refused: no way to tell on this kernel who sleeps" in text) == (
+            said == "refused"
+        )
+
     def test_the_verdict_with_default_off(self) -> None:
         line = status.verdict({"mode": "adaptive", "default": "off", "connections": {}})
         assert line.startswith("Running: no local connection of what is switched on")

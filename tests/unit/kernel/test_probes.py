@@ -47,6 +47,21 @@ def find(monkeypatch: pytest.MonkeyPatch) -> Callable[[KernelClass | KernelError
     return replace
 
 
+@pytest.mark.parametrize(
+    ("asleep", "awake", "marks"),
+    [
+        ([0b1011, 0b0011], [0b0001] * 8, 0b0010),
+        ([0b0010] * 8, [0] * 6 + [0b0010] * 2, 0b0010),  # some have lost their CPU
+        ([0b0010] * 8, [0] * 5 + [0b0010] * 3, 0),
+        ([0b0110, 0b0100, 0b0110], [0] * 8, 0b0100),  # one that some threads have is no mark
+        ([0] * 8, [0] * 8, 0),
+        ([1 << 31] * 8, [0] * 8, 1 << 31),
+    ],
+)
+def test_marks_of_who_slept(asleep: list[int], awake: list[int], marks: int) -> None:
+    assert probes.choose_marks(asleep, awake) == marks
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_names(name: str) -> None:
     assert CLASSES[name].name == name
