@@ -13,6 +13,7 @@ from support.hostile import Hostile, read_map, read_name
 from support.lab import MIXES, PLACES, Lab
 from support.load import Load
 from support.players import Pair
+from support.tiers import thorough
 
 from splicer.kernel import libbpf
 from splicer.kernel.layout import OLDER, CensusState
@@ -216,6 +217,7 @@ def test_killed_during_a_census(lab: Lab) -> None:
         _check_forgotten(host, [older, younger])
 
 
+@thorough("the bound is one for all; test_capacity.py has it")
 def test_more_older_connections_than_there_is_room_for(lab: Lab) -> None:
     """The bound of --max-connections holds, with the share of one tenant in it; the rest is counted."""
     with Host("--max-connections", "16", start=False) as host:
