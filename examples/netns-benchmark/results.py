@@ -71,6 +71,16 @@ class Row:
             sorted(after / before for before, after in zip(self.plains, self.plains[1:], strict=False))
         )
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plain": self.plain,
+            "spliced": self.spliced,
+            "ratio": self.ratios.to_json(),
+            "noise": self.noises.to_json(),
+            "plain_samples": self.plains,
+            "spliced_samples": self.splices,
+        }
+
     @property
     def failure(self) -> str:
         """The bound, beyond the noise: the median distance of the ratios of two plain legs from 1."""
@@ -137,17 +147,7 @@ class Result:
         return [f"{self.workload.name}: {what}" for what in found]
 
     def to_json(self, check: bool) -> dict[str, Any]:
-        metrics = {}
-        for key in self.plains[0].metrics:
-            row = self._row(Metric(key, key))
-            metrics[key] = {
-                "plain": row.plain,
-                "spliced": row.spliced,
-                "ratio": row.ratios.to_json(),
-                "noise": row.noises.to_json(),
-                "plain_samples": row.plains,
-                "spliced_samples": row.splices,
-            }
+        metrics = {key: self._row(Metric(key, key)).to_json() for key in self.plains[0].metrics}
         return {
             "name": self.workload.name,
             "title": self.workload.title,

@@ -206,17 +206,7 @@ class Measured:
             "missed": self.missed,
             "rescued": self.rescued,
             "errors": self.errors,
-            "metrics": {
-                row.metric.key: {
-                    "plain": row.plain,
-                    "spliced": row.spliced,
-                    "ratio": row.ratios.to_json(),
-                    "noise": row.noises.to_json(),
-                    "plain_samples": row.plains,
-                    "spliced_samples": row.splices,
-                }
-                for row in self.metrics
-            },
+            "metrics": {row.metric.key: row.to_json() for row in self.metrics},
         }
 
     def to_text(self) -> str:

@@ -113,11 +113,12 @@ def match(sockets: Sequence[OlderSocket]) -> Matching:
 
 
 def _find_obstacle(ends: Sequence[OlderSocket], servers: Sequence[OlderSocket]) -> str | None:
-    """Why a connection is not followed; "" if it is already."""
+    """Why a connection is not followed; "" if it is already, or is none of ours."""
     flags = OlderFlag(0)
     for end in ends:
         flags |= end.flags
-    if any(server.flags & OlderFlag.KNOWN for server in servers):
+    is_strange = all(end.flags & OlderFlag.OUTSIDE for end in ends)
+    if is_strange or any(server.flags & OlderFlag.KNOWN for server in servers):
         return ""
     if len(ends) != 2:
         return AMBIGUOUS

@@ -83,6 +83,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
         _check_survivors(host, lab, load, quiet, waiting)
 
 
+@thorough("test_census.py stops and starts again; the build is another here")
 def test_another_build_finds_the_connections_again(lab: Lab, other_build: Path) -> None:
     """What the old generation had spliced is spliced by the new one, under load."""
     with Host("--stop-timeout", "0.5") as host:

@@ -68,6 +68,12 @@ def test_flags_of_either_end_count() -> None:
             assert dict(match(sockets).left) == {reason: 1}
 
 
+def test_what_has_no_end_below_the_cgroup_is_passed_over() -> None:
+    outside = [end.__class__(end.sk, 0, 7, end.sent, end.received, OlderFlag.OUTSIDE) for end in _ends(1)]
+    found = match([*outside, _socket(160, outside[0].sent, outside[0].received, OlderFlag.OUTSIDE)])
+    assert (list(found.connections), dict(found.left), found.single) == ([], {}, 0)
+
+
 def test_what_is_known_is_passed_over() -> None:
     client, server = _ends(1)
     found = match([client, _socket(server.sk, server.sent, server.received, OlderFlag.KNOWN)])
