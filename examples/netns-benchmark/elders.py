@@ -4,8 +4,8 @@
     elders.py PORT NUMBER
 
 Makes NUMBER connections over loopback and says so. Then it exchanges a message on one of them every PAUSE,
-the next one each time, until standard input ends. For each byte that comes there it prints the number of
-exchanges since the last one, and how long the longest of them took, in milliseconds.
+the next one each time, until standard input ends. For each byte that comes there it prints how long the
+longest exchange since the last one took, in milliseconds.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ def exchange(client: socket.socket, server: socket.socket) -> float:
 def main() -> None:
     pairs = connect(int(sys.argv[1]), int(sys.argv[2]))
     print("connected", flush=True)
-    turn, count, longest = 0, 0, 0.0
+    turn, longest = 0, 0.0
     while True:
         if wait_readable(0, PAUSE):
             if not os.read(0, 1):
                 return
-            print(count, longest * 1000, flush=True)
-            count, longest = 0, 0.0
+            print(longest * 1000, flush=True)
+            longest = 0.0
         longest = max(longest, exchange(*pairs[turn % len(pairs)]))
         turn += 1
-        count += 1
 
 
 if __name__ == "__main__":

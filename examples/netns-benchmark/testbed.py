@@ -164,12 +164,11 @@ class Testbed:
 
     def add_host(self, name: str, address: str) -> Namespace:
         """One more namespace on the bridge."""
-        end = self._namespace(name)
+        end = self.add_namespace(name)
         self.ip(self._bridge, f"link add {name} type veth peer name eth0 netns {end.path}")
         self.ip(self._bridge, f"link set {name} master bridge up")
         self.ip(end, f"addr add {address}/24 dev eth0")
         self.ip(end, "link set eth0 up")
-        self.ip(end, "link set lo up")
         # Room for tens of thousands of connections per second to one port.
         self.run(["sh", "-c", "echo 1024 65535 >/proc/sys/net/ipv4/ip_local_port_range"], end)
         # Else TIME_WAIT piles up from leg to leg, and plain TCP itself slows down and then stalls.

@@ -8,7 +8,7 @@ import os
 import struct
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from splicer.host.namespaces import Directory, entered
@@ -155,19 +155,12 @@ class Census:
         Raises KernelError.
         """
         started = time.monotonic()
-        for name in self._older.walk_keys():  # of a daemon that was killed
-            self._older.delete(name)
+        self._forget_older()  # those of a daemon that was killed
         link = libbpf.link_iterator(self._program)
         try:
-            matching = Matching([], {}, 0)
-            for step in self._list(link):
-                matching = step or matching
-                yield None
+            matching = yield from self._list(link)
+            outcomes = yield from self._join(link, matching.connections)
             left = Counter(matching.left)
-            outcomes: Counter[OlderOutcome] = Counter()
-            for found in self._join(link, matching.connections):
-                outcomes.update(found)
-                yield None
             for outcome, reason in _LEFT.items():
                 left[reason] += outcomes[outcome]
             # Neither end was visited again: its namespace has gone, or it has been closed.
@@ -184,7 +177,7 @@ class Census:
             os.close(link)
             self._walker.close()
 
-    def _list(self, link: int) -> Iterator[Matching | None]:
+    def _list(self, link: int) -> Generator[None, None, Matching]:
         self._settings.write(census=CensusState.LISTS, cgroup=self._cgroup)
         sockets: list[OlderSocket] = []
         for path in self._directory.walk():
@@ -193,9 +186,14 @@ class Census:
                 self._namespaces += 1
                 sockets += read_sockets(written)
             yield None
-        yield match(sockets)
+        return match(sockets)
 
-    def _join(self, link: int, connections: Sequence[Older]) -> Iterator[list[OlderOutcome]]:
+    def _forget_older(self) -> None:
+        for name in self._older.walk_keys():
+            self._older.delete(name)
+
+    def _join(self, link: int, connections: Sequence[Older]) -> Generator[None, None, Counter[OlderOutcome]]:
+        outcomes: Counter[OlderOutcome] = Counter()
         self._settings.write(census=CensusState.JOINS)
         try:
             for each in connections:
@@ -203,16 +201,19 @@ class Census:
                 try:
                     self._older.set(_NAME.pack(each.name), value)
                 except libbpf.KernelError:  # no memory, or more than there is room for
-                    yield [OlderOutcome.FULL]
+                    outcomes[OlderOutcome.FULL] += 1
             ends = [end for each in connections for end in (each.client, each.server)]
             for cookie in dict.fromkeys(end.netns for end in ends):
                 path = self._directory.find(cookie)
                 written = self._visit(link, path) if path else None
-                yield [OlderOutcome(outcome) for _, outcome in OLDER_JOINED.iter_unpack(written or b"")]
+                outcomes.update(
+                    OlderOutcome(outcome) for _, outcome in OLDER_JOINED.iter_unpack(written or b"")
+                )
+                yield None
         finally:
-            for each in connections:
-                self._older.delete(_NAME.pack(each.name))
+            self._forget_older()
         self._settings.write(census=CensusState.DONE)
+        return outcomes
 
     def _visit(self, link: int, path: str) -> bytes | None:
         """What census writes about the namespace at `path`; None if it is gone, or held up there."""
