@@ -124,6 +124,7 @@ package_of() {
         node) echo nodejs ;;
         javac) echo default-jdk-headless ;;
         mariadbd) echo mariadb-server ;;
+        php) echo php-cli ;;
         go) echo golang-go ;;
         bpftool)
             if has_candidate bpftool; then
@@ -300,7 +301,7 @@ test_pieces=(ip nft bpftool nginx wrk socat haproxy)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark)
-apps_pieces=(iperf3 memcached postgresql h2load node javac go ruby-grpc)
+apps_pieces=(iperf3 memcached postgresql mariadbd php php-mysql h2load node javac go ruby-grpc)
 stack_pieces=(redis-server postgresql mariadbd php-fpm php-mysql php-redis python3-psycopg python3-psycopg-pool)
 stack_pieces+=(python3-redis python3-mysqldb python3-pymysql python3-gunicorn)
 case $level in

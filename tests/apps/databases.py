@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Redis, alone and with a replica; PostgreSQL under pgbench; memcached."""
+"""Redis, alone and with a replica; PostgreSQL under pgbench; MariaDB; memcached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from apps.case import Case, Failed, Outcome, find_program
 from apps.stage import PROGRAMS, Running, Stage
 
-REDIS_PORT, POSTGRES_PORT, MEMCACHED_PORT = 6379, 5432, 11211
+REDIS_PORT, POSTGRES_PORT, MEMCACHED_PORT, MARIADB_PORT = 6379, 5432, 11211, 3306
 REDIS_OPTIONS = (
     "--save",
     "",
@@ -251,6 +251,68 @@ def _accepts(stage: Stage, programs: Path, to: tuple[str, ...]) -> bool:
     return True
 
 
+# -- MariaDB -------------------------------------------------------------------------------------------------
+
+
+def _start_mariadb(stage: Stage) -> tuple[str, ...]:
+    """A server of its own on host a; options by which its clients find it."""
+    data, address = stage.place("mariadb"), stage.address("a")
+    stage.call(
+        *("mariadb-install-db", "--no-defaults", f"--datadir={data}", "--skip-test-db"),
+        *("--auth-root-authentication-method=normal", "--skip-name-resolve"),
+    )
+    setup = stage.write(
+        "setup.sql",
+        "create database apps;\ncreate user apps identified by '';\ngrant all on *.* to apps;\n",
+    )
+    server = stage.start(
+        *("mariadbd", "--no-defaults", f"--datadir={data}", f"--socket={data}/socket"),
+        *(
+            f"--bind-address={address}",
+            f"--port={MARIADB_PORT}",
+            "--skip-name-resolve",
+            f"--init-file={setup}",
+        ),
+        *("--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"),
+        *("--innodb-log-file-size=16M", "--max-allowed-packet=64M"),
+    )
+    stage.wait_listening(server, MARIADB_PORT, timeout=30.0)
+    return ("--no-defaults", f"--host={address}", f"--port={MARIADB_PORT}", "--user=apps")
+
+
+def _run_mariadb(stage: Stage) -> Outcome:
+    to = _start_mariadb(stage)
+
+    def query(text: str) -> str:
+        return stage.call("mariadb", *to, "-BNr", "apps", "-e", text).strip()
+
+    rows = f"select seq as n, repeat(md5(seq), 1 + seq % 20) as t from seq_1_to_{ROWS // 4}"
+    query(f"create table wide (n int primary key) as {rows}")
+    copied = stage.digest("mariadb", *to, "-BNrq", "apps", "-e", "select * from wide order by n")
+    dump = stage.call("mariadb-dump", *to, "--skip-dump-date", "--skip-comments", "apps", "wide")
+    query("create database back")
+    stage.call("mariadb", *to, "back", stdin=dump.encode())
+    different = query(
+        "select (select count(*) from wide), (select count(*) from wide join back.wide b using (n, t))"
+    ).split()
+    number = round(stage.seconds * 500)
+    insert = "insert into counter (n, t) values (1, repeat('x', 300))"
+    stage.call(
+        *("mariadb-slap", *to, "--create-schema=slap", f"--concurrency={CLIENTS}", "--no-drop"),
+        "--create=create table counter (id int auto_increment primary key, n int, t text)",
+        *(f"--query={insert}; select n from counter where id = 1", "--delimiter=;"),
+        f"--number-of-queries={number * 2}",
+    )
+    counted = query("select count(*), sum(n) from slap.counter")
+    by_php = json.loads(
+        stage.call("php", PROGRAMS / "mysqli.php", stage.address("a"), str(MARIADB_PORT), "apps", "400")
+    )
+    return Outcome(
+        f"{different[1]} of {different[0]} rows came back, {by_php['wrong']} wrong by PHP",
+        {"copied": copied, "rows": different, "counted": counted, "php": by_php},
+    )
+
+
 # -- memcached -----------------------------------------------------------------------------------------------
 
 
@@ -270,5 +332,10 @@ CASES = (
     Case("redis-benchmark", _run_redis, ("redis-server", "redis-benchmark", "redis-cli")),
     Case("redis-replica", _run_redis_replica, ("redis-server", "redis-benchmark", "redis-cli")),
     Case("postgresql", _run_postgresql, ("psql",), find_missing=_name_missing_postgresql),
+    Case(
+        "mariadb",
+        _run_mariadb,
+        ("mariadbd", "mariadb-install-db", "mariadb", "mariadb-dump", "mariadb-slap", "php"),
+    ),
     Case("memcached", _run_memcached, ("memcached", "/usr/bin/python3")),
 )
