@@ -21,7 +21,9 @@
  * was queued. One reference is the map's. So: state DRAINING, then the sender's
  * psock seen with the map's reference only (any later send passes) or, by the
  * verdict of its next send, with one more; then the reader's queue seen empty
- * under its lock.
+ * under its lock. Other maps that the socket is in hold a reference each. One whose
+ * sk_skb program reads the socket keeps the psock and its queue, which no read may
+ * ever empty: that is not waited for.
  */
 
 #define SETTLE_NS		10000000000ULL
@@ -221,7 +223,6 @@ static __always_inline int
 has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inbound)
 {
 	u64 waited = bpf_ktime_get_ns() - p->changed_ns;
-	u32 references = 0;
 
 	if (READ_ONCE(inbound->settled) || is_quiet(peer))
 		return 1;
@@ -229,8 +230,7 @@ has_arrived(void *tp, struct pair *p, struct end *peer, struct direction *inboun
 		return waited >= SETTLE_BLOCKING_NS;
 	if (waited < SETTLE_NS)
 		return 0;
-	PROBE(references, own_psock(tp), sk_psock_refcnt);
-	return references == 1 || p->end[CLIENT].asleep || p->end[SERVER].asleep;
+	return is_unused(own_psock(tp), 1, 0) || p->end[CLIENT].asleep || p->end[SERVER].asleep;
 }
 
 /* Both ends are out. */
@@ -274,7 +274,8 @@ try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end 
 {
 	if (!(e->flags & END_IN_MAP))
 		return;
-	if (!has_arrived(tp, p, peer, inbound) || !is_psock_empty(own_psock(tp))) {
+	if (!has_arrived(tp, p, peer, inbound) ||
+	    !(is_psock_empty(own_psock(tp)) || is_taken_over((u64)tp))) {
 		count_sweep(SWEEP_TO_DRAIN);
 		return;
 	}
@@ -290,10 +291,8 @@ try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end 
 static __always_inline int is_at_rest(void *tp, struct end *peer)
 {
 	u64 psock = own_psock(tp);
-	u32 references = 0;
 
-	PROBE(references, psock, sk_psock_refcnt);
-	if (references != 1 || !is_psock_empty(psock) || !is_quiet(peer) ||
+	if (!is_unused(psock, 1, 0) || !is_psock_empty(psock) || !is_quiet(peer) ||
 	    !is_psock_empty(psock_of(peer->sk)) || unread_bytes(tp) || !is_caught_up(tp, peer))
 		return 0;
 	if (is_out_of_memory(peer->sk, socket_of(peer->sk)))

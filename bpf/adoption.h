@@ -12,25 +12,24 @@
 static __always_inline int is_quiet(struct end *peer)
 {
 	u64 psock = psock_of(peer->sk), cookie = 0;
-	u32 expected = peer->flags & END_IN_MAP ? 1 : 0;
-	u32 references = 0;
+	int is_free;
 
 	if (!psock)
 		return 1;	/* out of the map, and no system call holds it */
 	if (!(peer->flags & (END_IN_MAP | END_LEFT)))
 		return 1;	/* somebody else's, whose sends come by TCP */
-	PROBE(references, psock, sk_psock_refcnt);
+	is_free = is_unused(psock, peer->flags & END_IN_MAP, 0);
 	PROBE(cookie, peer->sk, sock_skc_cookie);
 	if (cookie != peer->cookie)
 		return 1;	/* closed, and close waits for system calls */
-	return references == expected;
+	return is_free;
 }
 
 /* An unfit end may become fit: O_NONBLOCK set late, an option taken back. */
 static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 {
 	p->reason = reason;
-	p->retry_ns = bpf_ktime_get_ns() + (retry_ns << p->refusals);
+	retry_ns <<= p->refusals;
 	if (p->refusals < MAX_DOUBLINGS)
 		p->refusals++;
 	p->announced = 0;
@@ -40,6 +39,8 @@ static __always_inline void refuse(struct pair *p, u32 reason, u64 retry_ns)
 	/* One end may be in already. */
 	if ((p->end[CLIENT].flags | p->end[SERVER].flags) & END_IN_MAP)
 		start_draining(p, reason);
+	/* Not while a verdict may take it for data_ready. */
+	p->retry_ns = bpf_ktime_get_ns() + retry_ns;
 }
 
 /* Where an end is in the SOCKHASH, for when its record has gone. 0 if there is no memory. */
@@ -73,8 +74,9 @@ static __always_inline u32 find_refusal(void *tp, struct pair *p, struct end *e)
 	reason = find_misfit((u64)tp, p, e, 1);
 	if (reason)
 		return reason;
-	/* Asked before either end goes in. */
-	if (FIELD(tp, u64, sock_sk_user_data) && !(e->flags & (END_IN_MAP | END_LEFT)))
+	/* Asked before either end goes in. Our own psock of last time, on its way out, is in no map. */
+	if (FIELD(tp, u64, sock_sk_user_data) && !(e->flags & END_IN_MAP) &&
+	    (!(e->flags & END_LEFT) || count_links(own_psock(tp))))
 		return REASON_FOREIGN_PSOCK;
 	return REASON_NONE;
 }
@@ -98,6 +100,7 @@ static __always_inline void begin_splicing(struct pair *p)
 	p->dir[SERVER].fit = find_fit(&p->end[CLIENT]);
 	p->dir[CLIENT].settled = 0;
 	p->dir[SERVER].settled = 0;
+	PROBE(p->data_ready, p->end[CLIENT].sk, sock_sk_data_ready);
 	WRITE_ONCE(p->state, STATE_SPLICED);
 	/*
 	 * A full barrier. Whoever is about to do something that a spliced pair must not

@@ -7,6 +7,18 @@
  * answer costs a splice and never a byte.
  */
 
+/* Somebody else reads it then: a socket of Multipath TCP has it. */
+static __always_inline int is_multipath(u64 sk)
+{
+	u8 bits = 0;
+
+#ifdef OFF_tcp_sock_is_mptcp
+	PROBE(bits, sk, tcp_sock_is_mptcp);
+	bits &= MASK_tcp_sock_is_mptcp;
+#endif
+	return bits;
+}
+
 /* What a socket is from its birth. */
 static __always_inline u32 find_misfit_birth(u64 sk)
 {
@@ -15,12 +27,7 @@ static __always_inline u32 find_misfit_birth(u64 sk)
 	PROBE(bits, sk, sock_sk_kern_sock);
 	if (bits & MASK_sock_sk_kern_sock)
 		return REASON_KERNEL;
-#ifdef OFF_tcp_sock_is_mptcp
-	PROBE(bits, sk, tcp_sock_is_mptcp);
-	if (bits & MASK_tcp_sock_is_mptcp)
-		return REASON_MPTCP;
-#endif
-	return REASON_NONE;
+	return is_multipath(sk) ? REASON_MPTCP : REASON_NONE;
 }
 
 /*
@@ -82,11 +89,35 @@ static __always_inline u32 find_misfit_file(u64 socket, int allow_blocking)
 	return REASON_NONE;
 }
 
-static __always_inline int has_spliced(struct end *e)
+/* Why this end may not go in because of what its process did with another one, or REASON_NONE. */
+static __always_inline u32 find_habit(struct end *e)
 {
-	u32 tgid = e->tgid, *born = splicers.lookup(&tgid);
+	u32 tgid = e->tgid;
+	struct known_reader *known = splicers.lookup(&tgid);
 
-	return born && *born == e->born;
+	return known && known->born == e->born ? known->reason : REASON_NONE;
+}
+
+/* An sk_skb program reads it: its owner has put it into a sockmap that has one. */
+static __always_inline int is_taken_over(u64 sk)
+{
+	u64 psock = psock_of(sk), parser = 0, verdict = 0, stream_verdict = 0;
+
+	if (!psock)
+		return 0;
+	PROBE(parser, psock, sk_psock_stream_parser);
+	PROBE(stream_verdict, psock, sk_psock_stream_verdict);
+	PROBE(verdict, psock, sk_psock_skb_verdict);
+	return (parser | stream_verdict | verdict) != 0;
+}
+
+/* The same will happen to the next socket of its process, and what was redirected by then nobody sees. */
+static __always_inline void remember_taken_over(struct end *e)
+{
+	struct known_reader reader = { .born = e->born, .reason = REASON_FOREIGN_PSOCK };
+	u32 tgid = e->tgid;
+
+	splicers.update(&tgid, &reader);
 }
 
 static __always_inline int is_known_sleeper(struct end *e)
@@ -222,7 +253,7 @@ static __always_inline u32 find_misfit(u64 sk, struct pair *p, struct end *e, in
 	if (!reason)
 		reason = is_seen ? find_misfit_reads(sk, p, e) :
 				   find_misfit_file(socket_of(sk), p->allow_blocking);
-	if (!reason && has_spliced(e))
-		reason = REASON_SPLICE;
+	if (!reason)
+		reason = find_habit(e);
 	return reason ? reason : find_misfit_option(sk, p->allow_inq);
 }

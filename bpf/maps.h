@@ -49,8 +49,8 @@ BPF_TABLE("array", int, struct rendezvous, rendezvous, RENDEZVOUS_SLOTS);
 /* Clients that a listener on this host answers; used by eager policies only. */
 BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
 
-/* Processes that were seen to read a socket with splice(2): pid to birth. */
-BPF_TABLE("lru_hash", u32, u32, splicers, MAX_SPLICERS);
+/* Processes that were seen to read a socket with splice(2), or by programs of theirs: by pid. */
+BPF_TABLE("lru_hash", u32, struct known_reader, splicers, MAX_SPLICERS);
 
 /* Processes that began to sleep in reads of a spliced socket: pid to birth. */
 BPF_TABLE("lru_hash", u32, u32, sleepers, MAX_SLEEPERS);

@@ -125,12 +125,13 @@ static __always_inline void forget_manner(struct end *e)
  */
 static __always_inline void remember_splicer(u32 tgid)
 {
-	u32 born = get_birth(current_task()), *known = splicers.lookup(&tgid);
+	struct known_reader now = { .born = get_birth(current_task()), .reason = REASON_SPLICE };
+	struct known_reader *known = splicers.lookup(&tgid);
 	struct event e = { .type = EVENT_WATCH, .tgid = { tgid } };
 
-	if (known && *known == born)
+	if (known && known->born == now.born)
 		return;
-	splicers.update(&tgid, &born);
+	splicers.update(&tgid, &now);
 	events.ringbuf_output(&e, sizeof(e), 0);
 }
 

@@ -129,6 +129,7 @@ static __always_inline void decide_again(struct pair *p, struct settings *s)
 		   (p->reason == REASON_CMSG && p->allow_inq && !could_ask)) {
 		p->reason = REASON_COLD;
 		p->announced = 0;
-		p->retry_ns = 0;
+		if (p->state == STATE_PAIRED)
+			p->retry_ns = 0;
 	}
 }

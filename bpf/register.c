@@ -210,6 +210,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
+		p->data_ready = FIELD(tp, u64, sock_sk_data_ready);
 		WRITE_ONCE(p->state, STATE_SPLICED);
 		count(COUNT_SPLICED, 1);
 		return;
@@ -252,6 +253,8 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	seed.cookie = socket_cookie(skops);
 	seed.born_ns = coarse_ns();
 	seed.grown = in_map;
+	if (is_multipath((u64)tp) || is_multipath(seed.client_sk))
+		seed.reason = REASON_MPTCP;
 	client_key.id = id;
 	int full = !has_room(seed.tenant);
 	if (!full)
@@ -389,6 +392,5 @@ int register_end(struct bpf_sock_ops *skops)
 			forget_server(tp);
 		break;
 	}
-	skops->reply = -1;
 	return 1;
 }

@@ -261,6 +261,41 @@ static __always_inline u64 own_psock(void *tp)
 	return FIELD(tp, u64, sock_sk_user_data) & USER_DATA_POINTER;
 }
 
+/* A socket that is in more sockmaps than this, ours among them, does not get out of ours. */
+#define MAX_LINKS		5
+
+/* In how many sockmaps is the socket of this psock? */
+static __always_inline u32 count_links(u64 psock)
+{
+	u64 head = psock + OFF_sk_psock_link, at = 0;
+	u32 links = 0;
+
+	bpf_probe_read_kernel(&at, sizeof(at), (void *)head);
+	for (int i = 0; i < MAX_LINKS && at && at != head; i++) {
+		links++;
+		bpf_probe_read_kernel(&at, sizeof(at), (void *)at);
+	}
+	return links;
+}
+
+/*
+ * Is no system call of others on this psock, besides `own`? Each holds a reference, and
+ * so does each map that the socket is in: ours (is_in), and whoever else's. One that
+ * takes the socket in has its reference before it is in the list, one that lets go of
+ * it has left the list before, so a change of the list shows as somebody who is here.
+ */
+static __always_inline int is_unused(u64 psock, int is_in, u32 own)
+{
+	u32 references = 0, links;
+
+	PROBE(references, psock, sk_psock_refcnt);
+	if (is_in && references == own + 1)
+		return 1;
+	links = count_links(psock);
+	PROBE(references, psock, sk_psock_refcnt);
+	return references == own + links && count_links(psock) == links;
+}
+
 /* When the current process was born; in units that 32 bits hold for two years. */
 static __always_inline u32 get_birth(void *task)
 {

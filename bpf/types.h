@@ -163,7 +163,10 @@ struct pair {
 	struct end end[2];
 	u64 born_ns;		/* CLOCK_MONOTONIC */
 	u64 changed_ns;		/* last change of state */
-	u64 retry_ns;		/* no adoption before */
+	union {
+		u64 retry_ns;	/* plain: no adoption before */
+		u64 data_ready;	/* spliced: both sockets' sk_data_ready */
+	};
 	union {
 		u32 half;	/* plain: visits since the first end went in */
 		u32 messages;	/* spliced: how many there were when watch last looked */
@@ -205,8 +208,15 @@ struct seed {
 	u64 client_sk;
 	u64 client_cookie;
 	u64 born_ns;
-	u32 grown;		/* there is a pair */
+	u16 grown;		/* there is a pair */
+	u16 reason;		/* enum reason: it will never read, and so never have one */
 	u32 tenant;		/* whose it is: see has_room() */
+};
+
+/* What is known of a process: why its sockets stay plain. */
+struct known_reader {
+	u32 born;		/* to tell its pid from the pid's next use */
+	u32 reason;		/* REASON_SPLICE, REASON_FOREIGN_PSOCK */
 };
 
 /* Where a client is that waits for its server. */

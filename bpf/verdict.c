@@ -10,6 +10,7 @@ struct receiver {
 	u32 copied_seq;
 	u32 queued;		/* redirected bytes that it has not read */
 	u32 owned;		/* a system call of its process has its lock */
+	u64 data_ready;		/* whom the kernel tells that there is something to read */
 };
 
 static __always_inline void count_pass(struct direction *d)
@@ -94,12 +95,9 @@ static __always_inline int is_spinning(struct direction *d, struct receiver *rec
  */
 static __always_inline void note_settled(struct direction *d, void *tp)
 {
-	u32 references = 0;
-
 	if (d->settled)
 		return;
-	PROBE(references, own_psock(tp), sk_psock_refcnt);
-	if (references == 2)
+	if (is_unused(own_psock(tp), 1, 1))
 		WRITE_ONCE(d->settled, 1);
 }
 
@@ -173,6 +171,7 @@ static __always_inline int look_at_receiver(struct end *peer, struct receiver *r
 	PROBE_NUMBER(receiver->copied_seq, sk, tcp_sock_copied_seq);
 	PROBE_NUMBER(receiver->queued, sk, sock_sk_rmem_alloc);
 	PROBE_NUMBER(receiver->owned, sk, sock_sk_lock_owned);
+	PROBE_NUMBER(receiver->data_ready, sk, sock_sk_data_ready);
 	PROBE_NUMBER(shutdown, sk, sock_sk_shutdown);
 	PROBE_NUMBER(cookie, sk, sock_skc_cookie);
 	return cookie == peer->cookie && !(shutdown & RCV_SHUTDOWN);
@@ -180,16 +179,27 @@ static __always_inline int look_at_receiver(struct end *peer, struct receiver *r
 
 /* Can the peer's reader see a redirected message now, and would it come in order? */
 static __always_inline enum way
-check_reader(struct pair *p, struct direction *d, struct end *peer, u32 copied_seq, void *tp)
+check_reader(struct pair *p, struct direction *d, struct end *peer, struct receiver *receiver,
+	     void *tp)
 {
 	u32 reason;
 
+	/*
+	 * An sk_skb program, or somebody else in the kernel, reads it by now, and
+	 * would never see a redirected message.
+	 */
+	if (receiver->data_ready != p->data_ready) {
+		if (is_taken_over(peer->sk))
+			remember_taken_over(peer);
+		start_draining(p, REASON_FOREIGN_PSOCK);
+		return WAY_TCP;
+	}
 	/*
 	 * Order. Both ends share one sequence space and redirected bytes move
 	 * neither number: equal means that all that ever went through TCP in
 	 * this direction has been read.
 	 */
-	if (copied_seq != FIELD(tp, u32, tcp_sock_write_seq))
+	if (receiver->copied_seq != FIELD(tp, u32, tcp_sock_write_seq))
 		return WAY_TCP_WATCHED;
 	/*
 	 * A blocking reader may sleep in tcp_recvmsg() since before adoption
@@ -250,7 +260,7 @@ choose_way(struct sk_msg_md *msg, void *tp, struct pair *p, struct direction *d,
 
 	if (!may_redirect(s, p, progress, d, tp) || !look_at_receiver(peer, &receiver))
 		return WAY_TCP;
-	way = check_reader(p, d, peer, receiver.copied_seq, tp);
+	way = check_reader(p, d, peer, &receiver, tp);
 	if (way != WAY_REDIRECT)
 		return way;
 	*size = take_one_element(msg);

@@ -115,8 +115,9 @@ examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
 		return reason;
 	if (is_out_of_memory(sk, socket))
 		return REASON_MEMORY;
-	if (has_spliced(e))
-		return REASON_SPLICE;
+	reason = find_habit(e);
+	if (reason)
+		return reason;
 	if (p->care == CARE_QUIET && !e->waiting_ms)
 		return REASON_NONE;
 	/*
@@ -127,6 +128,8 @@ examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
 		reason = find_misfit_option(sk, p->allow_inq);
 		if (reason)
 			return reason;
+		if (is_taken_over(sk))
+			return REASON_FOREIGN_PSOCK;
 	}
 	return find_waiting(e, sk, inbound, look);
 }
@@ -142,6 +145,8 @@ static __always_inline u32 look_at_end(struct pair *p, struct end *e, struct dir
 		return look;
 	if (reason == REASON_BLOCKING && e->flags & END_SLEEPLESS)
 		remember_sleeper(e);
+	if (reason == REASON_FOREIGN_PSOCK)
+		remember_taken_over(e);
 	/* By way of memory the verifier forgets which it was, and walks on once and not once for each. */
 	WRITE_ONCE(p->reason, reason);
 	reason = READ_ONCE(p->reason);

@@ -127,7 +127,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last 1 to have the policy asked about the first one."""
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
-SEED = struct.Struct("=" + _END_KEY + " 5Q 2I")
+SEED = struct.Struct("=" + _END_KEY + " 5Q 2H I")
 SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
@@ -275,20 +275,22 @@ def name_connection(client_seq: int, server_seq: int) -> int:
 
 def has_pair(seed: bytes) -> bool:
     """Does a connection of the seeds map have an entry in the pairs map too?"""
-    return bool(SEED.unpack(seed)[-2])
+    return bool(SEED.unpack(seed)[-3])
 
 
 def read_seed(value: bytes) -> Pair | None:
-    """A connection too young for an entry in the pairs map, as one that is cold; None if it has one."""
+    """A connection without an entry in the pairs map: too young, or known never to get one; None if it has
+    one."""
     fields = SEED.unpack(value)
-    if fields[-2]:
+    grown, reason = fields[-3:-1]
+    if grown:
         return None
     none = Direction(0, 0, 0)
     server = _read_end((*fields[:13], *[0] * (_END_FIELDS - 13)))
     return Pair(
         id=(fields[9], fields[10]),
         state=STATE_PAIRED,
-        reason=REASON_COLD,
+        reason=reason or REASON_COLD,
         client=End(server.remote, server.local, 0, 0, 0, 0, 0),
         server=server,
         born_ns=fields[17],

@@ -125,7 +125,7 @@ def test_pid_of_a_process_that_spliced(host: Host, lab: Lab) -> None:
     try:
         born = splicers.get(pid)
         assert born is not None
-        splicers.set(pid, struct.pack("=I", struct.unpack("=I", born)[0] - 1))
+        splicers.set(pid, struct.pack("=I", struct.unpack_from("=I", born)[0] - 1) + born[4:])
         later = host.connect(host.peer(lab, "a"), server, lab.address("b"))
         host.make_hot(later)
     finally:

@@ -22,7 +22,9 @@ from support.players import Pair, Peer
 from support.tiers import thorough
 
 from splicer.kernel import libbpf
+from splicer.model import REASON_NAMES
 
+SPLICE = REASON_NAMES.index("splice_reader")
 LIMIT = 64
 EXCESS = 50
 # As in bpf/maps.h.
@@ -262,7 +264,7 @@ def test_splicing_readers_are_crowded_out(host: Host, lab: Lab) -> None:
     assert pair.server.splice_in(count=300) == 300
     wait_until("it was seen", lambda: own in dict(splicers.items()))
     for number in range(4 * SPLICERS):
-        splicers.set(struct.pack("=I", 10_000_000 + number), struct.pack("=I", 1))
+        splicers.set(struct.pack("=I", 10_000_000 + number), struct.pack("=2I", 1, SPLICE))
     splicers.delete(own)  # the kernel may have kept it all the same
     splicers.close()
     server = pair.server.peer

@@ -20,7 +20,9 @@ from splicer.kernel import libbpf
 from splicer.kernel.generation import open_pinned
 from splicer.kernel.layout import MODES, PAIR, STATE_SPLICED, WATCH_PAIRS
 from splicer.kernel.sweep import Sweeper
+from splicer.model import REASON_NAMES
 
+SPLICE = REASON_NAMES.index("splice_reader")
 SIZE = 100
 SERVER_BORN, SERVER_TGID = 43, 45  # among the fields of layout.PAIR
 
@@ -121,7 +123,7 @@ def _remember_server_as_splicer(host: Host) -> None:
     splicers = libbpf.Map.open(str(host.pin_dir / "maps" / "splicers"))
     try:
         fields = PAIR.unpack(pairs.items()[0][1])
-        splicers.set(struct.pack("=I", fields[SERVER_TGID]), struct.pack("=I", fields[SERVER_BORN]))
+        splicers.set(struct.pack("=I", fields[SERVER_TGID]), struct.pack("=2I", fields[SERVER_BORN], SPLICE))
     finally:
         pairs.close()
         splicers.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from splicer.kernel import libbpf
-from splicer.kernel.layout import PAIR
+from splicer.kernel.layout import PAIR, STATE_PAIRED
 from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
 from support.cgroup import Cgroup
 from support.daemon import Daemon, wait_until
@@ -25,7 +25,7 @@ from support.pauses import Stopwatch
 from support.players import PROGRAM, End, Pair, Peer
 
 HOT_TIMEOUT = 5.0  # seconds
-CHANGED_NS, RETRY_NS = 49, 50  # among the fields of layout.PAIR
+STATE, CHANGED_NS, RETRY_NS = 2, 49, 50  # among the fields of layout.PAIR
 
 # Ports whose service has a policy of its own in the configuration below.
 EAGER, OFF, ALLOW, EAGER_ALLOW, NO_INQ, EAGER_NO_INQ = 7101, 7102, 7103, 7104, 7105, 7106
@@ -160,6 +160,7 @@ class Host:
         blocking: tuple[bool, bool] = (False, False),
         options: tuple[list[list[int]], list[list[int]]] = ([], []),
         seed: int | None = None,
+        protocol: int = 0,
         **listening: Any,
     ) -> Pair:
         """A connection from one peer to another, which listens on `address`, or on any if families differ.
@@ -172,7 +173,7 @@ class Host:
         name = f"c{next(self._names)}"
         accepted = f"{name}-accepted"
         bind = address if server_family == client_family and not _is_mapped(address) else ANY[server_family]
-        port = server.call("listen", name=name, family=server_family, host=bind, port=port, **listening)
+        port = server.call("listen", name=name, family=server_family, host=bind, port=port, protocol=protocol, **listening)
         streams = next(self._names) * 2 if seed is None else seed * 2
         to = (address, port) if dial is None else dial
         client_ends = client.call(
@@ -186,6 +187,7 @@ class Host:
             receives=streams + 1,
             blocking=blocking[0],
             options=options[0],
+            protocol=protocol,
         )
         server_ends = server.call(
             "accept",
@@ -310,8 +312,9 @@ class Host:
         found = []
 
         def forget(fields: list[Any]) -> None:
-            found.append((fields[RETRY_NS] - fields[CHANGED_NS]) / 1e9)
-            fields[RETRY_NS] = 1
+            if fields[STATE] == STATE_PAIRED:  # else it is something else
+                found.append((fields[RETRY_NS] - fields[CHANGED_NS]) / 1e9)
+                fields[RETRY_NS] = 1
 
         self.edit_pairs(forget)
         return found

@@ -24,6 +24,7 @@ from connection import Overdue
 
 SO_ATTACH_FILTER = 26
 RETURN_CONSTANT = 6  # BPF_RET | BPF_K of classic BPF
+TCPI_OPT_ECN = 8  # include/uapi/linux/tcp.h
 OP_RECV, ASYNC = 27, 1 << 4  # IORING_OP_RECV, IOSQE_ASYNC
 
 
@@ -50,6 +51,18 @@ class Quirky(peer.Peer):
         where = ctypes.c_void_p(ctypes.addressof(zeroes) if address is None else address)
         done = self._libc.setsockopt(self._connections[conn].sock.fileno(), level, option, where, size)
         return "OK" if done == 0 else errno.errorcode[ctypes.get_errno()]
+
+    def dial_in_vain(self, host: str, port: int) -> int:
+        """The time-out (us) of a SYN to somebody who does not answer."""
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            assert sock.connect_ex((host, port)) == errno.EINPROGRESS
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return int(struct.unpack_from("=I", info, 8)[0])  # tcpi_rto
+
+    def has_ecn(self, conn: str) -> bool:
+        info = self._connections[conn].sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return bool(info[5] & TCPI_OPT_ECN)
 
     def open_ring(self) -> None:
         """Get ready for io_uring(7). Fails with ENOSYS or EPERM where there is none."""

@@ -48,8 +48,9 @@ class Sockets:
         defer_accept: int = 0,
         v6only: bool = False,
         options: list[list[int]] | None = None,
+        protocol: int = 0,
     ) -> int:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(v6only))
@@ -97,10 +98,11 @@ class Sockets:
         blocking: bool = False,
         options: list[list[int]] | None = None,
         fast_open: str = "",
+        protocol: int = 0,
         timeout: float = 10.0,
     ) -> list[Any]:
         """`fast_open` is literal text for the SYN to carry (TCP Fast Open)."""
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM, protocol)
         _apply(sock, options)
         if source is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

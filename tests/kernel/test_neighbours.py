@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other users of BPF on the same sockets and cgroups: what they do works as without splicer, or the smaller
+difference that KNOWN_ISSUES names; hazards 12, 78 and 83."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from support.daemon import wait_until
+from support.hostile import read_map
+from support.host import EAGER, Host
+from support.lab import Lab
+from support.meddler import answering, in_sockmap, joined_in_the_kernel, noting_old_states
+from support.players import QUIRKS, End, Pair, Peer
+
+IPPROTO_MPTCP = 262
+ESTABLISHED, LAST_STATE = 1, 13  # include/net/tcp_states.h
+
+
+def _where(end: End) -> tuple[int, int]:
+    return end.peer.pid, end.peer.call("fileno", conn=end.conn)
+
+
+def _chain(host: Host, lab: Lab, port: int) -> tuple[Peer, Pair, Pair]:
+    """A proxy, and its connections with a client and with a backend, both spliced."""
+    client, backend = host.peer(lab, "a"), host.peer(lab, "a")
+    proxy = host.peer(lab, "b", program=QUIRKS)
+    front = host.connect(client, proxy, lab.address("b"), port=port)
+    back = host.connect(proxy, backend, lab.address("a"), port=port)
+    for pair in (front, back):
+        host.make_hot(pair)
+    return proxy, front, back
+
+
+def _count_redirected(host: Host, *pairs: Pair) -> int:
+    return sum(int(host.flow(pair)["redirected_messages"]) for pair in pairs)
+
+
+@pytest.mark.parametrize("port", [0, EAGER])
+def test_sockets_joined_in_the_kernel(host: Host, lab: Lab, port: int) -> None:
+    """A proxy leaves copying to an sk_skb program: every byte after that arrives, in both directions and in
+    order, both connections stay plain, and so does the proxy's next one, which it might hand over as well."""
+    proxy, front, back = _chain(host, lab, port)
+    redirected = _count_redirected(host, front, back)
+    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+        for number in range(20):
+            question, answer = f"question {number:04}", f"answer {number:04}"
+            front.client.say(question)
+            assert back.server.hear(len(question)) == question
+            back.server.say(answer)
+            assert front.client.hear(len(answer)) == answer
+        for pair in (front, back):
+            host.wait_flow(pair, "paired", "foreign_psock")
+        assert _count_redirected(host, front, back) == redirected
+        known = read_map(host, "splicers")
+        assert struct.pack("=I", proxy.pid) in known
+        assert len(known) == 1, "somebody else is blamed"
+        later = host.connect(front.client.peer, proxy, lab.address("b"))
+        later.pingpong(40)
+        host.wait_flow(later, "paired", "foreign_psock", rounds=2)
+        assert _count_redirected(host, later) == 0
+        later.verify()
+    # No flow of the two goes on saying that it is on its way.
+    assert host.count_spliced() == 0
+
+
+def test_joined_while_nothing_is_sent(host: Host, lab: Lab) -> None:
+    """The watch finds it."""
+    _, front, back = _chain(host, lab, 0)
+    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+        for pair in (front, back):
+            host.wait_flow(pair, "paired", "foreign_psock", timeout=30.0)
+
+
+def test_joined_with_bytes_unread(host: Host, lab: Lab) -> None:
+    """What was redirected before is the socket's, and no program sees it: that much is known to be lost to
+    the other side. The connection gets out of splicer's map all the same, and what follows arrives."""
+    _, front, back = _chain(host, lab, 0)
+    front.client.say("lost")
+    wait_until("it is there", lambda: front.server.fionread() == len("lost"))
+    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+        front.client.say("more")
+        assert back.server.hear(4) == "more"
+        for pair in (front, back):
+            host.wait_flow(pair, "paired", "foreign_psock")
+        back.server.say("answer")
+        assert front.client.hear(6) == "answer"
+
+
+@pytest.mark.parametrize("ends", ["both", "client", "server"])
+def test_agent_with_a_sockmap(host: Host, lab: Lab, ends: str) -> None:
+    """The ends of a spliced connection are in the sockmap of an observability agent, which has no programs:
+    it goes on, a drain ends, and it stays plain with that reason until the agent has gone."""
+    pair = host.connect(
+        host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
+    )
+    host.make_hot(pair)
+    taken = {"both": (pair.client, pair.server), "client": (pair.client,), "server": (pair.server,)}[ends]
+    with in_sockmap(*map(_where, taken)):
+        before = _count_redirected(host, pair)
+        pair.pingpong(50)
+        assert _count_redirected(host, pair) == before + 100
+        host.daemon.drain()
+        host.wait_flow(pair, "paired", "foreign_psock", rounds=2)
+        assert host.count_spliced() == 0
+        pair.pingpong(50)
+        assert host.flow(pair)["reason"] == "foreign_psock"
+        host.forget_cool_downs()
+        host.wait_flow(pair, "paired", "foreign_psock", rounds=2)
+        pair.verify()
+    host.forget_cool_downs()
+    host.make_hot(pair, timeout=20.0)
+    pair.verify()
+
+
+def test_drained_under_load_in_an_agents_sockmap(host: Host, lab: Lab) -> None:
+    """Much is on its way in both directions, again and again: nothing is lost, and no drain hangs."""
+    pair = host.connect(
+        host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
+    )
+    host.make_hot(pair)
+    with in_sockmap(_where(pair.client), _where(pair.server)):
+        pair.server.begin("echo", rounds=3000, size=2000, answer=2000, timeout=30.0)
+        pair.client.begin("pingpong", rounds=3000, size=2000, answer=2000, timeout=30.0)
+        host.daemon.drain()
+        wait_until("both are out", lambda: host.count_spliced() == 0)
+        pair.client.finish()
+        pair.server.finish()
+        pair.verify()
+
+
+NOBODY = "10.77.0.99"  # on the lab's network
+JIFFIES = 12_000
+
+
+def _hear_answers(host: Host, lab: Lab, client: Peer, server: Peer) -> tuple[int, bool]:
+    """With what time-out (us) a SYN is sent, and whether a connection has ECN."""
+    pair = host.connect(client, server, lab.address("b"))
+    return client.call("dial_in_vain", host=NOBODY, port=9), pair.client.has_ecn()
+
+
+def test_who_answers_for_a_cgroup_below(lab: Lab) -> None:
+    """Another SOCK_OPS program says for its cgroup what time-out a SYN has, and that there is ECN. Ours is asked
+    after it, and says nothing."""
+    with Host(start=False) as host:
+        below = host.cgroup.child("tenant")
+        client = host.peer(lab, "a", cgroup=below, program=QUIRKS)
+        server = host.peer(lab, "b", cgroup=below)
+        usual = _hear_answers(host, lab, client, server)
+        with answering(below.path, JIFFIES):
+            alone = _hear_answers(host, lab, client, server)
+            host.start()
+            assert _hear_answers(host, lab, client, server) == alone
+        assert _hear_answers(host, lab, client, server) == usual
+        assert alone[0] > usual[0]
+        assert alone[1] and not usual[1]
+
+
+@pytest.mark.parametrize("where", ["below", "beside"])
+def test_who_looks_at_changes_of_state(host: Host, lab: Lab, where: str) -> None:
+    """Another SOCK_OPS program, which runs before ours or after, reads what a socket's state was before."""
+    below = host.cgroup.child("tenant")
+    with noting_old_states((below if where == "below" else host.cgroup).path) as states:
+        client, server = host.peer(lab, "a", cgroup=below), host.peer(lab, "b", cgroup=below)
+        pair = host.connect(client, server, lab.address("b"))
+        host.make_hot(pair)
+        pair.close()
+        wait_until(
+            "its end was seen", lambda: struct.pack("=I", ESTABLISHED) in dict(states.items())
+        )
+        seen = {struct.unpack("=I", key)[0] for key, _ in states.items()}
+        assert max(seen) < LAST_STATE, seen
+
+
+def test_multipath_is_called_by_its_name(host: Host, lab: Lab) -> None:
+    """No read of its sockets is ever seen. `flows` says why all the same."""
+    pair = host.pair(lab, protocol=IPPROTO_MPTCP)
+    pair.pingpong(40)
+    assert host.wait_flow(pair, "paired", "mptcp")["redirected_messages"] == 0
+    pair.verify()
