@@ -238,8 +238,13 @@ look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader r
 {
 	u32 reason;
 
-	if (!is_redirecting(p->state))
+	if (!is_redirecting(p->state)) {
+		if (side == CLIENT)
+			note_settled(&p->dir[CLIENT], tp, 0);
+		else
+			note_settled(&p->dir[SERVER], tp, 0);
 		return;
+	}
 	reason = refuse_reader(p, reader);
 	if (!reason && !p->allow_blocking && is_sleepy(tp, reader) &&
 	    (!(e->flags & END_SLEEPLESS) || reader == READER_WAITALL))

@@ -218,6 +218,21 @@ static __always_inline int may_take_time(u32 reason)
 /* So long may a pair be waited for that is to leave, before it is made to. */
 #define LEAVE_NS		100000000ULL
 
+/*
+ * The pair is draining: no verdict of it redirects any more. If maps and `own` hold the
+ * only references to our psock, no other call is between its verdict and the peer's
+ * queue either: everything that we redirected has arrived. A sender that never rests
+ * shows it by its next verdict, and who only reads by its next read: the kernel lets go
+ * of the psock before it reads from TCP. See adopt.c.
+ */
+static __always_inline void note_settled(struct direction *d, void *tp, u32 own)
+{
+	u64 psock = own_psock(tp);
+
+	if (!d->settled && psock && is_unused(psock, 1, own))
+		WRITE_ONCE(d->settled, 1);
+}
+
 static __always_inline int is_redirecting(u32 state)
 {
 	return state == STATE_SPLICED || state == STATE_LEAVING;

@@ -88,20 +88,6 @@ static __always_inline int is_spinning(struct direction *d, struct receiver *rec
 }
 
 /*
- * No verdict of this pair redirects any more. If the map and this system call
- * hold the only references to our psock, no other call is between its verdict
- * and the peer's queue either: everything redirected in this direction has
- * arrived. See adopt.c; a sender that never rests would not be seen quiet there.
- */
-static __always_inline void note_settled(struct direction *d, void *tp)
-{
-	if (d->settled)
-		return;
-	if (is_unused(own_psock(tp), 1, 1))
-		WRITE_ONCE(d->settled, 1);
-}
-
-/*
  * A reader whose buffer ends in memory that is not there gets EFAULT in the
  * middle of a message. If that message has several elements, sk_msg_recvmsg()
  * forgets then that it has let go of the pages of the first ones: the
@@ -146,7 +132,7 @@ may_redirect(struct settings *s, struct pair *p, u32 progress, struct direction 
 	if (!s || !is_redirecting(progress) ||
 	    (!s->splicing && progress != STATE_LEAVING)) {
 		if (progress == STATE_DRAINING)
-			note_settled(d, tp);
+			note_settled(d, tp, 1);
 		return 0;
 	}
 	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
