@@ -274,7 +274,9 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 		decide_again(p, s);
 	if (p->mode == MODE_OFF || !s->splicing)
 		return MUTE_LONG;
-	reason = refuse_reader(p, reader);
+	/* Whoever runs just now has nothing to do with what a program reads. */
+	reason = own_psock(tp) && is_taken_over((u64)tp) ? REASON_FOREIGN_PSOCK :
+							   refuse_reader(p, reader);
 	if (reason) {
 		if (p->announced && p->reason != REASON_PENDING)
 			return MUTE_LONG;	/* known already, for this reason or another */
