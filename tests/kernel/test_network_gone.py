@@ -200,9 +200,8 @@ def test_whom_it_does_not_concern(host: Host, torn: Lab) -> None:
 
 
 def test_loopback_device_down(host: Host, torn: Lab) -> None:
-    client = host.peer(torn, "a")
-    inside = host.connect(client, host.peer(torn, "a"), "127.0.0.1")
-    pair = host.connect(client, host.peer(torn, "b"), torn.address("b"))
+    inside = host.connect(host.peer(torn, "a"), host.peer(torn, "a"), "127.0.0.1")
+    pair = begin(host, torn)
     make_hot(host, inside, pair)
     ip(torn, "a", "link", "set", "lo", "down")
     stalled = Stalled(host, inside)
