@@ -64,8 +64,8 @@ def check_untouched(host: Host, *pairs: Pair) -> None:
 
 
 class Stalled:
-    """A message each way that does not arrive, or does not at the end that is named: what has lost its address
-    may still find a way out, which is as it is with plain TCP."""
+    """A message each way that does not arrive, or does not at the end that is named: who has lost his address
+    may still be heard, as with plain TCP."""
 
     def __init__(self, host: Host, pair: Pair, *ends: End) -> None:
         self._pair = pair
