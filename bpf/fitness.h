@@ -117,7 +117,8 @@ static __always_inline void remember_taken_over(struct end *e)
 	struct known_reader reader = { .born = e->born, .reason = REASON_FOREIGN_PSOCK };
 	u32 tgid = e->tgid;
 
-	splicers.update(&tgid, &reader);
+	if (tgid)
+		splicers.update(&tgid, &reader);
 }
 
 static __always_inline int is_known_sleeper(struct end *e)

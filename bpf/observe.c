@@ -245,6 +245,12 @@ look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader r
 			note_settled(&p->dir[SERVER], tp, 0);
 		return;
 	}
+	/* Whoever runs just now has nothing to do with what a program reads. */
+	if (is_taken_over((u64)tp)) {
+		remember_taken_over(e);
+		start_draining(p, REASON_FOREIGN_PSOCK);
+		return;
+	}
 	reason = refuse_reader(p, reader);
 	if (!reason && !p->allow_blocking && is_sleepy(tp, reader) &&
 	    (!(e->flags & END_SLEEPLESS) || reader == READER_WAITALL))
@@ -274,7 +280,8 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 		decide_again(p, s);
 	if (p->mode == MODE_OFF || !s->splicing)
 		return MUTE_LONG;
-	reason = refuse_reader(p, reader);
+	reason = own_psock(tp) && is_taken_over((u64)tp) ? REASON_FOREIGN_PSOCK :
+							   refuse_reader(p, reader);
 	if (reason) {
 		if (p->announced && p->reason != REASON_PENDING)
 			return MUTE_LONG;	/* known already, for this reason or another */

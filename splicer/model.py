@@ -34,7 +34,10 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("repair", "An end is in TCP_REPAIR mode."),
     ("kernel_socket", "An end is used inside the kernel and not by a process."),
     ("peek_offset", "An end has SO_PEEK_OFF."),
-    ("foreign_psock", "Another program has an end, or another socket of its process, in a sockmap, or uses its sk_user_data."),
+    (
+        "foreign_psock",
+        "Another program has an end in a sockmap, or another socket of its process, or uses sk_user_data.",
+    ),
     ("policy_off", "The policy of an end is off; splicer policy says why."),
     ("map_full", "The limit of --max-connections was reached, or the share of the client's cgroup in it."),
     ("backpressure", "The reader fell behind; TCP now holds the sender back."),

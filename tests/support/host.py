@@ -173,7 +173,9 @@ class Host:
         name = f"c{next(self._names)}"
         accepted = f"{name}-accepted"
         bind = address if server_family == client_family and not _is_mapped(address) else ANY[server_family]
-        port = server.call("listen", name=name, family=server_family, host=bind, port=port, protocol=protocol, **listening)
+        port = server.call(
+            "listen", name=name, family=server_family, host=bind, port=port, protocol=protocol, **listening
+        )
         streams = next(self._names) * 2 if seed is None else seed * 2
         to = (address, port) if dial is None else dial
         client_ends = client.call(

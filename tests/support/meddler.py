@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other users of BPF do beside splicer: SOCK_OPS programs that take all callbacks for their own, answer, or
-look at what they are given; sockmaps that have the sockets of somebody else's process, with programs and
+"""What other users of BPF do beside splicer: SOCK_OPS programs that take all callbacks for their own, answer,
+or look at what they are given; sockmaps that have the sockets of somebody else's process, with programs and
 without."""
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _note_old_state(map_fd: int) -> bytes:
 
 @contextmanager
 def noting_old_states(cgroup: Path) -> Iterator[libbpf.Map]:
-    """A program on the cgroup that is told of changes of state; the map's keys are what sockets were before."""
+    """A program on the cgroup that is told of changes of state; the keys are what sockets were before."""
     with closing(libbpf.Map(libbpf.create_map(HASH, "meddler", 4, 4, 64))) as states:
         with _attached(cgroup, _note_old_state(states.fd)):
             yield states
