@@ -84,6 +84,7 @@ enum reason {
 	REASON_FORGED,
 	REASON_MEMORY,
 	REASON_SPINNING,
+	REASON_NETWORK,		/* a link or address of an end is gone: as splicer/daemon/networks.py sees it */
 	NR_REASONS,
 };
 

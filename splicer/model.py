@@ -58,6 +58,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("forged", "Another socket claims to be an end of it, which takes TCP_REPAIR."),
     ("memory", "A send found no socket memory, in its cgroup or on the host; TCP always has a reserve."),
     ("spinning_reader", "A reader asks again and again whether there is anything, which TCP serves faster."),
+    ("network_gone", "A link or an address of an end is gone; plain TCP stalls, or finds another way."),
 )
 
 REASON_NAMES: tuple[str, ...] = tuple(name for name, _ in _REASONS)
@@ -194,7 +195,8 @@ class Status:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
     `adoption` is "name" or, where enlist cannot be run, "walk". `blocking_readers` is "told apart" or, where
     the programs cannot tell who sleeps in a read, "refused". `census` says what became of connections that
-    are older than the programs; see class CensusReport.
+    are older than the programs; see class CensusReport. `networks` says whether losses of networks are heard
+    of ("hears"), looked for ("asks"), or neither ("unavailable"), and in which namespaces (cookies).
     """
 
     pid: int
@@ -213,6 +215,7 @@ class Status:
     trouble: str = ""
     docker: dict[str, Any] = field(default_factory=dict)
     census: dict[str, Any] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)

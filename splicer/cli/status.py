@@ -158,6 +158,8 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         )
     if text(status, "blocking_readers") == "refused":
         about.append(("blocking", "all refused: no way to tell on this kernel who sleeps; see the log"))
+    if text(section(status, "networks"), "state") == "unavailable":
+        about.append(("networks", "not watched: what is spliced outlives its network; see the log"))
     if docker := section(status, "docker"):
         about.append(("docker", describe_docker(docker)))
     if census := section(status, "census"):

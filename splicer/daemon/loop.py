@@ -16,6 +16,7 @@ from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.enlistment import Enlistment
 from splicer.daemon.mailbox import Mailbox, Task
+from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
 from splicer.daemon.ready import ready_file
 from splicer.daemon.requests import RequestHandlers
@@ -64,6 +65,7 @@ class Daemon:
         self._tend_at = 0.0
         self._held = 0
         self._mailbox = Mailbox()
+        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
         self._signals = Signals(self._mailbox.write_fd, log)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -139,8 +141,9 @@ class Daemon:
             self._mailbox,
             lambda: self._heartbeat,
             self._census.describe,
+            self._networks.describe,
         )
-        with watcher:
+        with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
             with (
@@ -202,6 +205,7 @@ class Daemon:
         """Take note of an event of the programs."""
         event = read_event(record)
         if event.type == EventType.ADOPT:
+            self._networks.attend(event.netns, event.tgid)
             self._enlistment.receive(event)
         elif event.type == EventType.DRAIN:
             self._queues.receive(event)
@@ -228,6 +232,8 @@ class Daemon:
             self._patrol.ask_for_all()
         if self._mailbox.take(Task.DRAIN_ALL):
             self._drain_all()
+        if self._mailbox.take(Task.DRAIN_STALLED):
+            self._drain_stalled()
         self._queues.work(now)
         self._census.work()
         if now >= self._tend_at:
@@ -261,6 +267,8 @@ class Daemon:
             self._log.warning("rescued", ends=report.rescued)
         for cookie in report.orphaned:
             self._queues.drain(cookie)
+        if report.namespaces is not None:
+            self._networks.keep(report.namespaces)
 
     def _apply_policy(self) -> None:
         if self._reconciler.apply():
@@ -282,6 +290,12 @@ class Daemon:
             self._apply_policy()
             self._log.info("reloaded", changed=list(outcome.applied), policies=len(self._settings.policies))
         notify.tell(os.environ, "READY=1")
+
+    def _drain_stalled(self) -> None:
+        """What plain TCP would not carry any more goes back to it."""
+        losses = self._networks.take()
+        if losses and (names := self._sweeper.find_stalled(losses)):
+            self._log.info("network_gone", connections=self._sweeper.begin_draining("network_gone", names))
 
     def _drain_all(self) -> None:
         """An operator's wish: everything back to plain TCP, once. Nobody waits here: the watch must go on."""

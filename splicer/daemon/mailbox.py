@@ -14,6 +14,7 @@ class Task(Enum):
     APPLY_POLICY = auto()  # the containers are not what they were
     LOOK_AT_ALL = auto()  # the policy in the kernel has changed: look at all pairs
     DRAIN_ALL = auto()  # take all pairs back to plain TCP, once
+    DRAIN_STALLED = auto()  # a network was taken away: take the pairs that need it back
 
 
 class Mailbox:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from splicer.kernel.layout import PAIR, read_watched
+from splicer.kernel.layout import PAIR, read_watched, read_whereabouts
 from splicer.kernel.sweep import WatchFindings
 
 PERIOD_S = 1.0
@@ -54,11 +54,13 @@ class Watch(Protocol):
 
 @dataclass
 class PatrolReport:
-    """What one turn found: pairs that are drained because their TCP bytes did not move, and the network
-    namespaces (cookies) with ends that have no record."""
+    """What one turn found: pairs that are drained because their TCP bytes did not move, the network
+    namespaces (cookies) with ends that have no record, and, when pairs were listed, those of all spliced
+    ones, each with processes likely in it."""
 
     rescued: int
     orphaned: set[int]
+    namespaces: dict[int, set[int]] | None = None
 
 
 class Patrol:
@@ -137,6 +139,7 @@ class Patrol:
             self._search.consider(self._round.begun)
         names = self._round.step()
         self._note(self._sweeper.watch_pairs(names), report)
+        report.namespaces = self._round.take_namespaces()
         if self._round.ended:
             self._round_at = self._round.begun + PERIOD_S
         else:
@@ -154,7 +157,9 @@ class _Round:
         self._news: int | None = None  # by the programs' count, when they were listed last
         self._rounds = 0  # since then
         self._listed: list[int] = []
+        self._namespaces: dict[int, set[int]] = {}
         self._walk: Walk | None = None  # while they are listed
+        self._is_listed = False  # just now
         self._expected = 0
         self._seen = 0
         self.begun = 0.0
@@ -169,7 +174,7 @@ class _Round:
         if news != self._news or self._rounds >= LIST_ROUNDS:
             self._news, self._rounds = news, 0
             self._walk = self._sweeper.walk_pairs()
-            self._listed = []
+            self._listed, self._namespaces = [], {}
 
     def step(self) -> list[int]:
         """Names of the pairs to look at in this step."""
@@ -189,16 +194,23 @@ class _Round:
         while True:
             found = walk.step(room)
             if found is None:
-                self._walk = None
+                self._walk, self._is_listed = None, True
                 self._end(self._seen)
                 break
             count = len(found[1]) // PAIR.size
             self._seen += count
             names += read_watched(found[1])
+            for netns, tgid in read_whereabouts(found[1]):
+                self._namespaces.setdefault(netns, set()).add(tgid)
             if count > room // 2:  # else it was the last, most likely
                 break
         self._listed += names
         return names
+
+    def take_namespaces(self) -> dict[int, set[int]] | None:
+        """The network namespaces of what was listed, once it is complete."""
+        complete, self._is_listed = self._is_listed, False
+        return self._namespaces if complete else None
 
     def _end(self, number: int) -> None:
         self._expected = number

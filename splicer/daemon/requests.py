@@ -44,6 +44,7 @@ class RequestHandlers:
         mailbox: Mailbox,
         read_heartbeat: Callable[[], float],
         describe_census: Callable[[], dict[str, Any]],
+        describe_networks: Callable[[], dict[str, Any]],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -56,6 +57,7 @@ class RequestHandlers:
         self._mailbox = mailbox
         self._read_heartbeat = read_heartbeat
         self._describe_census = describe_census
+        self._describe_networks = describe_networks
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -116,6 +118,7 @@ class RequestHandlers:
             trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),
             docker=self._watcher.describe(),
             census=self._describe_census(),
+            networks=self._describe_networks(),
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),

@@ -304,6 +304,17 @@ def read_seed(value: bytes) -> Pair | None:
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
 _END_TGID = (16 + 92, 16 + _END_SIZE + 92)
+_END_LOCAL_IP = (16, 16 + _END_SIZE)
+_END_NETNS = (16 + 32, 16 + _END_SIZE + 32)
+
+Place = tuple[int, int, int]
+"""Where an end is: its network namespace (cookie), and its address as two numbers of no other meaning."""
+
+
+def pack_place(netns: int, address: bytes) -> Place:
+    """The place with this address: 16 bytes in network byte order, an IPv4 one as ::ffff:a.b.c.d."""
+    upper, lower = struct.unpack("=2Q", struct.pack("=4I", *struct.unpack(">4I", address)))
+    return netns, upper, lower
 
 
 def _read_column(values: memoryview, kind: str, offset: int) -> list[int]:
@@ -324,10 +335,37 @@ def read_watched(values: memoryview) -> list[int]:
     return list(itertools.compress(read_names(values), map(STATE_PAIRED.__lt__, states)))
 
 
+def read_whereabouts(values: memoryview) -> set[tuple[int, int]]:
+    """The network namespaces (cookies) of the ends of those pairs, and the process that read last there."""
+    watched = list(map(STATE_PAIRED.__lt__, _read_column(values, "I", _STATE)))
+    return {
+        place
+        for netns, tgid in zip(_END_NETNS, _END_TGID, strict=True)
+        for place in itertools.compress(
+            zip(_read_column(values, "Q", netns), _read_column(values, "I", tgid), strict=True), watched
+        )
+    }
+
+
 def read_readers(values: memoryview) -> list[tuple[int, int]]:
     """The processes that read last at each pair's client and server, 0 if none has."""
     client, server = (_read_column(values, "I", offset) for offset in _END_TGID)
     return list(zip(client, server, strict=True))
+
+
+def read_places(values: memoryview) -> list[tuple[int, Place, Place]]:
+    """State of each pair, and the places of its client and server."""
+    states = _read_column(values, "I", _STATE)
+    client, server = (
+        zip(
+            _read_column(values, "Q", netns),
+            _read_column(values, "Q", address),
+            _read_column(values, "Q", address + 8),
+            strict=True,
+        )
+        for netns, address in zip(_END_NETNS, _END_LOCAL_IP, strict=True)
+    )
+    return list(zip(states, client, server, strict=True))
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,18 @@ from splicer.kernel.layout import (
     END_KEY_OWNER,
     LOOK_BITS,
     STATE_PAIRED,
+    STATE_SPLICED,
     SWEEP,
     WATCH_PAIRS,
     WATCH_REQUEST_SIZE,
     Look,
     Pair,
     PairSummary,
+    Place,
     has_pair,
     read_names,
     read_pair,
+    read_places,
     read_readers,
     read_seed,
     read_summary,
@@ -63,6 +66,34 @@ class WatchFindings:
     looked: int = 0
     again: frozenset[int] = frozenset()
     rescued: int = 0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What network namespaces (cookies) have lost: addresses; links, by the addresses they have; their
+    loopback device."""
+
+    removed: frozenset[Place] = frozenset()
+    cut: frozenset[Place] = frozenset()
+    silent: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.cut or self.silent)
+
+    def __or__(self, other: Losses) -> Losses:
+        return Losses(self.removed | other.removed, self.cut | other.cut, self.silent | other.silent)
+
+    def concern(self, client: Place, server: Place) -> bool:
+        """Would TCP stall between these two? Within a namespace it goes by way of the loopback device,
+        whatever link has the address."""
+        if client in self.removed or server in self.removed:
+            return True
+        if client[0] == server[0]:
+            return client[0] in self.silent
+        return client in self.cut or server in self.cut
+
+
+NO_LOSSES = Losses()
 
 
 class Sweeper:
@@ -156,6 +187,15 @@ class Sweeper:
             if not tgids.isdisjoint(readers)
         ]
 
+    def find_stalled(self, losses: Losses) -> list[int]:
+        """Names of the spliced pairs that lose their network."""
+        return [
+            name
+            for values in self._read_pairs()
+            for name, (state, client, server) in zip(read_names(values), read_places(values), strict=True)
+            if state == STATE_SPLICED and losses.concern(client, server)
+        ]
+
     def read_names(self) -> set[int]:
         """Names of all pairs there are."""
         return {name for values in self._read_pairs() for name in read_names(values)}
@@ -219,12 +259,12 @@ class Sweeper:
         pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
         return [young for seed in seeds if not has_pair(seed)] + pairs
 
-    def begin_draining(self, reason: str) -> int:
-        """Start all that is spliced on its way back; returns the number of pairs. Their events say where to
-        look for them (EventType.DRAIN), and splicing goes on meanwhile."""
+    def begin_draining(self, reason: str, names: Sequence[int] | None = None) -> int:
+        """Start these pairs, or all that is spliced, on their way back; returns how many. Their events say
+        where to look for them (EventType.DRAIN), and splicing goes on meanwhile."""
         self.settings.write(stopping=REASON_NAMES.index(reason))
         try:
-            return self.watch_all().looked
+            return (self.watch_all() if names is None else self.watch_pairs(names)).looked
         finally:
             self.settings.write(stopping=0)
 

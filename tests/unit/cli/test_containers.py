@@ -121,6 +121,11 @@ class TestStatus:
             said == "refused"
         )
 
+    @pytest.mark.parametrize("state", ["unavailable", "hears", "asks", ""])
+    def test_networks(self, state: str) -> None:
+        text = "\n".join(status.render({**STATUS, "networks": {"state": state, "namespaces": []}}))
+        assert ("networks  not watched: " in text) == (state == "unavailable")
+
     def test_the_verdict_with_default_off(self) -> None:
         line = status.verdict({"mode": "adaptive", "default": "off", "connections": {}})
         assert line.startswith("Running: no local connection of what is switched on")

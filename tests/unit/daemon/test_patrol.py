@@ -119,6 +119,18 @@ def _times(sweeper: Sweeper, name: int) -> list[float]:
 # the round
 
 
+def test_namespaces_are_told_once_when_all_are_listed(clock: Clock, sweeper: Sweeper) -> None:
+    sweeper.names = list(range(1, 2 * STEP_PAIRS + 10))
+    sweeper.states = {1: STATE_PAIRED}
+    made = Patrol(sweeper, clock)
+    told = [report.namespaces for report in _run(made, clock, PERIOD_S)]
+    assert [each for each in told if each is not None] == [{0: {0}}]
+    sweeper.news += 1
+    sweeper.names = [1]
+    told = [report.namespaces for report in _run(made, clock, PERIOD_S)]
+    assert [each for each in told if each is not None] == [{}]
+
+
 def test_each_spliced_pair_is_looked_at_once_a_second(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = [1, 2, 3, PLAIN]
     sweeper.states[PLAIN] = STATE_PAIRED

@@ -41,6 +41,7 @@ def test_each_reason_of_the_programs_has_a_name_and_a_sentence() -> None:
         ("REASON_REQUEST", "request"),
         ("REASON_WAITALL", "waitall_reader"),
         ("REASON_UNACCEPTED", "unaccepted"),
+        ("REASON_NETWORK", "network_gone"),
     ],
 )
 def test_reasons_are_in_the_order_of_the_programs(constant: str, name: str) -> None:
@@ -118,6 +119,18 @@ def test_a_pair_is_read_field_by_field() -> None:
     assert pair.is_in_map
     assert (pair.born_ns, pair.changed_ns, pair.announced) == (5, 6, True)
     assert layout.read_summary(value) == layout.PairSummary(layout.STATE_SPLICED, (99, 99), 300, 30)
+    both = memoryview(value + value.replace(struct.pack("=Q", 1002), struct.pack("=Q", 1003)))
+    client, server = (
+        layout.pack_place(netns, bytes(10) + b"\xff\xff\x0a\0\0" + bytes([last]))
+        for netns, last in ((1001, 1), (1002, 2))
+    )
+    assert layout.read_places(both) == [
+        (layout.STATE_SPLICED, client, server),
+        (layout.STATE_SPLICED, client, (1003, *server[1:])),
+    ]
+    assert layout.read_whereabouts(both) == {(1001, 4711), (1002, 4711), (1003, 4711)}
+    plain = memoryview(value[:8] + struct.pack("=I", layout.STATE_PAIRED) + value[12:])
+    assert layout.read_whereabouts(plain) == set()
     assert layout.PAIR_SUMMARY.size == layout.PAIR.size
     assert pair.client_sends == layout.Direction(100, 10, 1)
     assert pair.server_sends == layout.Direction(200, 20, 2)
