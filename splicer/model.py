@@ -189,8 +189,10 @@ class Status:
 
     `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
-    `adoption` is "name" or, where enlist cannot be run, "walk". `census` says what became of connections that
-    are older than the programs; see class CensusReport.
+    `kernel_class` is the kernel's by itself, and `fionread` says who sees to it that FIONREAD counts all
+    bytes of a spliced socket: "kernel", "splicer" or "nobody". `adoption` is "name" or, where enlist cannot
+    be run, "walk". `census` says what became of connections that are older than the programs; see class
+    CensusReport.
     """
 
     pid: int
@@ -201,6 +203,7 @@ class Status:
     totals: Totals
     running: bool = True
     kernel_class: str = ""
+    fionread: str = ""
     adoption: str = ""
     uptime_seconds: float = 0.0
     default: str = "on"
