@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 # By their upstream versions; see docs/kernels.md. Those of class B and C:
 COUNTING = "Linux 6.6.128, 6.12.75, 6.18.14 or a later one of these lines, or 6.19 or later"
-KERNELS = f"a distribution's Linux 6.1 or later, or {COUNTING}"
+KERNELS = f"Linux 6.1 or later as distributions build it, or {COUNTING}"
 
 
 class SplicerError(Exception):

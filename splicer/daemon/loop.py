@@ -35,6 +35,7 @@ from splicer.policy import config
 from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 
+_KERNELS_WARNING = "kernels before 6.14 log a warning about bpf_probe_write_user when it is loaded"
 _TEND_PERIOD_S = 1.0
 # How long the start waits for the list of containers, so that no policy comes too late for its container.
 _INVENTORY_TIMEOUT_S = 5.0
@@ -114,9 +115,7 @@ class Daemon:
             except libbpf.KernelError as error:
                 found = error.strerror
             if found == "C":
-                self._log.info(
-                    "fionread_answered", kernel_class=kernel.name, note="the kernel may log a warning of it"
-                )
+                self._log.info("fionread_answered", kernel_class=kernel.name, note=_KERNELS_WARNING)
                 return "splicer"
             loaded.stop_answering(f"it is still of class {found} when splicer answers")
         why = loaded.unanswered or "the settings say fionread = off"

@@ -400,8 +400,8 @@ def _stopped(peer: Peer) -> Iterator[None]:
 @pytest.mark.usefixtures("answered")
 def test_ends_that_are_left_keep_their_answer(lab: Lab) -> None:
     """A reader takes nothing while splicer stops, so its end stays spliced. FIONREAD is right for what waits,
-    and for what is redirected when splicer has gone, for an edge-triggered reader as well. A start, a stop and
-    an unload leave that alone; the first one after the sockets are closed takes it away."""
+    and for what is redirected when splicer has gone, for an edge-triggered reader as well. A start, a stop
+    and an unload leave that alone; the first one after the sockets are closed takes it away."""
     with Host("--stop-timeout", "1") as host:
         pairs = hot_pairs(host, lab)
         server, conns = pairs[0].server.peer, [pair.server.conn for pair in pairs]

@@ -98,7 +98,6 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
         ("blocking", "yes"),
         ("tcp_inq", "ask"),
         ("fionread", "on"),
-        ("fionread", ""),
         ("max_connections", "15"),
         ("max_connections", "1048577"),
         ("max_connections", "many"),
