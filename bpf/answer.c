@@ -13,8 +13,8 @@
  * The answer is computed from the beginning and not added to the kernel's: two of these
  * programs, of two generations, may come by one socket.
  *
- * No lock is taken. Messages leave the queue at its front only: while the first one is the
- * same, all that were met are still there.
+ * No lock is taken. Messages leave the queue at its front only: if the first one is the same
+ * at last, all that were met were there.
  */
 
 #define FIONREAD		0x541B
@@ -26,29 +26,22 @@ static long (*write_user)(void *to, const void *from, u32 size) = (void *)BPF_FU
 /* What was redirected and not read, in bytes. */
 static __always_inline u32 count_redirected(u64 psock, void *tp)
 {
-	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0, item, next;
+	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0, item;
 	u32 total = 0, size = 0, charged;
 
 	PROBE(first, psock, sk_psock_ingress_msg);
 	item = first;
-	for (int i = 0; i < COUNTED_MESSAGES; i++) {
-		if (!item || item == head) {
-			next = 0;
-			PROBE(next, psock, sk_psock_ingress_msg);
-			if (next == first)
-				break;
-			item = first = next;	/* another thread has read meanwhile */
-			total = 0;
-			continue;
-		}
+	for (int i = 0; i < COUNTED_MESSAGES && item && item != head; i++) {
 		PROBE(size, item - OFF_sk_msg_list, sk_msg_sg_size);
 		total += size;
-		next = 0;
-		bpf_probe_read_kernel(&next, sizeof(next), (void *)item);
-		item = next;
+		bpf_probe_read_kernel(&item, sizeof(item), (void *)item);
 	}
-	/* Whatever was met: they are charged before they are in the queue. */
+	/* Bytes are charged before they are in the queue, so there are no more than that. */
 	charged = FIELD(tp, u32, sock_sk_rmem_alloc);
+	item = 0;
+	PROBE(item, psock, sk_psock_ingress_msg);
+	if (first != head && item != first)
+		return charged;		/* another thread has read meanwhile: no less than that */
 	return total < charged ? total : charged;
 }
 

@@ -113,7 +113,7 @@ class Daemon:
             try:
                 found = probes.find_class(loaded.maps["ends"]).name
             except libbpf.KernelError as error:
-                found = error.strerror
+                found = str(error.strerror)
             if found == "C":
                 self._log.info("fionread_answered", kernel_class=kernel.name, note=_KERNELS_WARNING)
                 return "splicer"

@@ -38,7 +38,7 @@ def attach(pin_dir: str) -> str:
                 libbpf.pin(link, os.path.join(pin_dir, "links", name))
     except libbpf.KernelError as error:
         detach(pin_dir)
-        return error.strerror
+        return str(error.strerror)
     return ""
 
 

@@ -92,7 +92,7 @@ class Btf:
         """How many a kernel function has, given by its id."""
         function, _ = self._type(function_id)
         prototype, _ = self._type(function.size_or_type)
-        return prototype.info & 0xFFFF
+        return int(prototype.info & 0xFFFF)
 
     def find_structure(self, name: str) -> int:
         """Id of a structure, or -1."""

@@ -391,7 +391,8 @@ def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
     if not exists(pin_dir) and not answer.list_left(pin_dir):
         return []
     lock = _lock(pin_dir)
-    left, removed = 0, []
+    left = 0
+    removed: list[str] = []
     try:
         if exists(pin_dir):
             left, removed = _drain_and_remove(pin_dir, timeout)
