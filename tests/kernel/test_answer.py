@@ -341,11 +341,12 @@ def _sending(pairs: list[Pair], size: int) -> Iterator[Callable[[], None]]:
         sent += 1
 
     conns = [pair.server.conn for pair in pairs]
-    reader.begin("recv_told", conns=conns, count=total * size, edge=True, patience=20.0)
+    # Patient enough for a compiler in emulation.
+    reader.begin("recv_told", conns=conns, count=total * size, edge=True, patience=400.0)
     yield send
     while sent < total:
         send()
-    reader.finish(60.0)
+    reader.finish(30.0)
     for pair in pairs:
         pair.verify()
 
