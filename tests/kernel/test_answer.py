@@ -491,5 +491,5 @@ def test_nginx_proxy(host: Host, lab: Lab, nginx: str, body: str) -> None:
         ]
         said = [client.communicate(timeout=80)[0] for client in clients]
     assert said == [f"{count}\n"] * 2
-    # Each body goes two ways, and is redirected once its connection is spliced.
-    assert host.daemon.totals()["redirected_bytes"] - before > count * size
+    # Large bodies are streams now and then, and go back to TCP; between two of them they are spliced again.
+    assert host.daemon.totals()["redirected_bytes"] - before > size
