@@ -18,8 +18,12 @@
  */
 
 #define FIONREAD		0x541B
-/* As many as fit twice into the bound on unread messages; a reader of more is told of so many at once. */
-#define COUNTED_MESSAGES	2048
+/*
+ * Half as many again as the bound on unread messages; a reader of more is told of so many
+ * at once. In steps, for the verifier compares each turn of a loop with all those before it.
+ */
+#define COUNTED_MESSAGES	1536
+#define COUNTED_STEP		32
 
 static long (*write_user)(void *to, const void *from, u32 size) = (void *)BPF_FUNC_probe_write_user;
 
@@ -31,11 +35,17 @@ static __always_inline u32 count_redirected(u64 psock, void *tp)
 
 	PROBE(first, psock, sk_psock_ingress_msg);
 	item = first;
-	for (int i = 0; i < COUNTED_MESSAGES && item && item != head; i++) {
-		PROBE(size, item - OFF_sk_msg_list, sk_msg_sg_size);
-		total += size;
-		bpf_probe_read_kernel(&item, sizeof(item), (void *)item);
+	for (int i = 0; i < COUNTED_MESSAGES / COUNTED_STEP; i++) {
+#pragma unroll
+		for (int j = 0; j < COUNTED_STEP; j++) {
+			if (!item || item == head)
+				goto counted;
+			PROBE(size, item - OFF_sk_msg_list, sk_msg_sg_size);
+			total += size;
+			bpf_probe_read_kernel(&item, sizeof(item), (void *)item);
+		}
 	}
+counted:
 	/* Bytes are charged before they are in the queue, so there are no more than that. */
 	charged = FIELD(tp, u32, sock_sk_rmem_alloc);
 	item = 0;
