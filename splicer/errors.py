@@ -10,8 +10,9 @@ NOT_RUNNING = 3
 UNSUPPORTED = 4
 INTERRUPTED = 130
 
-# Those of class B and C, by their upstream versions: see docs/kernels.md.
-KERNELS = "Linux 6.6.128, 6.12.75, 6.18.14 or a later one of these lines, or 6.19 or later"
+# By their upstream versions; see docs/kernels.md. Those of class B and C:
+COUNTING = "Linux 6.6.128, 6.12.75, 6.18.14 or a later one of these lines, or 6.19 or later"
+KERNELS = f"Linux 6.1 or later as distributions build it, or {COUNTING}"
 
 
 class SplicerError(Exception):

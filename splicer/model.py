@@ -193,10 +193,12 @@ class Status:
 
     `docker` and `problems` are what the watcher and the labels' reader say; `healthy` is for a health check:
     the daemon's loop turns, and the policy is in the kernel; `trouble` says which of them is not so.
-    `adoption` is "name" or, where enlist cannot be run, "walk". `blocking_readers` is "told apart" or, where
-    the programs cannot tell who sleeps in a read, "refused". `census` says what became of connections that
-    are older than the programs; see class CensusReport. `networks` says whether losses of networks are heard
-    of ("hears"), looked for ("asks"), or neither ("unavailable"), and in which namespaces (cookies).
+    `kernel_class` is the kernel's by itself, and `fionread` says who sees to it that FIONREAD counts all
+    bytes of a spliced socket: "kernel", "splicer" or "nobody". `adoption` is "name" or, where enlist cannot
+    be run, "walk". `blocking_readers` is "told apart" or, where the programs cannot tell who sleeps in a
+    read, "refused". `census` says what became of connections that are older than the programs; see class
+    CensusReport. `networks` says whether losses of networks are heard of ("hears"), looked for ("asks"), or
+    neither ("unavailable"), and in which namespaces (cookies).
     """
 
     pid: int
@@ -207,6 +209,7 @@ class Status:
     totals: Totals
     running: bool = True
     kernel_class: str = ""
+    fionread: str = ""
     adoption: str = ""
     blocking_readers: str = ""
     uptime_seconds: float = 0.0

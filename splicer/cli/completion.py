@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from splicer.errors import OK
-from splicer.policy.config import BLOCKING, DEFAULTS, LOG_FORMATS, MODES, TCP_INQ
+from splicer.policy.config import BLOCKING, DEFAULTS, FIONREAD, LOG_FORMATS, MODES, TCP_INQ
 
 from . import options
 from .context import Context
@@ -33,6 +33,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
     "default": DEFAULTS,
     "blocking": BLOCKING,
     "tcp_inq": TCP_INQ,
+    "fionread": FIONREAD,
     "docker": ("auto", "off"),
     "log_format": LOG_FORMATS,
 }

@@ -44,6 +44,10 @@ def _make_epilog() -> str:
         "allow": "connections that ask for it are spliced, and get no answer then (default)",
         "refuse": "they stay plain TCP; for programs that cannot do without the answer",
     }
+    fionread = {
+        "auto": "where the kernel's own answer is short, splicer puts it right if it can (default)",
+        "off": "never; kernels of class A are refused then",
+    }
     docker = {
         "auto": "the engine of this host, looked for until it is there (default)",
         "off": "containers are not looked at; rules by cgroup, address and port still apply",
@@ -74,6 +78,9 @@ blocking readers:
 
 TCP_INQ, the question how much is left to read, which gRPC always asks:
 {legend(tcp_inq)}
+
+FIONREAD, the question how many bytes wait, which nginx asks (docs/kernels.md):
+{legend(fionread)}
 
 containers (--docker; Docker, or Podman's compatible socket):
 {legend(docker)}
@@ -142,6 +149,11 @@ def add(parser: options.Parser) -> None:
         "--tcp-inq",
         metavar="POLICY",
         help="connections that ask for TCP_INQ: allow or refuse (default: allow)",
+    )
+    parser.add_argument(
+        "--fionread",
+        metavar="WHO",
+        help="answer FIONREAD where the kernel's answer is short: auto or off (default: auto)",
     )
     parser.add_argument(
         "--docker", metavar="WHERE", help="where the container engine is: auto, off or a URL (default: auto)"

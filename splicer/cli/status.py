@@ -45,6 +45,12 @@ docker:
   lost        the engine does not answer; what was known of the containers holds
   off         --docker off
 
+kernel:
+  class A   does not count redirected bytes in its answer to FIONREAD
+  class B   does not count bytes that came through TCP
+  class C   counts both
+  answered  splicer puts the answer right, and applications see class C
+
 older:
   connections that were there before splicer are looked for once, when its
   programs are loaded. What is found is spliced like any other once both ends
@@ -73,6 +79,7 @@ exit codes:
 
 
 _TRAFFIC_ROWS = 10
+_FIONREAD = {"splicer": ", FIONREAD answered", "nobody": ", FIONREAD not answered; see the log"}
 
 
 def add(parser: options.Parser) -> None:
@@ -128,7 +135,8 @@ def _is_healthy(status: Mapping[str, object]) -> bool:
 def _with_leftovers(error: SplicerError, settings: Settings) -> SplicerError:
     """Programs stay loaded when a daemon crashes: whoever asks for the status wants to know."""
     try:
-        left = bool(os.listdir(settings.pin_dir))
+        # What is left of an earlier run for sockets that it left spliced can be neither taken over nor out.
+        left = any(not name.startswith("left-") for name in os.listdir(settings.pin_dir))
     except OSError:
         left = False
     if not left or "not running" not in error.message:
@@ -151,7 +159,7 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         ("version", text(status, "version")),
     ]
     if kernel_class := text(status, "kernel_class"):
-        about.append(("kernel", f"class {kernel_class}"))
+        about.append(("kernel", f"class {kernel_class}{_FIONREAD.get(text(status, 'fionread'), '')}"))
     if text(status, "adoption") == "walk":
         about.append(
             ("adoption", "by walk, late and dear: the kernel runs no tc program for us; see the log")

@@ -30,12 +30,14 @@ from splicer.kernel import generation, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
+from splicer.kernel.probes import KernelClass
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 from splicer.policy import config
 from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 
+_KERNELS_WARNING = "kernels before 6.14 log a warning about bpf_probe_write_user when it is loaded"
 _TEND_PERIOD_S = 1.0
 # How long the start waits for the list of containers, so that no policy comes too late for its container.
 _INVENTORY_TIMEOUT_S = 5.0
@@ -72,13 +74,19 @@ class Daemon:
 
     def run(self) -> int:
         """Attach, serve until a signal, drain, detach. Returns the exit code."""
-        kernel = probes.require_class()
+        settings = self._settings
+        may_answer = settings.fionread == "auto"
+        kernel = probes.require_class(may_answer=may_answer)
         with contextlib.closing(self._mailbox), self._signals:
-            settings = self._settings
             plan = generation.LoadPlan(
-                settings.pin_dir, settings.max_connections, settings.stop_timeout, settings.debug
+                settings.pin_dir,
+                settings.max_connections,
+                settings.stop_timeout,
+                settings.debug,
+                answer=may_answer and kernel.name != "C",
             )
             self._generation = generation.take_over_or_load(plan, self._cgroup, self._log)
+            fionread = self._find_who_answers(kernel, plan)
             self._sweeper = self._generation.sweeper()
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
@@ -87,7 +95,7 @@ class Daemon:
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
             try:
-                self._work_until_stopped(kernel.name)
+                self._work_until_stopped(kernel.name, fionread)
             finally:
                 self._census.close()
                 self._sweeper.close()
@@ -96,6 +104,31 @@ class Daemon:
                 self._generation.remove()
         self._log.info("stopped")
         return 0
+
+    def _find_who_answers(self, kernel: KernelClass, plan: generation.LoadPlan) -> str:
+        """Who sees to FIONREAD's answer for spliced sockets: see class Status. What ours answer is tried
+        before anything is spliced. Raises SplicerError (exit code 4) on class A where nobody answers; nothing
+        is left behind then."""
+        loaded = self._generation
+        if kernel.name == "C":
+            return "kernel"
+        if loaded.is_answering:
+            try:
+                found = probes.find_class(loaded.maps["ends"]).name
+            except libbpf.KernelError as error:
+                found = str(error.strerror)
+            if found == "C":
+                self._log.info("fionread_answered", kernel_class=kernel.name, note=_KERNELS_WARNING)
+                return "splicer"
+            loaded.stop_answering(f"it is still of class {found} when splicer answers")
+        why = loaded.unanswered or "the settings say fionread = off"
+        if kernel.name == "A":
+            if loaded.taken_over:
+                loaded.drain(plan.drain_timeout)
+            loaded.remove()
+            raise probes.refuse_class_a(why)
+        self._log.info("fionread_not_answered", kernel_class=kernel.name, error=why)
+        return "nobody"
 
     def _prepare_census(self) -> CensusTaker:
         settings = self._sweeper.settings
@@ -119,7 +152,7 @@ class Daemon:
         finally:
             btf.close()
 
-    def _work_until_stopped(self, kernel_class: str) -> None:
+    def _work_until_stopped(self, kernel_class: str, fionread: str) -> None:
         self._say_what_a_container_lacks()
         v2_root = cgroups.find_v2_mount(cgroups.read_mounts()) or self._cgroup.path
         scopes = Scopes(v2_root)
@@ -133,6 +166,7 @@ class Daemon:
         requests = RequestHandlers(
             self._cgroup,
             kernel_class,
+            fionread,
             maps,
             self._sweeper,
             self._reconciler,
@@ -151,7 +185,11 @@ class Daemon:
                 ready_file(self._settings.ready_file),
             ):
                 self._log.info(
-                    "ready", cgroup=self._cgroup.path, mode=self._settings.mode, kernel_class=kernel_class
+                    "ready",
+                    cgroup=self._cgroup.path,
+                    mode=self._settings.mode,
+                    kernel_class=kernel_class,
+                    fionread=fionread,
                 )
                 notify.tell(os.environ, "READY=1")
                 self._serve()

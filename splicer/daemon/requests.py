@@ -36,6 +36,7 @@ class RequestHandlers:
         self,
         cgroup: Cgroup,
         kernel_class: str,
+        fionread: str,
         maps: Mapping[str, Map],
         sweeper: Sweeper,
         reconciler: PolicyReconciler,
@@ -49,6 +50,7 @@ class RequestHandlers:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
         self._kernel_class = kernel_class
+        self._fionread = fionread
         self._maps = maps
         self._sweeper = sweeper
         self._reconciler = reconciler
@@ -111,6 +113,7 @@ class RequestHandlers:
                 refused=refused,
             ),
             kernel_class=self._kernel_class,
+            fionread=self._fionread,
             adoption="walk" if settings.walking else "name",
             blocking_readers="told apart" if settings.switched else "refused",
             uptime_seconds=round(time.monotonic() - self._started, 3),

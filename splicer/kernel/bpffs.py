@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import os
+from collections.abc import Collection
 
 from splicer.errors import SplicerError
 
@@ -62,10 +63,16 @@ def release(mount_point: str | None) -> None:
         _libc.umount2(mount_point.encode(), _MNT_DETACH)
 
 
-def remove_tree(pin_dir: str, *, keep_root: bool = False) -> list[str]:
-    """Unpin everything below, and the directory itself unless told; returns the paths removed. Idempotent."""
+def remove_tree(pin_dir: str, *, keep_root: bool = False, keep: Collection[str] = ()) -> list[str]:
+    """Unpin everything below, and the directory itself unless told; returns the paths removed. Idempotent.
+
+    What is in the directories `keep`, by name, stays, and the directory with it.
+    """
     removed = []
+    kept = {os.path.join(pin_dir, name) for name in keep}
     for directory, _, names in os.walk(pin_dir, topdown=False):
+        if directory in kept:
+            continue
         for name in names:
             path = os.path.join(directory, name)
             with contextlib.suppress(FileNotFoundError):

@@ -88,6 +88,12 @@ class Btf:
         """Id of a kernel function, or -1."""
         return self.find(name, _FUNC)
 
+    def count_parameters(self, function_id: int) -> int:
+        """How many a kernel function has, given by its id."""
+        function, _ = self._type(function_id)
+        prototype, _ = self._type(function.size_or_type)
+        return int(prototype.info & 0xFFFF)
+
     def find_structure(self, name: str) -> int:
         """Id of a structure, or -1."""
         return self.find(name, _STRUCT)

@@ -2,9 +2,9 @@
 """Compile, load and pin the BPF programs; run as a short-lived child: `python -m splicer.kernel.compiler`.
 
 bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
-reads one JSON object from stdin ({pin_dir, max_connections, debug, parent}; it dies with the process parent)
-and prints one: {"ok": true, "missing": {program: why it does without}, ...} or {"ok": false, "error", "hint",
-"exit_code", "log"}.
+reads one JSON object from stdin ({pin_dir, max_connections, answer, debug, parent}; it dies with the process
+parent) and prints one: {"ok": true, "missing": {program: why it does without}, ...} or {"ok": false, "error",
+"hint", "exit_code", "log"}.
 
 This is the only module that imports bcc.
 """
@@ -29,7 +29,15 @@ from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.layout import ENLIST_SIZE, WATCH_REQUEST_SIZE
-from splicer.kernel.programs import KERNEL_HINT, MAPS, PROGRAMS, LoadError, Program, explain_refusal
+from splicer.kernel.programs import (
+    ANSWERS,
+    KERNEL_HINT,
+    MAPS,
+    PROGRAMS,
+    LoadError,
+    Program,
+    explain_refusal,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -52,6 +60,7 @@ SOURCES = (
     "adopt.c",
     "watch.c",
     "census.c",
+    "answer.c",
 )
 
 # Macro name (OFF_*, MASK_*) to the kernel's path of the field.
@@ -84,6 +93,7 @@ FIELDS = {
     "sock_sk_flags": "sock.__sk_common.skc_flags",
     "sock_sk_peek_off": "sock.sk_peek_off",
     "sock_sk_kern_sock": "sock.sk_kern_sock",
+    "socket_sk": "socket.sk",
     "socket_file": "socket.file",
     "socket_flags": "socket.flags",
     "file_f_flags": "file.f_flags",
@@ -98,12 +108,17 @@ FIELDS = {
     "tcp_sock_data_segs_in": "tcp_sock.data_segs_in",
     "tcp_sock_repair": "tcp_sock.repair",
     "tcp_sock_notsent_lowat": "tcp_sock.notsent_lowat",
+    "tcp_sock_urg_data": "tcp_sock.urg_data",
+    "tcp_sock_urg_seq": "tcp_sock.urg_seq",
     "sk_psock_refcnt": "sk_psock.refcnt",
     "sk_psock_ingress_msg": "sk_psock.ingress_msg",
     "sk_psock_link": "sk_psock.link",
     "sk_psock_stream_parser": "sk_psock.progs.stream_parser",
     "sk_psock_stream_verdict": "sk_psock.progs.stream_verdict",
     "sk_psock_skb_verdict": "sk_psock.progs.skb_verdict",
+    "sk_psock_sk": "sk_psock.sk",
+    "sk_msg_list": "sk_msg.list",
+    "sk_msg_sg_size": "sk_msg.sg.size",
     "sock_sk_tsflags": "sock.sk_tsflags",
     "sock_sk_filter": "sock.sk_filter",
     "sock_sk_max_pacing_rate": "sock.sk_max_pacing_rate",
@@ -121,7 +136,7 @@ FIELDS = {
     "bpf_iter_meta_seq": "bpf_iter_meta.seq",
 }
 RDONLY_CAST = 0x7FFE0001  # no helper has such a number
-SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP")
+SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP", "SOCK_URGINLINE", "SOCK_DONE")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
 
 
@@ -233,9 +248,10 @@ def collect_macros(max_connections: int) -> list[str]:
     return flags
 
 
-def identify_build(max_connections: int) -> str:
-    """Names what would be loaded: same sources, kernel layout and sizes give the same name."""
+def identify_build(max_connections: int, answer: bool) -> str:
+    """Names what would be loaded: same sources, kernel layout, sizes and programs give the same name."""
     text = join_sources(find_sources()) + "\0".join(collect_macros(max_connections))
+    text += "\0answer" if answer else ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -312,8 +328,9 @@ def _try_to_run(program: Program, fd: int) -> None:
         ) from error
 
 
-def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
-    """Compile, load and pin everything below `pin_dir`; removes what it pinned when it fails half-way."""
+def build(pin_dir: str, max_connections: int, debug: bool, answer: bool) -> dict[str, Any]:
+    """Compile, load and pin everything below `pin_dir`, with what answers FIONREAD if `answer`; removes what
+    it pinned when it fails half-way."""
     from bcc.libbcc import lib
 
     module = _compile(collect_macros(max_connections))
@@ -331,29 +348,18 @@ def build(pin_dir: str, max_connections: int, debug: bool) -> dict[str, Any]:
         for directory in ("maps", "programs", "links"):
             os.makedirs(os.path.join(pin_dir, directory), mode=0o700, exist_ok=True)
         cast = btf.find_function("bpf_rdonly_cast")
-        for program in PROGRAMS:
-            target = 0
-            if program.tracepoint:
-                target = btf.find_tracepoint(program.tracepoint)
-            elif program.iterator:
-                target = btf.find_iterator(program.iterator)
-            if target < 0:
-                raise SplicerError(
-                    f"this kernel has no {program.tracepoint or 'iterator over ' + program.iterator}",
-                    hint=KERNEL_HINT,
-                    exit_code=UNSUPPORTED,
-                )
+        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
             code = link_cast(_read_code(module, program), cast)
-            fd, log = libbpf.load_program(
-                program.kind,
-                program.name,
-                code,
-                attach_type=program.attach_type,
-                btf_id=target,
-                verbose=debug,
-            )
-            logs[program.name] = log
             try:
+                fd, log = libbpf.load_program(
+                    program.kind,
+                    program.name,
+                    code,
+                    attach_type=program.attach_type,
+                    btf_id=program.find_target(btf),
+                    verbose=debug,
+                )
+                logs[program.name] = log
                 if fd < 0:
                     raise explain_refusal(program, -fd, log)
                 _try_to_run(program, fd)
@@ -389,8 +395,13 @@ def main() -> int:
     if "parent" in request:
         _die_with(request["parent"])
     try:
-        answer = build(request["pin_dir"], request["max_connections"], request.get("debug", False))
-        json.dump({"ok": True, **answer}, sys.stdout)
+        done = build(
+            request["pin_dir"],
+            request["max_connections"],
+            request.get("debug", False),
+            request.get("answer", False),
+        )
+        json.dump({"ok": True, **done}, sys.stdout)
         return 0
     except SplicerError as error:
         reply = {

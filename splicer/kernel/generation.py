@@ -6,7 +6,7 @@ Pins below the pin directory:
     programs/NAME maps/NAME links/NAME   the objects; watch, enlist and census have no link
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
-The links keep the programs attached when the daemon dies.
+The links keep the programs attached when the daemon dies. For those that answer FIONREAD see answer.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from splicer.errors import FAILURE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
-from splicer.kernel import bpffs, compiler, libbpf
+from splicer.kernel import answer, bpffs, compiler, libbpf
 from splicer.kernel.census import Census, CensusReport
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
@@ -44,18 +44,21 @@ _LOCK_TIMEOUT_S = 3.0
 @dataclass(frozen=True)
 class LoadPlan:
     """What to load and where to pin it: `pin_dir` on a bpffs, room for `max_connections`. The generation of
-    another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says."""
+    another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says.
+    `answer`: FIONREAD shall be answered if the kernel lets it."""
 
     pin_dir: str
     max_connections: int
     drain_timeout: float
     debug: bool = False
+    answer: bool = False
 
 
 @dataclass
 class Generation:
     """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon. No
-    `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found."""
+    `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found.
+    `unanswered` says why FIONREAD is not answered though it was to be."""
 
     pin_dir: str
     maps: dict[str, libbpf.Map]
@@ -64,6 +67,7 @@ class Generation:
     enlist: int | None
     census: int | None
     taken_over: bool
+    unanswered: str = ""
     mounted: str | None = None
     lock: int = -1
     _directory: Directory = field(default_factory=Directory)
@@ -93,6 +97,28 @@ class Generation:
         census = Census(self.census, self.maps["older"], settings, cgroup=top, directory=self._directory)
         return census.run()
 
+    @property
+    def is_answering(self) -> bool:
+        """Are the programs attached that answer FIONREAD?"""
+        return all(name in self.links for name in answer.NAMES)
+
+    def stop_answering(self, why: str) -> None:
+        """Detach them, for this reason. They are of no use."""
+        for name in answer.NAMES:
+            os.close(self.links.pop(name))
+        answer.detach(self.pin_dir)
+        answer.note(self.pin_dir, why)
+        self.unanswered = why
+
+    def drain(self, timeout: float) -> int:
+        """Without a daemon: take everything out, for up to `timeout` seconds. Returns how many pairs are
+        left."""
+        sweeper = self.sweeper()
+        sweeper.settings.write(registering=False)
+        left = sweeper.drain(timeout)
+        sweeper.close()
+        return left
+
     def detach(self) -> None:
         """Detach from the cgroup: when this returns, no socket runs what the links attached."""
         for name in _CGROUP_LINKS:
@@ -115,11 +141,17 @@ class Generation:
             os.close(self.lock)
             self.lock = -1
 
-    def remove(self) -> list[str]:
-        """Detach and unpin. Ends still in the SOCKHASH keep it alive until they are closed."""
+    def unpin(self, *, keep_root: bool = False) -> list[str]:
+        """Detach, close and unpin. Ends still in the SOCKHASH keep it alive until they are closed, and what
+        answers FIONREAD for them stays attached."""
         self.detach()
+        answer.keep(self.pin_dir, self.links, self.maps["spliced"])
         self.close()
-        removed = bpffs.remove_tree(self.pin_dir)
+        return _remove_pins(self.pin_dir, keep_root=keep_root)
+
+    def remove(self) -> list[str]:
+        """The same, and let others have the pin directory."""
+        removed = self.unpin()
         self.release()
         bpffs.release(self.mounted)
         return removed
@@ -158,8 +190,15 @@ def _lock(pin_dir: str) -> int:
 
 
 def exists(pin_dir: str) -> bool:
-    """True if anything is pinned there, even half a generation."""
-    return os.path.isdir(pin_dir) and any(names for _, _, names in os.walk(pin_dir))
+    """True if anything is pinned there, even half a generation. What is left of earlier ones is nothing."""
+    left = {os.path.join(pin_dir, name) for name in answer.list_left(pin_dir)}
+    return any(names for directory, _, names in os.walk(pin_dir) if directory not in left)
+
+
+def _remove_pins(pin_dir: str, *, keep_root: bool = False) -> list[str]:
+    """Unpin a generation, and what is left of earlier ones whose last end has gone."""
+    removed, _ = answer.release(pin_dir)
+    return removed + bpffs.remove_tree(pin_dir, keep_root=keep_root, keep=answer.list_left(pin_dir))
 
 
 def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
@@ -171,6 +210,7 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
             maps[name] = libbpf.Map.open(_path(pin_dir, "maps", name))
         for name in LINKS:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
+        links |= answer.open_links(pin_dir)
         watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
         enlist, census = (_open_optional(pin_dir, name) for name in ("enlist", "census"))
     except BaseException:
@@ -179,7 +219,8 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
         for fd in links.values():
             os.close(fd)
         raise
-    return Generation(pin_dir, maps, links, watch, enlist, census, taken_over=True)
+    unanswered = _read_note(pin_dir, answer.NOTE)
+    return Generation(pin_dir, maps, links, watch, enlist, census, taken_over=True, unanswered=unanswered)
 
 
 def _open_optional(pin_dir: str, name: str) -> int | None:
@@ -188,8 +229,9 @@ def _open_optional(pin_dir: str, name: str) -> int | None:
     return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
-def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
-    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives."""
+def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> dict[str, str]:
+    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives.
+    Returns which programs the kernel refused that splicer does without, and why."""
     # -P keeps the working directory out of the child's module path.
     child = subprocess.run(
         [sys.executable, "-P", "-m", "splicer.kernel.compiler"],
@@ -208,12 +250,15 @@ def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> None:
         raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
     if reply.get("log"):
         log.debug("loader_log", text=reply["log"])
-    for name, error in reply.get("missing", {}).items():
-        log.warning("program_refused", program=name, error=error)
     if not reply["ok"]:
         raise SplicerError(
             reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
         )
+    missing: dict[str, str] = reply.get("missing", {})
+    for name, error in missing.items():
+        if name not in answer.NAMES:  # whether they are missed the class decides
+            log.warning("program_refused", program=name, error=error)
+    return missing
 
 
 def _attach(pin_dir: str, cgroup: Cgroup) -> None:
@@ -257,7 +302,8 @@ def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation
         log.info("bpffs_mounted", path=mounted)
     lock = _lock(plan.pin_dir)
     try:
-        build = compiler.identify_build(plan.max_connections)
+        answer.release(plan.pin_dir)
+        build = compiler.identify_build(plan.max_connections, plan.answer)
         generation = _take_over(plan, cgroup, build, log) or _load(plan, cgroup, build, lock, log)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -293,10 +339,13 @@ def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) ->
     request = {
         "pin_dir": plan.pin_dir,
         "max_connections": plan.max_connections,
+        "answer": plan.answer,
         "debug": plan.debug,
     }
     try:
-        _run_compiler(request, lock, log)
+        missing = _run_compiler(request, lock, log)
+        if plan.answer:
+            _answer(plan.pin_dir, missing)
         os.symlink(build, _path(plan.pin_dir, "build"))
         os.symlink(_describe(cgroup), _path(plan.pin_dir, "cgroup"))
         # The settings map is all zero: attached, and idle until the daemon writes the policy.
@@ -306,26 +355,31 @@ def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) ->
         log.info("generation_loaded", build=build)
         return generation
     except BaseException:
-        bpffs.remove_tree(plan.pin_dir)
+        _remove_pins(plan.pin_dir)
         raise
+
+
+def _answer(pin_dir: str, missing: Mapping[str, str]) -> None:
+    """Attach what answers FIONREAD before anything else is attached, or note why not."""
+    refused = [missing[name] for name in answer.NAMES if name in missing]
+    if refused:
+        answer.detach(pin_dir)
+    if why := refused[0] if refused else answer.attach(pin_dir):
+        answer.note(pin_dir, why)
 
 
 def _drain_and_remove(pin_dir: str, timeout: float) -> tuple[int, list[str]]:
     """Returns (pairs that could not be drained in time, what was removed)."""
-    left = 0
     try:
         generation = open_pinned(pin_dir, MAPS_TO_DRAIN)
     except libbpf.KernelError:
-        return 0, bpffs.remove_tree(pin_dir, keep_root=True)  # half a generation never spliced anything
+        return 0, _remove_pins(pin_dir, keep_root=True)  # half a generation never spliced anything
     try:
-        sweeper = generation.sweeper()
-        sweeper.settings.write(registering=False)
-        left = sweeper.drain(timeout)
-        sweeper.close()
-        generation.detach()
-    finally:
+        left = generation.drain(timeout)
+    except BaseException:
         generation.close()
-    return left, bpffs.remove_tree(pin_dir, keep_root=True)
+        raise
+    return left, generation.unpin(keep_root=True)
 
 
 def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
@@ -334,15 +388,23 @@ def unload(pin_dir: str, run_dir: str, timeout: float) -> list[str]:
     The caller holds the instance lock of `run_dir`, so no daemon starts there meanwhile. Raises SplicerError
     if a daemon with another run directory uses the pins.
     """
-    if not exists(pin_dir):
+    if not exists(pin_dir) and not answer.list_left(pin_dir):
         return []
     lock = _lock(pin_dir)
+    left = 0
+    removed: list[str] = []
     try:
-        left, removed = _drain_and_remove(pin_dir, timeout)
-        bpffs.remove_tree(pin_dir)
+        if exists(pin_dir):
+            left, removed = _drain_and_remove(pin_dir, timeout)
+        more, ends = answer.release(pin_dir)
+        _remove_pins(pin_dir)
     finally:
         os.close(lock)
-    lines = [f"removed {path}" for path in removed]
+    lines = [f"removed {path}" for path in removed + more]
     if left:
         lines.append(f"{left} connections have unread redirected bytes; they keep them, and stay as they are")
+    if ends:
+        lines.append(
+            f"FIONREAD is answered for {ends} sockets that stay so until they are closed ({pin_dir})"
+        )
     return lines

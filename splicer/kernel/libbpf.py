@@ -21,6 +21,7 @@ BPF_CGROUP_SOCK_OPS = 3
 BPF_SK_MSG_VERDICT = 7
 BPF_CGROUP_SETSOCKOPT = 22
 BPF_TRACE_RAW_TP = 23
+BPF_TRACE_FEXIT = 25
 BPF_TRACE_ITER = 28
 
 # enum bpf_prog_type
@@ -350,6 +351,11 @@ def detach(link_fd: int) -> None:
 def link_tracepoint(program_fd: int) -> int:
     """Attach a BTF-typed raw tracepoint program to the tracepoint it was loaded for."""
     return check(get_library().bpf_raw_tracepoint_open(None, program_fd), "attach to the tracepoint")
+
+
+def link_function(program_fd: int) -> int:
+    """Attach a program to the kernel function it was loaded for."""
+    return check(get_library().bpf_raw_tracepoint_open(None, program_fd), "attach to the function")
 
 
 def link_iterator(program_fd: int) -> int:

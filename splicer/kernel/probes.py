@@ -21,7 +21,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
+from splicer.errors import COUNTING, KERNELS, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf
 from splicer.kernel.btf import Btf
 
@@ -31,6 +31,7 @@ _BYTES = b"probe"
 _RECVFROM = "45 "
 _READS_ASLEEP, _READS_AWAKE = 8, 32
 _SLEEP_TIMEOUT_S = 2.0
+_LOCKDOWN = "/sys/kernel/security/lockdown"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,53 @@ def can_cast(btf: Btf) -> bool:
     return True
 
 
+def _redirect_over(address: str, family: int, ends: libbpf.Map | None) -> KernelClass:
+    """Redirect five bytes over a connection of our own and see how they are counted."""
+    with contextlib.ExitStack() as stack:
+        fd = libbpf.create_map(libbpf.BPF_MAP_TYPE_SOCKHASH, "probe", 4, 4, 4)
+        stack.callback(os.close, fd)
+        program, log = libbpf.load_program(
+            libbpf.BPF_PROG_TYPE_SK_MSG,
+            "probe",
+            _assemble_redirect(fd),
+            attach_type=libbpf.BPF_SK_MSG_VERDICT,
+        )
+        if program < 0:
+            raise libbpf.KernelError(-program, f"load an SK_MSG program ({log.strip()[-80:]})")
+        stack.callback(os.close, program)
+        libbpf.attach_program_to_map(program, fd)
+        listener = stack.enter_context(socket.create_server((address, 0), family=family))
+        sender = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
+        receiver = stack.enter_context(listener.accept()[0])
+        sockets = libbpf.Map(os.dup(fd))
+        stack.callback(sockets.close)
+
+        if ends is not None:
+            ends.set(struct.pack("=I", receiver.fileno()), bytes(ends.value_size))
+        sockets.set(struct.pack("=I", 1), struct.pack("=I", receiver.fileno()))
+        sender.send(_BYTES)
+        _wait_readable(receiver)
+        counts_tcp = _count_waiting(receiver) == len(_BYTES)
+        receiver.recv(len(_BYTES))
+
+        sockets.set(struct.pack("=I", 0), struct.pack("=I", sender.fileno()))
+        before = _count_charged(receiver)
+        sender.send(_BYTES)
+        _wait_readable(receiver)
+        counts_redirected = _count_waiting(receiver) == len(_BYTES)
+        accounts_memory = _count_charged(receiver) == before + len(_BYTES)
+        receiver.recv(len(_BYTES))
+    return KernelClass(counts_redirected, counts_tcp, accounts_memory)
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 def _count_waiting(sock: socket.socket) -> int:
     value = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, value)
@@ -119,48 +167,26 @@ def _wait_readable(sock: socket.socket) -> None:
         time.sleep(0.001)
 
 
-def find_class() -> KernelClass:
+def find_class(ends: libbpf.Map | None = None) -> KernelClass:
     """Redirect five bytes over a connection of our own and see how they are counted.
 
-    Raises KernelError if the kernel has no SOCKHASH or refuses the program.
+    With the map `ends` of a generation whose programs answer FIONREAD: the class that its sockets see, over
+    IPv6 as well. Raises KernelError if the kernel has no SOCKHASH or refuses the program.
     """
-    with contextlib.ExitStack() as stack:
-        fd = libbpf.create_map(libbpf.BPF_MAP_TYPE_SOCKHASH, "probe", 4, 4, 4)
-        stack.callback(os.close, fd)
-        program, log = libbpf.load_program(
-            libbpf.BPF_PROG_TYPE_SK_MSG,
-            "probe",
-            _assemble_redirect(fd),
-            attach_type=libbpf.BPF_SK_MSG_VERDICT,
-        )
-        if program < 0:
-            raise libbpf.KernelError(-program, f"load an SK_MSG program ({log.strip()[-80:]})")
-        stack.callback(os.close, program)
-        libbpf.attach_program_to_map(program, fd)
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        sender = stack.enter_context(socket.create_connection(listener.getsockname()))
-        receiver = stack.enter_context(listener.accept()[0])
-        ends = libbpf.Map(os.dup(fd))
-        stack.callback(ends.close)
-
-        ends.set(struct.pack("=I", 1), struct.pack("=I", receiver.fileno()))
-        sender.send(_BYTES)
-        _wait_readable(receiver)
-        counts_tcp = _count_waiting(receiver) == len(_BYTES)
-        receiver.recv(len(_BYTES))
-
-        ends.set(struct.pack("=I", 0), struct.pack("=I", sender.fileno()))
-        before = _count_charged(receiver)
-        sender.send(_BYTES)
-        _wait_readable(receiver)
-        counts_redirected = _count_waiting(receiver) == len(_BYTES)
-        accounts_memory = _count_charged(receiver) == before + len(_BYTES)
-        receiver.recv(len(_BYTES))
-    return KernelClass(counts_redirected, counts_tcp, accounts_memory)
+    found = _redirect_over("127.0.0.1", socket.AF_INET, ends)
+    if ends is None or not _has_ipv6():
+        return found
+    other = _redirect_over("::1", socket.AF_INET6, ends)
+    return KernelClass(
+        found.counts_redirected and other.counts_redirected,
+        found.counts_tcp and other.counts_tcp,
+        found.accounts_memory and other.accounts_memory,
+    )
 
 
-def require_class() -> KernelClass:
-    """The kernel's class. Raises SplicerError (exit code 4) if splicer could not keep its promises there."""
+def require_class(*, may_answer: bool) -> KernelClass:
+    """The kernel's class, as it is by itself. Raises SplicerError (exit code 4) if splicer could not keep its
+    promises there. `may_answer`: it might, if FIONREAD can be answered; that is known later."""
     try:
         found = find_class()
     except libbpf.KernelError as error:
@@ -169,18 +195,14 @@ def require_class() -> KernelClass:
             hint=f"splicer needs {KERNELS}, with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG",
             exit_code=UNSUPPORTED,
         ) from error
-    if found.name == "A":
-        raise SplicerError(
-            "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang",
-            hint=f"use a kernel with the fix: {KERNELS}",
-            exit_code=UNSUPPORTED,
-        )
     if not found.accounts_memory:
         raise SplicerError(
             "this kernel does not charge redirected bytes to the receiver; a sender could not be held back",
             hint="use a newer kernel",
             exit_code=UNSUPPORTED,
         )
+    if found.name == "A" and not may_answer:
+        raise refuse_class_a("the settings say fionread = off")
     return found
 
 
@@ -306,3 +328,34 @@ def find_switch_marks(btf: Btf) -> int:
     if not marks:
         raise libbpf.KernelError(errno.ENODATA, "tell who slept")
     return marks
+
+
+def refuse_class_a(why: str) -> SplicerError:
+    """The kernel does not count redirected bytes, and FIONREAD is not answered for this reason."""
+    return SplicerError(
+        "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang; "
+        f"and splicer does not answer it: {why}",
+        hint=f"{_name_way_out(why)}, or use a kernel that counts them: {COUNTING}",
+        exit_code=UNSUPPORTED,
+    )
+
+
+def _name_way_out(why: str) -> str:
+    """What lets splicer answer FIONREAD itself."""
+    if "fionread" in why:
+        return "have splicer answer it: --fionread auto"
+    if _is_locked_down():
+        return (
+            "splicer would answer it, but lockdown forbids that; boot without it "
+            "(Secure Boot off, no lockdown= on the kernel's command line)"
+        )
+    return "splicer would answer it, where fexit programs may be loaded that use bpf_probe_write_user"
+
+
+def _is_locked_down() -> bool:
+    """/sys/kernel/security/lockdown reads like "none [integrity] confidentiality"."""
+    try:
+        with open(_LOCKDOWN, encoding="ascii") as stream:
+            return "[none]" not in stream.read()
+    except OSError:
+        return False

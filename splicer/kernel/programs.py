@@ -10,14 +10,16 @@ from typing import Any
 
 from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf
+from splicer.kernel.btf import Btf
 
 KERNEL_HINT = f"splicer needs {KERNELS}; if this is one, please report its version"
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program as the kernel wants it: C function, program type, attach type and BTF target; what people
-    call this kind of program; and whether splicer does without it where the kernel refuses it."""
+    """A program as the kernel wants it: C function, program type, attach type and BTF target (a tracepoint,
+    an iterator, or a kernel function with `parameters`); what people call this kind of program; and whether
+    splicer does without it where the kernel refuses it."""
 
     name: str
     function: str
@@ -26,7 +28,26 @@ class Program:
     attach_type: int = 0
     tracepoint: str = ""
     iterator: str = ""
+    traced: str = ""
+    parameters: int = 0
     is_optional: bool = False
+
+    def find_target(self, btf: Btf) -> int:
+        """BTF id of what it is attached to, 0 if there is none such. Raises SplicerError if the kernel lacks
+        it."""
+        if self.tracepoint:
+            target, wanted = btf.find_tracepoint(self.tracepoint), self.tracepoint
+        elif self.iterator:
+            target, wanted = btf.find_iterator(self.iterator), f"iterator over {self.iterator}"
+        elif self.traced:
+            target, wanted = btf.find_function(self.traced), f"{self.traced}() as it is known"
+            if target > 0 and btf.count_parameters(target) != self.parameters:
+                target = -1
+        else:
+            return 0
+        if target < 0:
+            raise SplicerError(f"this kernel has no {wanted}", hint=KERNEL_HINT, exit_code=UNSUPPORTED)
+        return target
 
 
 PROGRAMS = (
@@ -72,6 +93,20 @@ PROGRAMS = (
         iterator="tcp",
         is_optional=True,
     ),
+)
+# What puts FIONREAD right; loaded where the kernel's class needs it and the settings allow it.
+ANSWERS = tuple(
+    Program(
+        name,
+        name,
+        "fexit program",
+        libbpf.BPF_PROG_TYPE_TRACING,
+        libbpf.BPF_TRACE_FEXIT,
+        traced=function,
+        parameters=3,
+        is_optional=True,
+    )
+    for name, function in (("answer4", "inet_ioctl"), ("answer6", "inet6_ioctl"))
 )
 MAPS = (
     "spliced",

@@ -36,10 +36,12 @@ Mode = Literal["adaptive", "eager"]
 Default = Literal["on", "off"]
 Blocking = Literal["refuse", "allow"]
 TcpInq = Literal["allow", "refuse"]
+Fionread = Literal["auto", "off"]
 LogFormat = Literal["auto", "console", "json"]
 
 MODES: tuple[str, ...] = get_args(Mode)
 DEFAULTS: tuple[str, ...] = get_args(Default)
+FIONREAD: tuple[str, ...] = get_args(Fionread)
 LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
 CONFIG_VARIABLE = "SPLICER_CONFIG"
@@ -56,6 +58,7 @@ class Settings:
     blocking: Blocking = "refuse"
     tcp_inq: TcpInq = "allow"
     policies: tuple[Rule, ...] = ()
+    fionread: Fionread = "auto"
     docker: str = "auto"
     ready_file: str | None = None
     max_connections: int = 65536
@@ -95,6 +98,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "default": choice(DEFAULTS),
     "blocking": choice(BLOCKING),
     "tcp_inq": choice(TCP_INQ),
+    "fionread": choice(FIONREAD),
     "docker": ValueType(
         "auto, off, or where the engine listens, such as unix:///run/podman/podman.sock", _is_engine
     ),

@@ -126,7 +126,7 @@ def test_reader_that_is_stopped_while_splicer_stops(
             _send(pairs, BEFORE)
             assert _count_redirected(host, pairs) == [count + BEFORE for count in before]
             leave(host, pairs)
-            assert host.bpffs.pins() == []
+            assert host.list_pins() == []
             _send(pairs, AFTERWARDS)
         # It gives up by itself when nothing came for some seconds.
         reader.finish()

@@ -97,7 +97,7 @@ def test_pair_that_is_left_behind_goes_on_redirecting(lab: Lab) -> None:
         assert pair.server.wait_fionread(count=100) == 100
         assert host.daemon.stop() == 0
         assert '"unread_connections": 1' in host.daemon.tail()
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         before = pair.server.count_through_tcp()
         for _ in range(10):
             pair.client.send(100)
@@ -123,7 +123,7 @@ def test_bytes_of_a_server_that_has_closed_before_the_stop(lab: Lab) -> None:
         wait_until("its record has gone", lambda: host.find_flow(pair) is None)
         assert host.daemon.stop() == 0
         assert '"unread_connections": 0' in host.daemon.tail()
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         # Level-triggered epoll, and no more than FIONREAD says.
         pair.client.peer.call("recv_told", conns=[pair.client.conn], count=1000, edge=False)
         assert pair.client.expect_eof()
@@ -138,7 +138,7 @@ def test_reader_far_behind_when_splicer_stops(lab: Lab) -> None:
         assert sent["stopped"] == "full"
         assert (host.find_flow(pair) or {})["reason"] == "backpressure"
         assert host.daemon.stop() == 0
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         assert pair.server.recv(sent["bytes"]) == sent["bytes"]
         pair.pingpong(50)
         pair.verify()

@@ -84,7 +84,7 @@ def test_stop_while_a_reader_does_not_read(lab: Lab) -> None:
         with Stopwatch() as watch:
             assert host.daemon.stop() == 0
         assert watch.seconds < 4.0
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         pair.client.send(20_000, chunk=500)
         assert pair.server.recv(70_000) == 70_000
         pair.pingpong(50)
@@ -104,7 +104,7 @@ def test_second_signal_does_not_wait(lab: Lab) -> None:
         with Stopwatch() as watch:
             assert host.daemon.wait() == 0
         assert watch.seconds < 3.0
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         assert not (host.run_dir / "control.sock").exists()
         assert pair.server.recv(5_000) == 5_000
         pair.pingpong(10)
@@ -226,7 +226,7 @@ def test_unload_after_a_crash_under_load(lab: Lab) -> None:
         done = call("unload", *places)
         assert done.code == 0, done
         assert done.stdout
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         assert not (host.run_dir / "control.sock").exists()
         load.finish()
         host.daemon.ready_file.unlink(missing_ok=True)

@@ -21,7 +21,6 @@ from support.tiers import spread, thorough
 from support.trees import copy_changed
 
 from splicer.kernel import libbpf
-from splicer.kernel.generation import LINKS
 
 CHANGED = ("bpf/observe.c", "#define WARM_SEGMENTS\t3", "#define WARM_SEGMENTS\t4")
 
@@ -63,7 +62,7 @@ def test_another_build_under_load(lab: Lab, other_build: Path, ending: str) -> N
                 quiet.pingpong(20)
             else:
                 assert host.daemon.stop() == 0
-                assert host.bpffs.pins() == []
+                assert host.list_pins() == []
                 assert list_attached(host.cgroup.path) == []
             _use(host, tree)
             host.start()
@@ -158,13 +157,13 @@ def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
             )
             assert done.code == 0, done
             assert "removed" in done.stdout
-            assert host.bpffs.pins() == []
+            assert host.list_pins() == []
             assert list_attached(host.cgroup.path) == []
             host.daemon.ready_file.unlink()
         host.start()
         log = host.daemon.log.read_text()
         assert log.count('"generation_replaced"') == (1 if how == "start" else 0)
-        assert {each.name for each in (host.pin_dir / "links").iterdir()} == set(LINKS)
+        assert {each.name for each in (host.pin_dir / "links").iterdir()} == host.name_links()
         assert host.count_spliced() == 0
         quiet.pingpong(50)
         _check_survivors(host, lab, load, quiet, waiting)

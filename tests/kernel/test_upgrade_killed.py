@@ -20,7 +20,6 @@ from support.load import Load
 from support.tiers import spread, thorough
 
 from splicer.kernel import libbpf
-from splicer.kernel.generation import LINKS
 from splicer.kernel.layout import KernelSettings
 
 MOMENTS = "further moments"
@@ -77,7 +76,7 @@ def test_killed_while_it_loads(lab: Lab, delay: float) -> None:
         host.check_alive(lab)
         # Nothing has been pinned beside the daemon's own.
         time.sleep(0.5)
-        assert {each.name for each in (host.pin_dir / "links").iterdir()} == set(LINKS)
+        assert {each.name for each in (host.pin_dir / "links").iterdir()} == host.name_links()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_unload_is_killed(lab: Lab, milliseconds: int) -> None:
         if milliseconds != 380:
             done = call("unload", *_places(host), "--stop-timeout=0.2")
             assert done.code == 0, done
-            assert host.bpffs.pins() == []
+            assert host.list_pins() == []
             host.daemon.ready_file.unlink(missing_ok=True)
         host.start()
         assert unread.server.recv(2000) == 2000

@@ -225,7 +225,7 @@ def test_start_on_a_full_disk(small_disk: Path) -> None:
         message = _last_line(outcome)
         assert "No space left on device" in message
         assert str(host.run_dir) in message
-        assert host.bpffs.pins() == []
+        assert host.list_pins() == []
         ballast.unlink()
         host.start()
         assert host.daemon.stop() == 0

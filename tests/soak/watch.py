@@ -89,7 +89,8 @@ class Watch:
         if any(now[name] < n for name, n in self._now.items()):
             self.end_generation()
         self._now = now
-        self.kernel_class = status["kernel_class"]
+        # As applications see it.
+        self.kernel_class = "C" if status["fionread"] == "splicer" else status["kernel_class"]
         connections = status["connections"]
         self.most_spliced = max(self.most_spliced, connections["spliced"])
         known = sum(connections.values())

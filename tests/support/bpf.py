@@ -128,7 +128,7 @@ def list_attached(cgroup: Path) -> list[str]:
 
 def count_spliced(pin_dir: Path) -> int:
     """How many sockets the pinned SOCKHASH holds."""
-    pins = [pin for pin in pin_dir.rglob("spliced") if not pin.is_dir()]
+    pins = [pin for pin in pin_dir.glob("maps/spliced") if not pin.is_dir()]
     if len(pins) != 1:
         raise RuntimeError(f"expected one pinned map 'spliced' below {pin_dir}, found {pins}")
     done = subprocess.run(

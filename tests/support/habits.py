@@ -71,7 +71,9 @@ class Talk:
         told = count_waiting(self.connection.sock)
         if told:
             got += len(self.connection.take(told))
-        self._note_answer(denied=not told and is_readable(self.connection.sock))
+        sock = self.connection.sock
+        # A byte that came between the two questions is no denial: it is counted when asked again.
+        self._note_answer(denied=not told and is_readable(sock) and not count_waiting(sock))
         self.unread -= got
         if not self.opens:
             self.owed += got

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from splicer.kernel import libbpf
+from splicer.kernel import answer, libbpf
+from splicer.kernel.generation import LINKS
 from splicer.kernel.layout import PAIR, STATE_PAIRED
 from support.bpf import Bpffs, count_spliced, find_leftovers, list_attached, list_objects
 from support.cgroup import Cgroup
-from support.daemon import Daemon, wait_until
+from support.daemon import Daemon, call, wait_until
 from support.holders import describe_holders
 from support.lab import Lab
 from support.pauses import Stopwatch
@@ -114,6 +115,12 @@ class Host:
         self._daemons.append(daemon)
         return daemon
 
+    def unload(self) -> str:
+        """`splicer unload`, which must end with 0; what it says."""
+        done = call("unload", f"--run-dir={self.run_dir}", f"--pin-dir={self.pin_dir}", "--stop-timeout=1")
+        assert done.code == 0, done
+        return done.stdout
+
     def reload(self, services: str) -> None:
         """Give the daemon another configuration; returns when it has read it, or refused it."""
         self.config.write_text(services)
@@ -124,6 +131,23 @@ class Host:
     def count_reloads(self) -> int:
         log = self.daemon.log.read_text()
         return log.count('"reloaded"') + log.count('"reload_failed"')
+
+    @property
+    def is_answered(self) -> bool:
+        """True if splicer answers FIONREAD itself, as the last daemon has said when it was ready."""
+        return self.daemon.log.exists() and '"fionread": "splicer"' in self.daemon.log.read_text()
+
+    def name_links(self) -> set[str]:
+        """The links of a complete generation."""
+        return {*LINKS, *(answer.NAMES if self.is_answered else ())}
+
+    def list_pins(self) -> list[Path]:
+        """What is pinned, but for what answers FIONREAD for sockets that were left spliced."""
+        left = list(self.pin_dir.glob("left-*")) if self.has_run and self.is_answered else []
+        if not left:
+            return self.bpffs.pins()
+        kept = {self.pin_dir, *left, *(path for each in left for path in each.iterdir())}
+        return [path for path in self.bpffs.pins() if path not in kept]
 
     def count_spliced(self) -> int:
         """How many sockets are in the SOCKHASH."""
@@ -341,6 +365,9 @@ class Host:
 
     def check_clean(self, timeout: float = 15.0) -> None:
         """Nothing is left: no pins, programs, maps or links, nothing attached, no socket, no ready file."""
+        if self.list_pins() != self.bpffs.pins():
+            # What answered for them goes when somebody looks, and they are closed by now.
+            self.unload()
         assert self.bpffs.pins() == [], "pins are left"
         assert list_attached(self.cgroup.path) == []
         pids = {daemon.pid for daemon in self._daemons} | {peer.pid for peer in self._peers}

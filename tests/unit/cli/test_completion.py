@@ -41,6 +41,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         (["splicer", "run", "--mode", ""], {"adaptive", "eager"}),
         (["splicer", "run", "--default", ""], {"on", "off"}),
         (["splicer", "run", "--docker", "a"], {"auto"}),
+        (["splicer", "run", "--fionread", ""], {"auto", "off"}),
         (["splicer", "set", "web", "e"], {"eager"}),
         (["splicer", "policy", "web"], set()),
         (["splicer", "flows", "--container", ""], set()),

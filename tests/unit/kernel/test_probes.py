@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,12 +25,15 @@ CLASSES = {
     "B": KernelClass(counts_redirected=True, counts_tcp=False, accounts_memory=True),
     "C": KernelClass(counts_redirected=True, counts_tcp=True, accounts_memory=True),
 }
-# On these an unread byte may be taken for none, or a sender is never held back.
+# Where nobody may answer FIONREAD an unread byte may be taken for none; on the others a sender is never held
+# back, whoever answers.
 UNFIT = [
-    (KernelClass(False, True, True), "class A", "6.6.128"),
-    (KernelClass(False, False, True), "class A", "6.6.128"),
-    (KernelClass(True, False, False), "held back", "newer kernel"),
-    (KernelClass(True, True, False), "held back", "newer kernel"),
+    (KernelClass(False, True, True), False, "class A", "--fionread auto, or use a kernel that counts them"),
+    (KernelClass(False, False, True), False, "class A", "6.6.128"),
+    (KernelClass(True, False, False), False, "held back", "newer kernel"),
+    (KernelClass(True, False, False), True, "held back", "newer kernel"),
+    (KernelClass(True, True, False), False, "held back", "newer kernel"),
+    (KernelClass(False, True, False), True, "held back", "newer kernel"),
 ]
 
 
@@ -71,19 +76,20 @@ def test_class_a_whatever_tcp_bytes_do() -> None:
     assert KernelClass(counts_redirected=False, counts_tcp=False, accounts_memory=True).name == "A"
 
 
-@pytest.mark.parametrize("name", "BC")
-def test_kernels_that_are_fit(find: Callable[..., None], name: str) -> None:
+@pytest.mark.parametrize(("name", "may_answer"), [("A", True), *itertools.product("BC", (True, False))])
+def test_kernels_that_are_fit(find: Callable[..., None], name: str, may_answer: bool) -> None:
+    """Class A is, for the time being, where FIONREAD may be answered: whether it can be turns out later."""
     find(CLASSES[name])
-    assert probes.require_class() is CLASSES[name]
+    assert probes.require_class(may_answer=may_answer) is CLASSES[name]
 
 
-@pytest.mark.parametrize(("found", "told", "hint"), UNFIT)
+@pytest.mark.parametrize(("found", "may_answer", "told", "hint"), UNFIT)
 def test_kernels_that_are_refused(
-    find: Callable[..., None], found: KernelClass, told: str, hint: str
+    find: Callable[..., None], found: KernelClass, may_answer: bool, told: str, hint: str
 ) -> None:
     find(found)
     with pytest.raises(SplicerError) as caught:
-        probes.require_class()
+        probes.require_class(may_answer=may_answer)
     assert caught.value.exit_code == UNSUPPORTED
     assert told in str(caught.value)
     assert hint in (caught.value.hint or "")
@@ -92,7 +98,7 @@ def test_kernels_that_are_refused(
 def test_kernel_that_cannot_redirect(find: Callable[..., None]) -> None:
     find(KernelError(errno.EINVAL, "create a map"))
     with pytest.raises(SplicerError, match="cannot redirect between sockets") as caught:
-        probes.require_class()
+        probes.require_class(may_answer=True)
     assert caught.value.exit_code == UNSUPPORTED
     assert "CONFIG_NET_SOCK_MSG" in (caught.value.hint or "")
 
@@ -105,9 +111,35 @@ def test_run_ends_with_4_before_anything_is_loaded(
     monkeypatch.setattr(cgroups, "find", lambda requested: Cgroup("/v2", requested, 42))
     monkeypatch.setattr(generation, "take_over_or_load", lambda *arguments: pytest.fail("it went on"))
     find(CLASSES["A"])
-    outcome = invoke("run", "--cgroup", "/v2", "--run-dir", run_dir)
+    outcome = invoke("run", "--cgroup", "/v2", "--run-dir", run_dir, "--fionread", "off")
     assert outcome.code == UNSUPPORTED == 4
     assert outcome.stdout == ""
     message, hint = outcome.stderr.splitlines()
     assert message.startswith("splicer: on this kernel FIONREAD does not count redirected bytes (class A)")
-    assert hint.startswith("hint: use a kernel with the fix: ")
+    assert message.endswith("splicer does not answer it: the settings say fionread = off")
+    assert hint.startswith(
+        "hint: have splicer answer it: --fionread auto, or use a kernel that counts them: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("none [integrity] confidentiality\n", "lockdown forbids that; boot without it"),
+        ("[none] integrity confidentiality\n", "where fexit programs may be loaded"),
+        (None, "where fexit programs may be loaded"),
+    ],
+)
+def test_the_way_out_of_class_a(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, hint: str
+) -> None:
+    """Under lockdown, as Secure Boot sets it, there is another one than where the kernel cannot do it."""
+    file = tmp_path / "lockdown"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(probes, "_LOCKDOWN", str(file))
+    error = probes.refuse_class_a("the kernel refused the answer4 program (EPERM): Operation not permitted")
+    assert error.exit_code == UNSUPPORTED
+    assert error.message.endswith("answer4 program (EPERM): Operation not permitted")
+    assert hint in (error.hint or "")
+    assert "or use a kernel that counts them: Linux 6.6.128" in (error.hint or "")

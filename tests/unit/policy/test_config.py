@@ -97,6 +97,7 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
         ("docker", "unix:///run/a\nb"),
         ("blocking", "yes"),
         ("tcp_inq", "ask"),
+        ("fionread", "on"),
         ("max_connections", "15"),
         ("max_connections", "1048577"),
         ("max_connections", "many"),
