@@ -150,9 +150,12 @@ def list_tree(tree: Path) -> list[str]:
 
 def pack(file: Path, tree: Path, image: Image, plan: dict[str, Any], kept: Path) -> None:
     """The second disk: the tree, modules, what earlier guests with this kernel compiled, and the plan."""
-    with tarfile.open(file, "w") as archive:
+    with tarfile.open(file, "w", format=tarfile.GNU_FORMAT) as archive:
         for path in list_tree(tree):
             archive.add(tree / path, f"splicer/{path}", recursive=False)
+        # Ours, whatever the tree has.
+        for path in list_tree(HERE):
+            archive.add(HERE / path, f"vm/{path}", recursive=False)
         for name, content in _name_modules(collect_modules(image.modules, TEST_MODULES)):
             _add(archive, f"modules/{name}", content)
         for path in sorted(kept.glob("*.json")):

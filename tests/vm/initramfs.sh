@@ -12,4 +12,4 @@ $b mkdir -p /root/srv
 $b mount -t tmpfs -o mode=755 srv /root/srv
 $b tar -xf /dev/vdb -C /root/srv
 $b umount /proc
-exec $b switch_root /root /bin/sh /srv/splicer/tests/vm/init.sh
+exec $b switch_root /root /bin/sh /srv/vm/init.sh

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in a guest: the steps of the plan, one after the other, each with its output and exit code.
+"""What runs in a guest: the steps of the plan, one after the other.
 
 Reads /srv/plan.json: {"compile": whether to compile the programs first, "start": whether to see how `splicer
 run` starts, "steps": [{"name", "command", "timeout"}], "environment": {}}. Steps follow only where it did
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,31 +34,42 @@ def run_step(step: dict[str, Any], environment: dict[str, str]) -> dict[str, Any
     """One command, with its output on the console and in a file of its name."""
     say(step["name"])
     begun = time.monotonic()
-    with (RESULTS / f"{step['name']}.txt").open("wb") as sink:
-        process = subprocess.Popen(
-            step["command"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=TREE,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        old = signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGTERM))
-        signal.alarm(int(step["timeout"]))
-        try:
-            while chunk := os.read(process.stdout.fileno(), 1 << 16):
-                sink.write(chunk)
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.flush()
-            code = process.wait()
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, old)
+    process = subprocess.Popen(
+        step["command"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=TREE,
+        start_new_session=True,
+    )
+    copier = threading.Thread(target=_copy, args=(process, RESULTS / f"{step['name']}.txt"), daemon=True)
+    copier.start()
+    code = _wait(process, step["timeout"])
+    # Who is left of it may hold its output open.
+    copier.join(5.0)
     seconds = round(time.monotonic() - begun)
     say(f"{step['name']}: exit code {code} after {seconds} s")
     return {"name": step["name"], "code": code, "seconds": seconds}
+
+
+def _copy(process: subprocess.Popen[bytes], file: Path) -> None:
+    assert process.stdout is not None
+    with file.open("wb", buffering=0) as sink:
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+            sink.write(chunk)
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float) -> int:
+    """Its exit code; it is made to end when it has not within `timeout` seconds."""
+    for number, seconds in ((signal.SIGTERM, timeout), (signal.SIGKILL, 60.0)):
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number)
+    return process.wait()
 
 
 def list_objects() -> list[str]:
@@ -139,7 +151,10 @@ def main() -> None:
     if plan["start"]:
         found["class"] = _output("-c", FIND_CLASS, environment=environment)
         say(f"class {found['class']}")
-        found["start"] = start_and_stop(environment)
+        # What is ours is no setting of splicer's.
+        found["start"] = start_and_stop(
+            {name: value for name, value in environment.items() if not name.startswith("SPLICER_")}
+        )
     if not plan["start"] or found["start"]["code"] == 0:
         found["steps"] = [run_step(step, environment) for step in plan["steps"]]
     log = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", check=False).stdout

@@ -33,10 +33,10 @@ class Kernel:
 
     @property
     def pattern(self) -> str:
-        """A regular expression for the names of its packages. Cloud kernels are the smallest. Signed ones
+        """A regular expression, as apt knows them, for the names of its packages. Cloud kernels are the smallest. Signed ones
         only: under lockdown no other modules can be loaded."""
         number = self.version.replace(".", r"\.")
-        return rf"linux-image-{number}(\.\d+)*(-\d+|\+deb\d+(\.\d+)?)-cloud-amd64"
+        return rf"linux-image-{number}(\.[0-9]+)*(-[0-9]+|\+deb[0-9]+(\.[0-9]+)?)-cloud-amd64"
 
 
 KERNELS = (

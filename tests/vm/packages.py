@@ -71,6 +71,8 @@ class Apt:
             f"-oDir::Cache={directory}/cache",
             "-oAPT::Sandbox::User=root",
             "-oAcquire::Languages=none",
+            # Suites that are no more than kept are not signed anew.
+            "-oAcquire::Check-Valid-Until=false",
         ]
 
     def update(self, suites: Iterable[str]) -> None:

@@ -27,7 +27,9 @@ class BPF:
         asked = json.dumps([os.uname().release, os.uname().version, text, cflags])
         path = KEPT / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
         if not path.exists():
-            path.write_text(json.dumps(_compile(text, cflags)))
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(_compile(text, cflags)))
+            draft.replace(path)
         self.module = Module(json.loads(path.read_text()))
 
 
