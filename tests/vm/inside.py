@@ -82,6 +82,18 @@ def list_objects() -> list[str]:
     return found
 
 
+def read_status(environment: dict[str, str]) -> dict[str, Any]:
+    """What `splicer status` says, once older connections have been looked for."""
+    for _ in range(60):
+        status: dict[str, Any] = json.loads(
+            _output("-m", "splicer", "status", "--json", environment=environment)
+        )
+        if status.get("census", {}).get("state") != "running":
+            break
+        time.sleep(1)
+    return status
+
+
 def start_and_stop(environment: dict[str, str]) -> dict[str, Any]:
     """What `splicer run` does here, what it says of the kernel, and what it leaves behind."""
     say("splicer run")
@@ -98,7 +110,7 @@ def start_and_stop(environment: dict[str, str]) -> dict[str, Any]:
         time.sleep(0.1)
     found: dict[str, Any] = {"start_seconds": round(time.monotonic() - begun)}
     if process.poll() is None and READY.exists():
-        found["status"] = json.loads(_output("-m", "splicer", "status", "--json", environment=environment))
+        found["status"] = read_status(environment)
         process.send_signal(signal.SIGTERM)
     elif process.poll() is None:
         process.kill()
