@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import pauses
 from vm import report
 from vm.kernels import AREAS, BY_NAME, KERNELS, REFUSED, RUNS, Kernel
 
@@ -137,6 +139,14 @@ def test_the_tests_that_are_run_exist() -> None:
 )
 def test_what_is_not_as_expected_is_named(expected: str, row: dict[str, Any], wrong: str) -> None:
     assert report.judge(_kernel(expected), row) == ([wrong] if wrong else [])
+
+
+def test_what_is_waited_for_may_take_longer_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pauses, "SLOWNESS", 8.0)
+    begun = time.monotonic()
+    with pauses.Stopwatch() as watch:
+        time.sleep(0.1)
+    assert 0 < watch.seconds <= (time.monotonic() - begun) / 8
 
 
 def test_results_of_pytest_are_counted(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ KERNELS = (
     Kernel("7", "7", ("sid", "trixie-backports"), RUNS, "the newest there is"),
 )
 
-# Areas of tests, and the arguments of pytest for each: what depends on the kernel, and ends within minutes. Each
-# area is a run by itself, and starts splicer itself.
+# Areas of tests, and the arguments of pytest for each: what depends on the kernel, and ends within minutes.
+# Each area is a run by itself, and starts splicer itself.
 AREAS = {
     "splicing": ("tests/kernel/test_splicing.py",),
     "nginx": ("tests/kernel/test_nginx.py",),
