@@ -146,7 +146,7 @@ def test_what_is_waited_for_may_take_longer_on_a_slow_machine(monkeypatch: pytes
     begun = time.monotonic()
     with pauses.Stopwatch() as watch:
         time.sleep(0.1)
-    assert 0 < watch.seconds <= (time.monotonic() - begun) / 8
+    assert watch.seconds <= (time.monotonic() - begun) / 8
 
 
 def test_results_of_pytest_are_counted(tmp_path: Path) -> None:
