@@ -7,7 +7,6 @@ the third one takes a tar with what the guest found. The guest has no network.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -217,8 +216,8 @@ def boot(image: Image, disk: Disk, payload: Path, results: Path, machine: Machin
             *("-drive", f"file={out},format=raw,if=virtio"),
         ]
         _watch(command, machine.timeout, results / "console.txt", show)
-        with contextlib.suppress(tarfile.TarError), tarfile.open(out) as archive:
-            archive.extractall(results, filter="data")
+        # Nothing but zeros if the guest did not get that far.
+        subprocess.run(["tar", "-xf", out, "-C", results], capture_output=True, check=False)
 
 
 def _watch(command: list[str], timeout: float, log: Path, show: bool) -> None:
