@@ -117,7 +117,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _pytest(area: str) -> list[str]:
-    options = ["-p", "no:cacheprovider", "-q", f"--junitxml=/srv/results/{area}.xml"]
+    options = ["-p", "no:cacheprovider", "-v", "--durations=8", f"--junitxml=/srv/results/{area}.xml"]
     return ["/usr/bin/python3", "-m", "pytest", *options, *AREAS[area]]
 
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -232,10 +233,10 @@ def _watch(command: list[str], timeout: float, log: Path, show: bool) -> None:
         clock = threading.Timer(timeout, process.kill)
         clock.start()
         try:
-            for line in process.stdout:
-                sink.write(line)
+            while chunk := os.read(process.stdout.fileno(), 1 << 16):
+                sink.write(chunk)
                 if show:
-                    sys.stderr.buffer.write(line)
+                    sys.stderr.buffer.write(chunk)
                     sys.stderr.flush()
         finally:
             clock.cancel()
