@@ -137,9 +137,11 @@ def _boot(
     with tempfile.TemporaryDirectory(prefix="splicer-vm-") as place:
         payload = Path(place) / "payload"
         pack(payload, options.tree, image, plan | {"environment": ENVIRONMENT}, kept)
-        boot(image, disk, payload, results, machine, show)
-    for path in (results / "kept").glob("*.json"):
-        shutil.copy(path, kept)
+        try:
+            boot(image, disk, payload, results, machine, show)
+        finally:
+            for path in (results / "kept").glob("*.json"):
+                shutil.copy(path, kept)
     return image
 
 

@@ -216,9 +216,11 @@ def boot(image: Image, disk: Disk, payload: Path, results: Path, machine: Machin
             *("-drive", f"file={payload},format=raw,if=virtio,snapshot=on"),
             *("-drive", f"file={out},format=raw,if=virtio"),
         ]
-        _watch(command, machine.timeout, results / "console.txt", show)
-        # Nothing but zeros if the guest did not get that far.
-        subprocess.run(["tar", "-xf", out, "-C", results], capture_output=True, check=False)
+        try:
+            _watch(command, machine.timeout, results / "console.txt", show)
+        finally:
+            # Nothing but zeros if the guest did not get that far.
+            subprocess.run(["tar", "-xf", out, "-C", results], capture_output=True, check=False)
 
 
 def _watch(command: list[str], timeout: float, log: Path, show: bool) -> None:
