@@ -72,12 +72,12 @@ def main() -> int:
         rows = []
         for kernel in kernels:
             rows.append(_try_kernel(kernel, disk, options))
-            print(report.tabulate(rows[-1:]), flush=True)
+            print(report.tabulate(rows[-1:]), file=sys.stderr, flush=True)
     except (Unavailable, RuntimeError) as error:
         return _complain(FAILURE, str(error))
     if options.save:
         report.save([row for row in rows if "start" in row])
-    print(report.tabulate(rows))
+    print(json.dumps({"schema": 1, "kernels": rows}, indent=1) if options.json else report.tabulate(rows))
     return FAILURE if any(row["wrong"] for row in rows) else 0
 
 
@@ -99,6 +99,7 @@ def _parse() -> argparse.Namespace:
     add("--append", default="", help="more for the kernel's command line")
     add("--results", type=Path, help="keep what the guest found in this directory")
     add("--save", action="store_true", help="write tests/vm/results.json and the table in docs/kernels.md")
+    add("--json", action="store_true", help="one JSON object instead of the table")
     add("--bare", action="store_true", help="with a command: do not compile splicer's programs first")
     add("--verbose", action="store_true", help="show the guest's console")
     add("--list", action="store_true", help="the names of the kernels, and what is expected of them")
