@@ -112,8 +112,8 @@ def _parse() -> argparse.Namespace:
     options.command = command
     if command and len(options.kernel) != 1:
         parser.error("a command needs one --kernel")
-    if options.save and (options.only or command):
-        parser.error("--save is for all tests")
+    if options.save and command:
+        parser.error("--save is for the tests")
     return options
 
 
