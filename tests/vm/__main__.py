@@ -76,7 +76,7 @@ def main() -> int:
     except (Unavailable, RuntimeError) as error:
         return _complain(FAILURE, str(error))
     if options.save:
-        report.save([row for row in rows if "start" in row])
+        report.save([row for row in rows if report.CUT not in row["wrong"]])
     print(json.dumps({"schema": 1, "kernels": rows}, indent=1) if options.json else report.tabulate(rows))
     return FAILURE if any(row["wrong"] for row in rows) else 0
 
@@ -162,12 +162,11 @@ def _run_command(kernel: Kernel, disk: Disk, options: argparse.Namespace) -> int
     with tempfile.TemporaryDirectory(prefix="splicer-vm-") as place:
         results = options.results or Path(place) / "results"
         _boot(kernel, disk, options, plan, results)
-        found = results / "found.json"
-        if not found.exists():
-            return _complain(FAILURE, "the guest did not get to its end")
+        if not (results / "dmesg.txt").exists():
+            return _complain(FAILURE, report.CUT)
         for line in report.find_trouble((results / "dmesg.txt").read_text()):
             _tell(f"kernel: {line}")
-        return int(json.loads(found.read_text())["steps"][0]["code"])
+        return int(report.read_found(results)["steps"][0]["code"])
 
 
 @contextlib.contextmanager

@@ -147,6 +147,13 @@ compiler._compile(compiler.collect_macros(Settings().max_connections))
 """
 
 
+def hand_over(found: dict[str, Any]) -> None:
+    """Give the host what there is by now, should the guest not get to its end."""
+    (RESULTS / "found.json").write_text(json.dumps(found))
+    subprocess.run(["tar", "-cf", "/dev/vdc", "-C", str(RESULTS), "."], check=False)
+    os.sync()
+
+
 def main() -> None:
     plan = json.loads((PLACE / "plan.json").read_text())
     environment = os.environ | plan["environment"]
@@ -160,9 +167,7 @@ def main() -> None:
     if plan["compile"]:
         step = {"name": "compile", "command": [sys.executable, "-c", COMPILE], "timeout": 900}
         found["compiled"] = run_step(step, environment)
-        # What took so long is for the next one even if we do not get to the end.
-        subprocess.run(["tar", "-cf", "/dev/vdc", "-C", str(RESULTS), "kept"], check=False)
-        os.sync()
+        hand_over(found)
     if plan["start"]:
         found["class"] = _output("-c", FIND_CLASS, environment=environment)
         say(f"class {found['class']}")
@@ -171,10 +176,12 @@ def main() -> None:
             {name: value for name, value in environment.items() if not name.startswith("SPLICER_")}
         )
     if not plan["start"] or found["start"]["code"] == 0:
-        found["steps"] = [run_step(step, environment) for step in plan["steps"]]
+        for step in plan["steps"]:
+            found["steps"].append(run_step(step, environment))
+            hand_over(found)
     log = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", check=False).stdout
     (RESULTS / "dmesg.txt").write_text(log)
-    (RESULTS / "found.json").write_text(json.dumps(found))
+    hand_over(found)
 
 
 if __name__ == "__main__":

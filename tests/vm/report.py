@@ -24,11 +24,12 @@ TROUBLE = re.compile(
     r"|refcount_t:|corruption|KASAN|UBSAN|suspicious RCU"
 )
 REFUSED_CODE = 4
+CUT = "the guest did not get to its end"
 
 
 def find_trouble(log: str) -> list[str]:
     """Lines of the kernel's log that must not be there."""
-    return [line.strip() for line in log.splitlines() if TROUBLE.search(line)]
+    return [line.strip() for line in log.splitlines() if line.startswith("[") and TROUBLE.search(line)]
 
 
 def read_junit(file: Path) -> dict[str, Any]:
@@ -47,6 +48,13 @@ def read_junit(file: Path) -> dict[str, Any]:
     return counted
 
 
+def read_found(results: Path) -> dict[str, Any]:
+    """What the guest said last; nothing if it said nothing."""
+    file = results / "found.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
+
+
 def gather(kernel: Kernel, image: Image, results: Path, command: str) -> dict[str, Any]:
     """The row of a kernel: what it is, what splicer said of it, what was run, and what is wrong with that."""
     row: dict[str, Any] = {
@@ -55,10 +63,12 @@ def gather(kernel: Kernel, image: Image, results: Path, command: str) -> dict[st
         "expected": kernel.expected,
         "command": command,
     }
-    if not (results / "found.json").exists():
-        text = (results / "console.txt").read_text(errors="replace")
-        return row | {"wrong": ["the guest did not get to its end", *find_trouble(text)[:5]]}
-    found = json.loads((results / "found.json").read_text())
+    found = read_found(results)
+    ended = (results / "dmesg.txt").exists()
+    log = (results / ("dmesg.txt" if ended else "console.txt")).read_text(errors="replace")
+    cut = [] if ended else [CUT]
+    if "start" not in found:
+        return row | {"wrong": [*cut, *find_trouble(log)[:5]]}
     start, steps = found["start"], {step["name"]: step for step in found.get("steps", ())}
     status = start.get("status", {})
     row |= {
@@ -68,13 +78,13 @@ def gather(kernel: Kernel, image: Image, results: Path, command: str) -> dict[st
         "older": status.get("census", {}).get("state", ""),
         "start": {name: start[name] for name in ("code", "said", "left", "start_seconds")},
         "areas": {},
-        "trouble": find_trouble((results / "dmesg.txt").read_text()),
+        "trouble": find_trouble(log),
     }
     for name, step in steps.items():
         file = results / f"{name}.xml"
         counted = read_junit(file) if file.exists() else {"passed": 0, "skipped": [], "failed": ["no result"]}
         row["areas"][name] = counted | {"code": step["code"], "seconds": step["seconds"]}
-    return row | {"wrong": list(judge(kernel, row))}
+    return row | {"wrong": [*cut, *judge(kernel, row)]}
 
 
 def judge(kernel: Kernel, row: dict[str, Any]) -> list[str]:
