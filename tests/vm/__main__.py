@@ -72,11 +72,11 @@ def main() -> int:
         rows = []
         for kernel in kernels:
             rows.append(_try_kernel(kernel, disk, options))
+            if options.save and report.CUT not in rows[-1]["wrong"]:
+                report.save(rows[-1:])
             print(report.tabulate(rows[-1:]), file=sys.stderr, flush=True)
     except (Unavailable, RuntimeError) as error:
         return _complain(FAILURE, str(error))
-    if options.save:
-        report.save([row for row in rows if report.CUT not in row["wrong"]])
     print(json.dumps({"schema": 1, "kernels": rows}, indent=1) if options.json else report.tabulate(rows))
     return FAILURE if any(row["wrong"] for row in rows) else 0
 
