@@ -153,7 +153,10 @@ def _try_kernel(kernel: Kernel, disk: Disk, options: argparse.Namespace) -> dict
     plan = {"compile": kernel.expected == RUNS, "start": True, "steps": steps}
     results = options.results or options.cache / "results" / kernel.name
     image = _boot(kernel, disk, options, plan, results)
-    return report.gather(kernel, image, results, f"make test-vm KERNEL={kernel.name}")
+    command = f"make test-vm KERNEL={kernel.name}"
+    if options.only:
+        command += f' ARGS="{" ".join(f"--only {area}" for area in areas)}"'
+    return report.gather(kernel, image, results, command)
 
 
 def _run_command(kernel: Kernel, disk: Disk, options: argparse.Namespace) -> int:
