@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps setup-stack run image test test-all lint unit kernel conformance e2e test-apps soak bench bench-stack pictures clean
+.PHONY: help setup setup-test setup-e2e setup-apps setup-stack setup-vm run image test test-all lint unit kernel conformance e2e test-apps test-vm soak bench bench-stack pictures clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -25,6 +25,9 @@ setup-apps: ## as setup-test, and the programs that test-apps runs (Redis, Postg
 
 setup-stack: ## as setup-test, and the programs that bench-stack runs (PHP, MariaDB, Redis, PostgreSQL, gunicorn)
 	@scripts/setup.sh stack
+
+setup-vm: ## what test-vm needs: QEMU, debootstrap
+	@scripts/setup.sh vm
 
 run: setup ## setup, then `splicer run $(ARGS)` in the foreground; Ctrl-C drains and stops it
 	@exec $(BIN)/splicer run $(ARGS)
@@ -59,6 +62,9 @@ e2e: setup-e2e ## the tests with containers: a Docker of their own, images from 
 
 test-apps: setup-apps ## real programs, plain and spliced (root); ARGS="--only redis --seconds 10"
 	@exec tests/apps/run --all $(ARGS)
+
+test-vm: setup-vm ## other kernels: Debian's, under QEMU (root); KERNEL=6.1 for one of them, ARGS="--only nginx"
+	@exec tests/vm/run $(if $(KERNEL),--kernel $(KERNEL)) $(ARGS)
 
 soak: setup-test ## connections that check themselves while things go wrong (root); ARGS="--minutes 30"
 	@exec tests/soak/run $(ARGS)

@@ -7,6 +7,7 @@
 #                         programs of tests/apps, so that `make test` has all it needs
 # scripts/setup.sh apps   also the programs that `make test-apps` runs, databases and compilers among them
 # scripts/setup.sh stack  what the tests need, and the programs of `make bench-stack`: PHP, MariaDB, Redis, PostgreSQL
+# scripts/setup.sh vm     no .venv; what `make test-vm` needs to make guests and boot them
 #
 # Debian 12 and later, Ubuntu 24.04 and later install what is missing through apt and pip. On any
 # other Linux the same pieces are looked for and, where one is missing, named. Running it again is
@@ -116,6 +117,8 @@ package_of() {
         # Version 2 where there is one: Ubuntu's docker-compose is version 1 and does not run on its Python.
         compose) if has_candidate docker-compose-v2; then echo docker-compose-v2; else echo docker-compose; fi ;;
         unshare) echo util-linux ;;
+        qemu-system-x86_64) echo qemu-system-x86 ;;
+        mkfs.ext4) echo e2fsprogs ;;
         systemd-analyze) echo systemd ;;
         # Python's own tests are a package for each version of it.
         testsuite) "$PYTHON" -I -c 'import sys; print("libpython%d.%d-testsuite" % sys.version_info[:2])' ;;
@@ -304,13 +307,15 @@ small_pieces=(testsuite curl openssl redis-server redis-benchmark)
 apps_pieces=(iperf3 memcached postgresql mariadbd php php-mysql h2load node javac go ruby-grpc)
 stack_pieces=(redis-server postgresql mariadbd php-fpm php-mysql php-redis python3-psycopg python3-psycopg-pool)
 stack_pieces+=(python3-redis python3-mysqldb python3-pymysql python3-gunicorn)
+vm_pieces=(python git qemu-system-x86_64 debootstrap mkfs.ext4 cpio)
 case $level in
     run) ;;
     test) pieces+=("${test_pieces[@]}") ;;
     e2e) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${e2e_pieces[@]}") ;;
     apps) pieces+=("${test_pieces[@]}" "${small_pieces[@]}" "${apps_pieces[@]}") ;;
     stack) pieces+=("${test_pieces[@]}" "${stack_pieces[@]}") ;;
-    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps|stack" ;;
+    vm) pieces=("${vm_pieces[@]}") ;;
+    *) die $USAGE "unknown level: $level" "scripts/setup.sh run|test|e2e|apps|stack|vm" ;;
 esac
 # Two at the same time (make -j, two terminals) take turns.
 exec 9<scripts/setup.sh
@@ -318,4 +323,5 @@ flock 9
 [[ $(uname -s) == Linux ]] || die $UNSUPPORTED "splicer runs on Linux only"
 ensure_pieces
 refuse_old_python
-ensure_environment
+# Guests have an environment of their own.
+[[ $level == vm ]] || ensure_environment

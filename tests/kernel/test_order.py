@@ -11,9 +11,10 @@ import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.lab import Lab
+from support.pauses import SLOWNESS
 
 CONNECTIONS = 3
-LONGEST = 40.0  # seconds for what takes a fraction of that
+LONGEST = 40.0 * SLOWNESS  # seconds for what takes a fraction of that
 CASES = [
     ("b", 0, False, 20_000),
     ("b", 0, True, 2_000),
@@ -82,7 +83,9 @@ def test_coming_and_going_while_adopting_and_draining(host: Host, lab: Lab, port
     # Whether enough of them are adopted between two drains in one go is a matter of luck.
     for seed in range(15):
         server.begin("serve", listener="door", seconds=LONGEST)
-        client.begin("churn", family=AF_INET, host=address, port=port, seconds=2.0, seed=seed, **size)
+        client.begin(
+            "churn", family=AF_INET, host=address, port=port, seconds=2.0 * SLOWNESS, seed=seed, **size
+        )
         while client.is_waiting(chance.uniform(0.02, 0.1)):
             host.daemon.drain()
             _wait_adopted(host)

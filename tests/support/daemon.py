@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.pauses import Stopwatch
+from support.pauses import SLOWNESS, Stopwatch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT = 60.0  # seconds
-STOP_TIMEOUT = 15.0  # seconds
+START_TIMEOUT = 60.0 * SLOWNESS  # seconds
+STOP_TIMEOUT = 15.0 * SLOWNESS  # seconds
 
 
 def command_line(*arguments: str) -> list[str]:
@@ -50,7 +50,7 @@ def call(*arguments: str, prefix: tuple[str, ...] = (), timeout: float = 20.0, *
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=timeout * SLOWNESS,
         cwd="/",
         env=environment(**changes),
     )
@@ -64,7 +64,7 @@ class ControlError(Exception):
 def ask(run_dir: Path, name: str, timeout: float = 10.0, **fields: Any) -> Any:
     """One command over the control socket of `run_dir`. Raises ControlError, OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout)
+        sock.settimeout(timeout * SLOWNESS)
         sock.connect(str(run_dir / "control.sock"))
         sock.sendall(json.dumps({"command": name, **fields}).encode() + b"\n")
         answer = json.loads(sock.makefile("rb").readline())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long this machine itself stood still: what a hypervisor took from a CPU is no delay of the daemon's."""
+"""How fast this machine itself is: what a hypervisor took from a CPU is no delay of the daemon's, and a
+machine that is emulated needs longer for everything."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ import os
 import threading
 import time
 from datetime import datetime
+
+# How many times slower than usual this machine is known to be: tests/vm sets it for its guests. What is
+# waited for may take so many times longer.
+SLOWNESS = float(os.environ.get("SPLICER_TEST_SLOWNESS", "1"))
 
 TICK = 0.005  # seconds between two looks at the clock
 # Whoever sleeps is woken as late as this on a CPU that is busy. What is beyond is the machine's.
@@ -55,8 +60,9 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning, until the end if there was one, without pauses."""
-        return max(self._now() - self._begun - self.paused, 0.0)
+        """Seconds since the beginning, until the end if there was one, without pauses. Those of a machine
+        that is slow are longer."""
+        return max(self._now() - self._begun - self.paused, 0.0) / SLOWNESS
 
     def _now(self) -> float:
         return time.monotonic() if self._ended is None else self._ended

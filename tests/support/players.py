@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cgroup import Cgroup
+from support.pauses import SLOWNESS
 
 PROGRAM = Path(__file__).with_name("peer.py")
 # The same with operations of their own.
@@ -27,7 +28,7 @@ POSITIONAL = {
     "hear": ("count",),
     "setsockopt": ("level", "option", "value"),
 }
-ANSWER_GRACE = 10.0  # seconds beyond an operation's own timeout before its process counts as hung
+ANSWER_GRACE = 10.0 * SLOWNESS  # seconds beyond an operation's own timeout before its process counts as hung
 
 
 class PeerError(Exception):

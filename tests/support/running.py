@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.leftovers import remove_orphans
+from support.pauses import SLOWNESS
 from support.requirements import decide
 
 
@@ -23,7 +24,7 @@ def mark_kernel_tests(
         if not item.path.is_relative_to(here) or item.path.name in anywhere:
             continue
         item.add_marker(pytest.mark.kernel)
-        item.add_marker(pytest.mark.timeout(timeout))
+        item.add_marker(pytest.mark.timeout(timeout * SLOWNESS))
         if decision == "skip":
             item.add_marker(pytest.mark.skip(reason=reason))
 

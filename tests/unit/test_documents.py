@@ -25,11 +25,13 @@ PROGRAMS = {
     "examples/netns-benchmark/run": "examples/netns-benchmark/benchmark.py",
     "tests/apps/run": "tests/apps/__main__.py",
     "tests/soak/run": "tests/soak/__main__.py",
+    "tests/vm/run": "tests/vm/__main__.py",
 }
 TARGETS = {
     "bench": "examples/netns-benchmark/benchmark.py",
     "bench-stack": "examples/netns-benchmark/benchmark.py",
     "test-apps": "tests/apps/__main__.py",
+    "test-vm": "tests/vm/__main__.py",
     "soak": "tests/soak/__main__.py",
 }
 # Options of others that documents may name. Add what you need.
