@@ -492,5 +492,5 @@ def test_nginx_proxy(host: Host, lab: Lab, nginx: str, body: str) -> None:
         said = [client.communicate(timeout=80)[0] for client in clients]
     assert said == [f"{count}\n"] * 2
     redirected = host.daemon.totals()["redirected_bytes"] - before
-    # Large bodies are streams, and go back to TCP for a while: some of their bytes come one way, some the other.
+    # Large bodies are streams, and go back to TCP for a while: some of their bytes come either way.
     assert redirected > (count * size if size < 200_000 else 0)
