@@ -127,7 +127,7 @@ class Daemon:
                 loaded.drain(plan.drain_timeout)
             loaded.remove()
             raise probes.refuse_class_a(why)
-        self._log.info("fionread_not_answered", kernel_class=kernel.name, error=why)
+        self._log.info("fionread_not_answered", kernel_class=kernel.name, why=why)
         return "nobody"
 
     def _prepare_census(self) -> CensusTaker:

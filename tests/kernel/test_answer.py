@@ -73,7 +73,7 @@ def read_reason(daemon: Daemon) -> str:
         return ""
     return (
         "the kernel does not let splicer answer: "
-        + daemon.log.read_text().partition('"error": "')[2].split('"')[0]
+        + daemon.log.read_text().partition('"why": "')[2].split('"')[0]
     )
 
 
@@ -491,5 +491,6 @@ def test_nginx_proxy(host: Host, lab: Lab, nginx: str, body: str) -> None:
         ]
         said = [client.communicate(timeout=80)[0] for client in clients]
     assert said == [f"{count}\n"] * 2
-    # Large bodies are streams now and then, and go back to TCP; between two of them they are spliced again.
-    assert host.daemon.totals()["redirected_bytes"] - before > size
+    redirected = host.daemon.totals()["redirected_bytes"] - before
+    # Large bodies are streams, and go back to TCP for a while: some of their bytes come either way.
+    assert redirected > (count * size if size < 200_000 else 0)

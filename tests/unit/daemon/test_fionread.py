@@ -108,7 +108,7 @@ def test_class_b_goes_without(monkeypatch: pytest.MonkeyPatch, why: str) -> None
     assert (found, loaded.done) == ("nobody", [])
     ((level, event, keys),) = log.events
     assert (level, event) == ("info", "fionread_not_answered")
-    assert keys["error"] == (why or "the settings say fionread = off")
+    assert keys["why"] == (why or "the settings say fionread = off")
 
 
 @pytest.mark.parametrize("tried", ["A", "B", KernelError(errno.EPERM, "update of ends")])
