@@ -55,7 +55,7 @@ class Peer:
         self.pid = self._process.pid
         self._unread = b""
         self._pending: str | None = "start"
-        self._timeout = 10.0
+        self._timeout = 10.0 * SLOWNESS
         try:
             self.finish()
             if cgroup is not None:
