@@ -41,7 +41,7 @@ class Kernel:
 
 KERNELS = (
     Kernel("5.10", "5.10", BULLSEYE, REFUSED, "Debian 11"),
-    Kernel("6.1", "6.1", BOOKWORM, REFUSED, "Debian 12", without=("older",)),
+    Kernel("6.1", "6.1", BOOKWORM, RUNS, "Debian 12", without=("older",)),
     Kernel(
         "6.1-lockdown",
         "6.1",
@@ -51,7 +51,7 @@ KERNELS = (
         append="lockdown=integrity",
         without=("older",),
     ),
-    Kernel("6.12.57", "6.12.57", ("bookworm-backports",), REFUSED, "before the fix of 6.12.75"),
+    Kernel("6.12.57", "6.12.57", ("bookworm-backports",), RUNS, "before the fix of 6.12.75"),
     Kernel("6.12", "6.12", TRIXIE, RUNS, "Debian 13"),
     Kernel("6.18", "6.18", ("trixie-backports",), RUNS, "the fix of 6.18.14, not the one after it"),
     Kernel("7", "7", ("sid", "trixie-backports"), RUNS, "the newest there is"),
