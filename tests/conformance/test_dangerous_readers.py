@@ -40,31 +40,11 @@ def quiet_host(host: Host) -> Iterator[Host]:
 
 
 @contextmanager
-def _running(host: Host, lab: Lab, place: str, command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A program in a host's namespace, whose sockets are below the attached cgroup."""
-    # The shell moves itself before it becomes the program: not one socket is made outside.
-    inside = f'echo $$ > {host.cgroup.path}/cgroup.procs && exec "$@"'
-    process = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{lab.namespace(place)}", "sh", "-c", inside, "sh", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-@contextmanager
 def _relay(
     host: Host, lab: Lab, mode: str, front: int = FRONT, back: int = BACK
 ) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-I", "-S", str(RELAY), mode, str(front), lab.address("b"), str(back)]
-    with _running(host, lab, "a", command) as process:
+    with host.running(lab, "a", command) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         yield process
@@ -274,7 +254,7 @@ def test_socat(quiet_host: Host, lab: Lab) -> None:
     _needs("socat")
     host = quiet_host
     command = ["socat", f"TCP4-LISTEN:{FRONT},reuseaddr,fork", f"TCP4:{lab.address('b')}:{BACK}"]
-    with _running(host, lab, "a", command) as process:
+    with host.running(lab, "a", command) as process:
         _wait_listening(lab, "a", FRONT, process)
         for _ in range(2):
             pair = _connect(host, lab)
@@ -319,7 +299,7 @@ def test_haproxy(quiet_host: Host, lab: Lab, splicing: str, tmp_path: Path) -> N
             back=BACK,
         )
     )
-    with _running(host, lab, "a", ["haproxy", "-db", "-f", str(config)]) as process:
+    with host.running(lab, "a", ["haproxy", "-db", "-f", str(config)]) as process:
         _wait_listening(lab, "a", FRONT, process)
         pairs = [_connect(host, lab) for _ in range(3)]
         for pair in pairs:
@@ -384,7 +364,7 @@ def test_stack_of_relays(quiet_host: Host, lab: Lab) -> None:
     with ExitStack() as stack:
         stack.enter_context(_relay(host, lab, "go"))
         command = [sys.executable, "-I", "-S", str(RELAY), "copy", "7603", lab.address("a"), str(FRONT)]
-        copying = stack.enter_context(_running(host, lab, "a", command))
+        copying = stack.enter_context(host.running(lab, "a", command))
         assert copying.stdout is not None
         copying.stdout.readline()
         pair = _connect(host, lab, front=7603)

@@ -8,7 +8,6 @@ the answers say so and why, and those of the refusal run.
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import socket
@@ -25,7 +24,7 @@ from support.daemon import Daemon, call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.loans import borrow
-from support.players import HABITS, JUGGLER, Pair, Peer
+from support.players import HABITS, JUGGLER, Pair, stopped
 from support.tiers import thorough
 
 from splicer.kernel import answer, libbpf, probes
@@ -385,17 +384,6 @@ def test_upgraded_under_a_reader(lab: Lab) -> None:
             assert '"generation_replaced"' in host.daemon.log.read_text()
 
 
-@contextmanager
-def _stopped(peer: Peer) -> Iterator[None]:
-    os.kill(peer.pid, signal.SIGSTOP)
-    try:
-        stat = Path(f"/proc/{peer.pid}/stat")
-        wait_until("the process has stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
-        yield
-    finally:
-        os.kill(peer.pid, signal.SIGCONT)
-
-
 @pytest.mark.usefixtures("answered")
 def test_ends_that_are_left_keep_their_answer(lab: Lab) -> None:
     """A reader takes nothing while splicer stops, so its end stays spliced. FIONREAD is right for what waits,
@@ -407,7 +395,7 @@ def test_ends_that_are_left_keep_their_answer(lab: Lab) -> None:
         for pair in pairs:
             pair.client.send(100)
             assert pair.server.wait_fionread(count=100) == 100
-        with _stopped(server):
+        with stopped(server):
             assert host.daemon.stop() == 0
         assert '"unread_connections": 3' in host.daemon.tail()
         assert [each.name for each in host.pin_dir.iterdir()] == ["left-1"]
@@ -436,25 +424,6 @@ def test_ends_that_are_left_keep_their_answer(lab: Lab) -> None:
 # nginx
 
 
-@contextmanager
-def _inside(host: Host, lab: Lab, place: str, command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A program in a host's namespace and the attached cgroup."""
-    enter = f'echo $$ > {host.cgroup.path}/cgroup.procs && exec "$@"'
-    process = subprocess.Popen(
-        ["nsenter", f"--net=/run/netns/{lab.namespace(place)}", "sh", "-c", enter, "sh", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
 @pytest.fixture
 def nginx(host: Host, lab: Lab, tmp_path: Path) -> Iterator[str]:
     """The address of an nginx that is an origin of BODIES, and a proxy in front of that."""
@@ -465,7 +434,7 @@ def nginx(host: Host, lab: Lab, tmp_path: Path) -> Iterator[str]:
     address = lab.address("b")
     (tmp_path / "nginx.conf").write_text(NGINX.format(address=address, origin=ORIGIN, proxy=PROXY))
     command = ["nginx", "-p", f"{tmp_path}/", "-c", "nginx.conf", "-e", "stderr"]
-    with _inside(host, lab, "b", command) as process:
+    with host.running(lab, "b", command) as process:
         listening = ["nsenter", f"--net=/run/netns/{lab.namespace('b')}", "ss", "-Hltn", f"sport = :{PROXY}"]
 
         def is_up() -> bool:
@@ -486,7 +455,7 @@ def test_nginx_proxy(host: Host, lab: Lab, nginx: str, body: str) -> None:
     before = host.daemon.totals()["redirected_bytes"]
     with ExitStack() as stack:
         clients = [
-            stack.enter_context(_inside(host, lab, "a", [sys.executable, "-c", CLIENT, *arguments]))
+            stack.enter_context(host.running(lab, "a", [sys.executable, "-c", CLIENT, *arguments]))
             for _ in range(2)
         ]
         said = [client.communicate(timeout=80)[0] for client in clients]

@@ -4,19 +4,16 @@ see KNOWN_ISSUES.md): in the two situations in which they were left waiting."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from support.daemon import call, wait_until
+from support.daemon import call
 from support.host import Host
 from support.lab import Lab
 from support.pauses import Stopwatch
-from support.players import HABITS, Pair, Peer
+from support.players import HABITS, Pair, stopped
 from support.tiers import thorough
 
 from splicer.kernel.generation import open_pinned
@@ -27,18 +24,6 @@ SIZE = 500  # bytes of a message
 # Messages before splicer stops, while it waits for the reader, and afterwards.
 BEFORE, MEANWHILE, AFTERWARDS = 20, 10, 20
 UNREAD = SIZE * (BEFORE + MEANWHILE + AFTERWARDS)
-
-
-@contextmanager
-def _stopped(peer: Peer) -> Iterator[None]:
-    """The process does not run: stopped, as by a debugger or a freezer, or throttled."""
-    os.kill(peer.pid, signal.SIGSTOP)
-    try:
-        stat = Path(f"/proc/{peer.pid}/stat")
-        wait_until("the process has stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
-        yield
-    finally:
-        os.kill(peer.pid, signal.SIGCONT)
 
 
 def _send(pairs: list[Pair], messages: int, pause: float = 0.0) -> None:
@@ -122,7 +107,7 @@ def test_reader_that_is_stopped_while_splicer_stops(
         before = _count_redirected(host, pairs)
         reader.begin("recv_told", conns=conns, count=UNREAD, edge=edge)
         assert reader.is_waiting(0.2)
-        with _stopped(reader):
+        with stopped(reader):
             _send(pairs, BEFORE)
             assert _count_redirected(host, pairs) == [count + BEFORE for count in before]
             leave(host, pairs)

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from support.cgroup import Cgroup
+from support.daemon import wait_until
 from support.pauses import SLOWNESS
 
 PROGRAM = Path(__file__).with_name("peer.py")
@@ -138,6 +140,18 @@ class Peer:
 
     def _readable(self, seconds: float) -> bool:
         return bool(select.select([self._process.stdout], [], [], max(seconds, 0.0))[0])
+
+
+@contextmanager
+def stopped(peer: Peer) -> Iterator[None]:
+    """The process does not run: stopped, as by a debugger or a freezer, or throttled."""
+    os.kill(peer.pid, signal.SIGSTOP)
+    try:
+        stat = Path(f"/proc/{peer.pid}/stat")
+        wait_until("the process has stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+        yield
+    finally:
+        os.kill(peer.pid, signal.SIGCONT)
 
 
 @dataclass
