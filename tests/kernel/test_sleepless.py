@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import socket
 import struct
 from pathlib import Path
@@ -17,7 +16,7 @@ from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.hostile import read_map
 from support.lab import Lab
-from support.players import HABITS, End, Pair, Peer
+from support.players import HABITS, End, Pair, Peer, stopped
 from support.tiers import spread
 from support.trees import copy_changed
 
@@ -273,13 +272,10 @@ def test_stopped_and_continued(host: Host, lab: Lab, way: str) -> None:
     peers = _peers(host, lab)
     pair = _connect(host, lab, peers, ("server",), way=way)
     _heat(host, pair)
-    stat = Path(f"/proc/{peers[1].pid}/stat")
     for _ in range(5):
         pair.server.begin("echo", rounds=1)
-        os.kill(peers[1].pid, signal.SIGSTOP)
-        wait_until("it has stopped", lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
-        pair.client.send(64)
-        os.kill(peers[1].pid, signal.SIGCONT)
+        with stopped(peers[1]):
+            pair.client.send(64)
         assert pair.client.recv(64) == 64
         pair.server.finish()
     assert host.flow(pair)["state"] == "spliced"
