@@ -80,6 +80,13 @@ def test_both_ends_wait_elsewhere(host: Host, lab: Lab) -> None:
     assert pair.client.report()["spurious"] == pair.server.report()["spurious"] == 0
 
 
+def _verify_refused(host: Host, pair: Pair) -> None:
+    """It is plain for that reason, and nothing of it was ever redirected."""
+    host.wait_flow(pair, "paired", "blocking_reader")
+    assert _count_redirected(host, pair) == 0
+    pair.verify()
+
+
 @pytest.mark.parametrize("side", spread(SIDES, ["server"], "the same from the other end"))
 @pytest.mark.parametrize("every", [1, 8])
 @pytest.mark.parametrize("way", ["poll", "epoll"])
@@ -105,9 +112,7 @@ def test_who_sleeps_within_a_request_is_refused(host: Host, lab: Lab) -> None:
         assert pair.server.finish() == 200
         pair.server.send(10)
         assert pair.client.recv(10) == 10
-    host.wait_flow(pair, "paired", "blocking_reader")
-    assert _count_redirected(host, pair) == 0
-    pair.verify()
+    _verify_refused(host, pair)
 
 
 def test_who_is_never_seen_waiting_is_refused(host: Host, lab: Lab) -> None:
@@ -120,9 +125,7 @@ def test_who_is_never_seen_waiting_is_refused(host: Host, lab: Lab) -> None:
         assert pair.server.recv(64) == 64
         pair.server.send(64)
         assert pair.client.recv(64) == 64
-    host.wait_flow(pair, "paired", "blocking_reader")
-    assert _count_redirected(host, pair) == 0
-    pair.verify()
+    _verify_refused(host, pair)
 
 
 def test_waiting_for_all_is_refused(host: Host, lab: Lab) -> None:
@@ -134,9 +137,7 @@ def test_waiting_for_all_is_refused(host: Host, lab: Lab) -> None:
         assert pair.server.finish() == 64
         pair.server.send(64)
         assert pair.client.recv(64) == 64
-    host.wait_flow(pair, "paired", "blocking_reader")
-    assert _count_redirected(host, pair) == 0
-    pair.verify()
+    _verify_refused(host, pair)
 
 
 @pytest.mark.parametrize("side", spread(SIDES, ["server"], "the same from the other end"))
