@@ -191,11 +191,17 @@ class Figure:
     ratio: float
     least: float
     most: float
+    noise: dict[str, float]
     run: dict[str, Any]
 
     @property
     def spread(self) -> str:
         return f"{self.least:.2f} - {self.most:.2f}"
+
+    @property
+    def quiet(self) -> str:
+        """What one plain leg was of the plain one before it: the noise of the machine."""
+        return "{median:.2f} ({min:.2f} - {max:.2f})".format(**self.noise)
 
     @property
     def command(self) -> str:
@@ -220,7 +226,7 @@ def read_figures(document: dict[str, Any]) -> list[Figure]:
             metric, run = measured[shown.workload, shown.key]
             ratio = metric["ratio"]
             values = metric["plain"], metric["spliced"], ratio["median"], ratio["min"], ratio["max"]
-            found.append(Figure(shown, *values, run))
+            found.append(Figure(shown, *values, metric["noise"], run))
     return found
 
 
@@ -263,8 +269,8 @@ BEGIN, END = "<!-- table: make pictures -->", "<!-- end of table -->"
 def make_table(figures: Sequence[Figure]) -> list[str]:
     """The same figures as a table, each with the command that measured it."""
     lines = [
-        "| | plain TCP | spliced | ratio (least - most) | pairs | command |",
-        "|---|---|---|---|---|---|",
+        "| | plain TCP | spliced | ratio (least - most) | plain/plain | pairs | command |",
+        "|---|---|---|---|---|---|---|",
     ]
     for figure in figures:
         shown = figure.shown
@@ -273,6 +279,7 @@ def make_table(figures: Sequence[Figure]) -> list[str]:
             shown.format(figure.plain),
             shown.format(figure.spliced),
             f"{figure.ratio:.2f} ({figure.spread})",
+            figure.quiet,
             figure.pairs,
             f"`{figure.command}`",
         )

@@ -20,6 +20,7 @@ import stack
 import watching
 from cells import matrix, streams
 from model import Load, Workload
+from relays import RELAY_WORKLOADS, missing_relays
 from results import TABLE_HEAD, Leg, Result
 from splicing import Splicer, cpu_seconds, find_splicer, refuse_company
 from testbed import Interrupted, Testbed, TestbedError, interrupt_on_signals
@@ -38,6 +39,7 @@ GROUPS = {
     "refused": "what splicer does not splice, and what ends early",
     "matrix": "ping-pong and stream on one connection",
     "streams": "streams that are always redirected, by size of message",
+    "relays": "Varnish, lighttpd and socat in front of nginx, which splicer may leave plain",
     "lives": "nginx proxying to nginx, connections that end after some requests",
 }
 # A line for each workload.
@@ -72,6 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", action="append", metavar="NAME", help="these of all workloads; shell patterns, repeatable")
     # Named one by one, so that they are found where documents name them.
     add("--refused", action="store_true", help=f"instead of the default: {GROUPS['refused']}")
+    add("--relays", action="store_true", help=f"instead of the default: {GROUPS['relays']}")
     add("--matrix", action="store_true", help=f"instead of the default: {GROUPS['matrix']}")
     add("--streams", action="store_true", help=f"instead of the default: {GROUPS['streams']}")
     add("--lives", action="store_true", help=f"instead of the default: {GROUPS['lives']}")
@@ -133,6 +136,7 @@ def list_groups() -> dict[str, list[Workload]]:
         "refused": list(REFUSED_WORKLOADS),
         "matrix": list(matrix()),
         "streams": list(streams()),
+        "relays": list(RELAY_WORKLOADS),
         "lives": list(LIFE_WORKLOADS),
     }
 
@@ -174,7 +178,8 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print_list(options)
         return OK
-    if missing := missing_programs():
+    names = [workload.name for workload in workloads]
+    if missing := missing_programs() + missing_relays(names):
         raise TestbedError(f"missing: {', '.join(missing)}; try: make setup-test")
     if options.watch:
         return run_watch(options)

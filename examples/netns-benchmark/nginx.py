@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from testbed import Namespace, Testbed, TestbedError
@@ -80,14 +82,22 @@ def running(
     with (prefix / "log").open("wb") as log:
         nginx = bed.start(command, bed.server, stderr=log, cpu=cpu, watched=watched)
     try:
-        deadline = time.monotonic() + 5
-        while not _listens(bed.server, PROXY_PORT):
-            if nginx.poll() is not None or time.monotonic() > deadline:
-                raise TestbedError(f"nginx does not start: {(prefix / 'log').read_text().strip()}")
-            time.sleep(0.01)
+        await_listener(bed.server, PROXY_PORT, "nginx", nginx, prefix / "log")
         yield
     finally:
         bed.stop(nginx)
+
+
+def await_listener(
+    namespace: Namespace, port: int, name: str, program: subprocess.Popen[bytes], log: Path | None = None
+) -> None:
+    """Raises TestbedError if the program ends before it listens, or takes 10 s."""
+    deadline = time.monotonic() + 10
+    while not _listens(namespace, port):
+        if program.poll() is not None or time.monotonic() > deadline:
+            said = f": {log.read_text().strip()}" if log else ""
+            raise TestbedError(f"{name} does not start{said}")
+        time.sleep(0.01)
 
 
 def _listens(namespace: Namespace, port: int) -> bool:

@@ -20,13 +20,33 @@ import psutil
 from cells import Spin
 from model import Expected, Load, Metric, Sample, Workload
 from nginx import LOOPBACK, ORIGIN_PORT, PROXY_PORT
-from testbed import SERVER_ADDRESS, Testbed, run_load
+from testbed import SERVER_ADDRESS, Namespace, Testbed, run_load
 
 HERE = Path(__file__).resolve().parent
 OFF = ("--default", "off")
 # What splicer does not splice, and what spins, may be so much slower, beyond the noise of the machine.
 REFUSED_BOUND = 0.98
 SPINNING_BOUND = 0.97
+
+
+def run_wrk(bed: Testbed, load: Load, where: Namespace, url: str, closing: bool = False) -> Sample:
+    """One run of wrk in a namespace; `closing`: a connection per request."""
+    busy = busy_seconds()
+    command = ["wrk", f"-t{load.threads}", f"-c{load.connections}", f"-d{math.ceil(load.seconds)}s"]
+    command += ["--latency", "-s", str(HERE / "report.lua")]
+    if closing:
+        command += ["-H", "Connection: close"]
+    report = json.loads(run_load(bed, [*command, url], where))
+    busy = busy_seconds() - busy
+    errors = {kind: report[kind] for kind in ("connect", "read", "write", "status", "timeout")}
+    metrics = {
+        "rate": report["requests"] / report["duration"] * 1e6,
+        "p50_us": float(report["p50"]),
+        "p99_us": float(report["p99"]),
+        "max_us": float(report["max"]),
+        "cpu_us": busy / max(report["requests"], 1) * 1e6,
+    }
+    return Sample(metrics, {kind: count for kind, count in errors.items() if count}, report["requests"])
 
 
 @dataclass(frozen=True)
@@ -55,22 +75,8 @@ class Wrk:
         if self.proxied:
             port = PROXY_PORT
         with nginx.running(bed, load.workers, requests=self.requests, watched=not self.remote):
-            busy = busy_seconds()
-            command = ["wrk", f"-t{load.threads}", f"-c{load.connections}", f"-d{math.ceil(load.seconds)}s"]
-            command += ["--latency", "-s", str(HERE / "report.lua")]
-            if self.closing:
-                command += ["-H", "Connection: close"]
-            report = json.loads(run_load(bed, [*command, f"http://{address}:{port}{self.path}"], where))
-            busy = busy_seconds() - busy
-        errors = {kind: report[kind] for kind in ("connect", "read", "write", "status", "timeout")}
-        metrics = {
-            "rate": report["requests"] / report["duration"] * 1e6,
-            "p50_us": float(report["p50"]),
-            "p99_us": float(report["p99"]),
-            "max_us": float(report["max"]),
-            "cpu_us": busy / max(report["requests"], 1) * 1e6,
-        }
-        return Sample(metrics, {kind: count for kind, count in errors.items() if count}, report["requests"])
+            url = f"http://{address}:{port}{self.path}"
+            return run_wrk(bed, load, where, url, self.closing)
 
 
 @dataclass(frozen=True)
