@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing is left out of `make test` because nobody had installed it: scripts/setup.sh e2e names all."""
+"""Nothing is left out of `make test` because nobody had installed it: scripts/setup.sh e2e names all. And
+KNOWN_ISSUES.md has all programs that were disturbed."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from apps.catalogue import CHEAP, find_cases
+from apps.subjects import SUBJECTS
 
 ROOT = Path(__file__).parents[2]
 SETUP = ROOT / "scripts/setup.sh"
@@ -32,3 +34,12 @@ def test_setup_installs_what_it_needs(name: str) -> None:
     if name.startswith("grpc-python"):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert any(each.startswith("grpcio") for each in project["optional-dependencies"]["dev"])
+
+
+def test_known_issues_has_a_row_for_each_program() -> None:
+    """The table of KNOWN_ISSUES.md is the one that `--disturb` prints: its first cells are these."""
+    _, _, rest = (ROOT / "KNOWN_ISSUES.md").read_text().partition("\n### What it means for programs\n")
+    section, _, _ = rest.partition("\n#")
+    rows = re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)
+    assert rows[0] == "program"
+    assert rows[2:] == [subject.title for subject in SUBJECTS]
