@@ -72,23 +72,14 @@ join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 		return OLDER_GONE;
 	if (add_mark(sk, tp, SERVER_MARK))
 		return OLDER_UNMARKED;
-	read_tuple(&seed.key, tp);
 	seed.key.netns = read_netns(tp);
-	seed.key.id = *id;
-	seed.sk = (u64)tp;
 	seed.cookie = o->cookie[SERVER];
 	seed.client_sk = o->sk[CLIENT];
 	seed.client_cookie = cookie;
 	seed.born_ns = bpf_ktime_get_ns();
 	seed.tenant = get_tenant((void *)seed.client_sk);
-	if (!has_room(seed.tenant))
-		return OLDER_FULL;
-	int full = seeds.insert(id, &seed);
-	if (full)
-		return seeds.lookup(id) ? OLDER_JOINED : OLDER_FULL;
-	count_tenant(seed.tenant, 1);
-	count(COUNT_PAIRED, 1);
-	return OLDER_JOINED;
+	/* Who was planted already is as good. */
+	return plant_seed(id, &seed, tp) && !seeds.lookup(id) ? OLDER_FULL : OLDER_JOINED;
 }
 
 static __always_inline void join_older(void *seq, void *sk, void *tp)

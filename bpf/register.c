@@ -107,43 +107,6 @@ splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 	return put_in(skops, key);
 }
 
-/*
- * Who fills the table: the cgroup of the client, since a server cannot make
- * anybody connect. Two that fall on one number have one share.
- */
-static __always_inline u32 get_tenant(void *tp)
-{
-	return cgroup_of((u64)tp) * 0x9e3779b97f4a7c15ULL >> 56;
-}
-
-/*
- * A tenant may have seven eighths of what others left. So one alone has nearly
- * all, and whoever comes later finds room, however greedy those before were.
- * The count may be off by what other CPUs are doing; the table has its own bound.
- */
-static __always_inline int has_room(u32 tenant)
-{
-	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
-	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
-	u32 share;
-
-	if (!own || !used)
-		return 0;
-	share = MAX_PAIRS - *used + *own;
-	return *own < share - share / 8;
-}
-
-static __always_inline void count_tenant(u32 tenant, int n)
-{
-	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
-	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
-
-	if (own)
-		__sync_fetch_and_add(own, n);
-	if (used)
-		__sync_fetch_and_add(used, n);
-}
-
 static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
@@ -246,20 +209,14 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		count(COUNT_ORPHANS, -1);
 		in_map = in_map == WAITING_IN && psock_of(seed.client_sk);
 	}
-	read_tuple(&seed.key, tp);
 	seed.key.netns = netns_cookie(skops);
-	seed.key.id = id;
-	seed.sk = (u64)tp;
 	seed.cookie = socket_cookie(skops);
 	seed.born_ns = coarse_ns();
 	seed.grown = in_map;
 	if (is_multipath((u64)tp) || is_multipath(seed.client_sk))
 		seed.reason = REASON_MPTCP;
 	client_key.id = id;
-	int full = !has_room(seed.tenant);
-	if (!full)
-		full = seeds.insert(&id, &seed);
-	if (full) {
+	if (plant_seed(&id, &seed, tp)) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
 		/* Nobody knew of it, so nothing was redirected to it. */
 		if (in_map)
@@ -271,8 +228,6 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	 * connection, so the client needs no callback.
 	 */
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
-	count_tenant(seed.tenant, 1);
-	count(COUNT_PAIRED, 1);
 	if (in_map)
 		splice_eagerly(skops, tp, &id, &seed, client, &client_key, s);
 }

@@ -102,6 +102,64 @@ static __always_inline int is_same(struct pair_id a, struct pair_id b)
 	return a.client_seq == b.client_seq && a.server_seq == b.server_seq;
 }
 
+/*
+ * Who fills the table: the cgroup of the client, since a server cannot make
+ * anybody connect. Two that fall on one number have one share.
+ */
+static __always_inline u32 get_tenant(void *tp)
+{
+	return cgroup_of((u64)tp) * 0x9e3779b97f4a7c15ULL >> 56;
+}
+
+/*
+ * A tenant may have seven eighths of what others left. So one alone has nearly
+ * all, and whoever comes later finds room, however greedy those before were.
+ * The count may be off by what other CPUs are doing; the table has its own bound.
+ */
+static __always_inline int has_room(u32 tenant)
+{
+	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
+	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
+	u32 share;
+
+	if (!own || !used)
+		return 0;
+	share = MAX_PAIRS - *used + *own;
+	return *own < share - share / 8;
+}
+
+static __always_inline void count_tenant(u32 tenant, int n)
+{
+	int whose = tenant & (NR_TENANTS - 1), all = NR_TENANTS;
+	u32 *own = tenants.lookup(&whose), *used = tenants.lookup(&all);
+
+	if (own)
+		__sync_fetch_and_add(own, n);
+	if (used)
+		__sync_fetch_and_add(used, n);
+}
+
+/*
+ * The connection whose server is tp is known from here on. What only the server's
+ * socket says goes into the seed here; its namespace, the cookies, the client, the
+ * tenant and the time are there. Returns 0 if it was planted: there was room, and
+ * nobody had the name.
+ */
+static __always_inline int plant_seed(struct pair_id *id, struct seed *seed, void *tp)
+{
+	read_tuple(&seed->key, tp);
+	seed->key.id = *id;
+	seed->sk = (u64)tp;
+	int full = !has_room(seed->tenant);
+	if (!full)
+		full = seeds.insert(id, seed);
+	if (full)
+		return full;
+	count_tenant(seed->tenant, 1);
+	count(COUNT_PAIRED, 1);
+	return 0;
+}
+
 /* A pair with everything but its state, which makes it visible. */
 static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed)
 {

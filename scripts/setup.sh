@@ -82,7 +82,10 @@ has() {
         php-fpm) compgen -G '/usr/sbin/php-fpm[0-9]*' >/dev/null ;;
         php-mysql) has_php_extension mysqli ;;
         php-redis) has_php_extension redis ;;
+        libmariadb-java) [[ -e /usr/share/java/mariadb-java-client.jar ]] ;;
+        libpostgresql-jdbc-java) [[ -e /usr/share/java/postgresql.jar ]] ;;
         python3-psycopg) has_module psycopg ;;
+        python3-psycopg2) has_module psycopg2 ;;
         python3-psycopg-pool) has_module psycopg_pool ;;
         python3-redis) has_module redis ;;
         python3-mysqldb) has_module MySQLdb ;;
@@ -129,6 +132,7 @@ package_of() {
         mariadbd) echo mariadb-server ;;
         php) echo php-cli ;;
         go) echo golang-go ;;
+        varnishd) echo varnish ;;
         bpftool)
             if has_candidate bpftool; then
                 echo bpftool
@@ -185,6 +189,7 @@ install_packages() { # pieces
             dockerd) new_services+=(docker.socket docker containerd) ;;
             redis-server | postgresql | haproxy | memcached) new_services+=("$piece") ;;
             mariadbd) new_services+=(mariadb) ;;
+            varnishd) new_services+=(varnish varnishncsa) ;;
         esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
@@ -303,8 +308,11 @@ pieces=(python venv bcc libbpf)
 test_pieces=(ip nft bpftool nginx wrk socat haproxy)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
-small_pieces=(testsuite curl openssl redis-server redis-benchmark)
+small_pieces=(testsuite curl openssl redis-server redis-benchmark strace)
 apps_pieces=(iperf3 memcached postgresql mariadbd php php-mysql h2load node javac go ruby-grpc)
+# For `tests/apps/run --disturb`.
+apps_pieces+=(php-fpm varnishd libpostgresql-jdbc-java libmariadb-java)
+apps_pieces+=(python3-gunicorn python3-psycopg2 python3-psycopg python3-pymysql)
 stack_pieces=(redis-server postgresql mariadbd php-fpm php-mysql php-redis python3-psycopg python3-psycopg-pool)
 stack_pieces+=(python3-redis python3-mysqldb python3-pymysql python3-gunicorn)
 vm_pieces=(python git qemu-system-x86_64 debootstrap mkfs.ext4 cpio)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from splicer.host.namespaces import Directory, entered
+from splicer.host.namespaces import Directory
 from splicer.kernel import libbpf
 from splicer.kernel.layout import (
     OLDER,
@@ -24,7 +24,7 @@ from splicer.kernel.layout import (
     name_connection,
 )
 from splicer.kernel.settings import SettingsMap
-from splicer.kernel.walker import Walker
+from splicer.kernel.walker import Walker, open_iterator
 
 _WORD = 1 << 32
 # A namespace may have a million sockets, and is visited once.
@@ -217,12 +217,8 @@ class Census:
 
     def _visit(self, link: int, path: str) -> bytes | None:
         """What census writes about the namespace at `path`; None if it is gone, or held up there."""
-        try:
-            with entered(path):
-                iterator = libbpf.create_iterator(link)
-        except libbpf.KernelError:
-            raise
-        except OSError:
+        iterator = open_iterator(link, path)
+        if iterator is None:
             return None
         written = self._walker.walk(iterator)
         if written is None:

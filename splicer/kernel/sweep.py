@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from splicer.host.namespaces import Directory, entered
+from splicer.host.namespaces import Directory
 from splicer.kernel import libbpf
 from splicer.kernel.layout import (
     COUNTERS,
@@ -37,7 +37,7 @@ from splicer.kernel.layout import (
     read_watched,
 )
 from splicer.kernel.settings import SettingsMap
-from splicer.kernel.walker import Walker
+from splicer.kernel.walker import Walker, open_iterator
 from splicer.model import REASON_NAMES
 
 _SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
@@ -148,16 +148,9 @@ class Sweeper:
                 # Gone, most likely, and its sockets with it. Without a process and a name they may live on
                 # elsewhere: watch makes them pass through TCP if their policy is off.
                 continue
-            try:
-                with entered(path) as actual:
-                    if actual != cookie:
-                        continue
-                    iterator = libbpf.create_iterator(self._adopt)
-            except libbpf.KernelError:
-                raise
-            except OSError:
-                continue
-            held += not self._visit(cookie, iterator)
+            iterator = open_iterator(self._adopt, path, cookie)
+            if iterator is not None:
+                held += not self._visit(cookie, iterator)
         return dataclasses.replace(self._read(), held=held)
 
     def _visit(self, cookie: int, iterator: int) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs iterators to their end, with patience."""
+"""Runs iterators in network namespaces, to their end, with patience."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ import queue
 import threading
 from collections.abc import Callable
 
+from splicer.host.namespaces import entered
 from splicer.kernel import libbpf
 
 # A walk over the sockets of a namespace takes milliseconds. One that takes longer waits for the lock of a
 # socket whose owner sits in a page fault inside recv (see KNOWN_ISSUES.md); it is left to itself.
 _PATIENCE_S = 0.5
+
+
+def open_iterator(link: int, path: str, cookie: int = 0) -> int | None:
+    """An iterator over the sockets of the network namespace at `path`, for `Walker.walk`; None if that has
+    gone, may not be entered, or is another one than `cookie` says.
+
+    Raises KernelError.
+    """
+    try:
+        with entered(path) as actual:
+            return libbpf.create_iterator(link) if cookie in (0, actual) else None
+    except libbpf.KernelError:
+        raise
+    except OSError:
+        return None
 
 
 class _Worker:

@@ -165,29 +165,18 @@ def _find_postgresql() -> Path | None:
     return Path(elsewhere).parent if elsewhere else None
 
 
-def _name_missing_postgresql() -> list[str]:
+def name_missing_postgresql() -> list[str]:
     return [] if _find_postgresql() else ["initdb (postgresql)"]
 
 
-def _run_postgresql(stage: Stage) -> Outcome:
+def start_postgresql(stage: Stage) -> tuple[Path, tuple[str, ...]]:
+    """A server of its own on host a, that accepts connections; where its programs are, and options by which
+    clients find it."""
     programs = _find_postgresql()
     assert programs is not None
     data = stage.directory / "postgresql"
-    stage.call(
-        *(
-            programs / "initdb",
-            "-D",
-            data,
-            "-U",
-            "apps",
-            "-A",
-            "trust",
-            "-E",
-            "UTF8",
-            "--no-sync",
-            "--no-locale",
-        )
-    )
+    options = ("-U", "apps", "-A", "trust", "-E", "UTF8", "--no-sync", "--no-locale")
+    stage.call(programs / "initdb", "-D", data, *options)
     with (data / "pg_hba.conf").open("a") as file:
         file.write("host all all 0.0.0.0/0 trust\n")
     address = stage.address("a")
@@ -199,11 +188,16 @@ def _run_postgresql(stage: Stage) -> Outcome:
     )
     stage.wait_listening(server, POSTGRES_PORT)
     to = ("-h", address, "-p", str(POSTGRES_PORT), "-U", "apps")
+    _wait("PostgreSQL accepts connections", lambda: _accepts(stage, programs, to))
+    return programs, to
+
+
+def _run_postgresql(stage: Stage) -> Outcome:
+    programs, to = start_postgresql(stage)
 
     def query(text: str) -> str:
         return stage.call("psql", *to, "-d", "postgres", "-AtXq", "-v", "ON_ERROR_STOP=1", "-c", text).strip()
 
-    _wait("PostgreSQL accepts connections", lambda: _accepts(stage, programs, to))
     pgbench = programs / "pgbench" if (programs / "pgbench").exists() else Path("pgbench")
     stage.call(pgbench, *to, "-i", "-q", "-s", str(SCALE), "postgres")
     failed, done = [], 0
@@ -254,7 +248,7 @@ def _accepts(stage: Stage, programs: Path, to: tuple[str, ...]) -> bool:
 # -- MariaDB -------------------------------------------------------------------------------------------------
 
 
-def _start_mariadb(stage: Stage) -> tuple[str, ...]:
+def start_mariadb(stage: Stage) -> tuple[str, ...]:
     """A server of its own on host a; options by which its clients find it."""
     data, address = stage.place("mariadb"), stage.address("a")
     stage.call(
@@ -281,7 +275,7 @@ def _start_mariadb(stage: Stage) -> tuple[str, ...]:
 
 
 def _run_mariadb(stage: Stage) -> Outcome:
-    to = _start_mariadb(stage)
+    to = start_mariadb(stage)
 
     def query(text: str) -> str:
         return stage.call("mariadb", *to, "-BNr", "apps", "-e", text).strip()
@@ -331,7 +325,7 @@ def _run_memcached(stage: Stage) -> Outcome:
 CASES = (
     Case("redis-benchmark", _run_redis, ("redis-server", "redis-benchmark", "redis-cli")),
     Case("redis-replica", _run_redis_replica, ("redis-server", "redis-benchmark", "redis-cli")),
-    Case("postgresql", _run_postgresql, ("psql",), find_missing=_name_missing_postgresql),
+    Case("postgresql", _run_postgresql, ("psql",), find_missing=name_missing_postgresql),
     Case(
         "mariadb",
         _run_mariadb,

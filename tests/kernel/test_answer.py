@@ -24,6 +24,7 @@ from support.daemon import Daemon, call, wait_until
 from support.host import Host
 from support.lab import Lab
 from support.loans import borrow
+from support.nginx import running_nginx
 from support.players import HABITS, JUGGLER, Pair, stopped
 from support.tiers import thorough
 
@@ -33,20 +34,15 @@ UNSUPPORTED = 4
 SERVICE = 7701  # a port without a policy of its own
 MESSAGES = 12  # of each of three connections, for readers of what is said to be there
 BODIES = {"20k": 20_000, "70k": 70_000, "300k": 300_000, "1m": 1_000_000}
-NGINX = """\
-daemon off; user root; worker_processes 1; pid nginx.pid; error_log stderr warn;
-events {{ worker_connections 256; }}
-http {{
-    access_log off; sendfile on; keepalive_requests 1000000;
-    client_body_temp_path body; proxy_temp_path proxy; proxy_max_temp_file_size 0;
-    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
-    server {{ listen {address}:{origin}; root files; }}
+NGINX = """
+    sendfile on;
+    server {{ listen {address}:{origin}; root {files}; }}
     upstream origin {{ server {address}:{origin}; keepalive 8; keepalive_requests 1000000; }}
     server {{
         listen {address}:{proxy};
+        proxy_max_temp_file_size 0;
         location / {{ proxy_pass http://origin; proxy_http_version 1.1; proxy_set_header Connection ""; }}
     }}
-}}
 """
 ORIGIN, PROXY = 7711, 7712
 # One connection, many requests; a body that does not come is an error after ten seconds.
@@ -432,16 +428,8 @@ def nginx(host: Host, lab: Lab, tmp_path: Path) -> Iterator[str]:
     for name, size in BODIES.items():
         (files / name).write_bytes(b"0123456789" * (size // 10))
     address = lab.address("b")
-    (tmp_path / "nginx.conf").write_text(NGINX.format(address=address, origin=ORIGIN, proxy=PROXY))
-    command = ["nginx", "-p", f"{tmp_path}/", "-c", "nginx.conf", "-e", "stderr"]
-    with host.running(lab, "b", command) as process:
-        listening = ["nsenter", f"--net=/run/netns/{lab.namespace('b')}", "ss", "-Hltn", f"sport = :{PROXY}"]
-
-        def is_up() -> bool:
-            assert process.poll() is None, process.communicate()[0]
-            return bool(subprocess.run(listening, capture_output=True, text=True, check=True).stdout)
-
-        wait_until("nginx listens", is_up, timeout=10.0)
+    servers = NGINX.format(address=address, files=files, origin=ORIGIN, proxy=PROXY)
+    with running_nginx(host, lab, "b", PROXY, tmp_path / "nginx", servers):
         yield address
 
 

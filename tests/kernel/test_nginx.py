@@ -10,8 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 from support.daemon import wait_until
 from support.host import Host
 from support.lab import Lab
+from support.nginx import running_nginx
 from support.pauses import SLOWNESS
 
 ORIGIN, PROXY = 7701, 7702
@@ -26,24 +26,6 @@ SMALL = 200  # bytes
 SIZES = (20_000, 70_000, 300_000, 1_000_000)
 REQUESTS = 20  # of each size
 
-CONFIGURATION = """
-user root;
-daemon off;
-worker_processes 1;
-pid {place}/pid;
-error_log stderr;
-events {{}}
-http {{
-    access_log off;
-    keepalive_requests 100000;
-    client_body_temp_path {place}/body;
-    proxy_temp_path {place}/proxy;
-    fastcgi_temp_path {place}/fastcgi;
-    uwsgi_temp_path {place}/uwsgi;
-    scgi_temp_path {place}/scgi;
-    {servers}
-}}
-"""
 SERVES = "server {{ listen {address}:{port}; root {root}; }}"
 PASSES_ON = """
     upstream origin {{ server {origin}; keepalive 1; }}
@@ -95,38 +77,6 @@ class Client:
         assert json.loads(line) == [200, self._hashes[size]], size
 
 
-@contextmanager
-def _running(command: list[str]) -> Iterator[subprocess.Popen[Any]]:
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _start_nginx(
-    host: Host, lab: Lab, stack: ExitStack, where: str, port: int, place: Path, servers: str
-) -> None:
-    place.mkdir()
-    file = place / "nginx.conf"
-    file.write_text(CONFIGURATION.format(place=place, servers=servers))
-    # The shell moves itself before it becomes nginx: not one socket is made outside.
-    inside = f'echo $$ > {host.cgroup.path}/cgroup.procs && exec "$@"'
-    inside_of = ["nsenter", f"--net=/run/netns/{lab.namespace(where)}"]
-    nginx = ["nginx", "-c", str(file), "-e", "stderr", "-p", str(place)]
-    process = stack.enter_context(_running([*inside_of, "sh", "-c", inside, "sh", *nginx]))
-
-    def listens() -> bool:
-        assert process.poll() is None, "nginx has ended"
-        shown = subprocess.run(
-            [*inside_of, "ss", "-Htln", f"sport = :{port}"], capture_output=True, check=True
-        )
-        return bool(shown.stdout.strip())
-
-    wait_until(f"nginx listens on port {port}", listens)
-
-
 @pytest.mark.parametrize("buffering", ["on", "off"])
 def test_answers_through_a_proxy_arrive(host: Host, lab: Lab, tmp_path: Path, buffering: str) -> None:
     """Guaranteed: every answer from 200 bytes to 1 MB arrives whole, on a connection to the upstream that is
@@ -147,8 +97,8 @@ def test_answers_through_a_proxy_arrive(host: Host, lab: Lab, tmp_path: Path, bu
         return flows[-1] if flows else None
 
     with ExitStack() as stack:
-        _start_nginx(host, lab, stack, "b", ORIGIN, tmp_path / "origin", serves)
-        _start_nginx(host, lab, stack, "a", PROXY, tmp_path / "proxy", passes_on)
+        stack.enter_context(running_nginx(host, lab, "b", ORIGIN, tmp_path / "origin", serves))
+        stack.enter_context(running_nginx(host, lab, "a", PROXY, tmp_path / "proxy", passes_on))
         client = Client(lab, blobs)
         stack.callback(client.stop)
 

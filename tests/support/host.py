@@ -234,7 +234,9 @@ class Host:
         )
 
     @contextmanager
-    def running(self, lab: Lab, place: str, command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    def running(
+        self, lab: Lab, place: str, command: list[str], end_by: int = signal.SIGKILL
+    ) -> Iterator[subprocess.Popen[str]]:
         """A program in a host's namespace, whose sockets are below the attached cgroup."""
         # The shell moves itself before it becomes the program: not one socket is made outside.
         inside = f'echo $$ > {self.cgroup.path}/cgroup.procs && exec "$@"'
@@ -247,7 +249,7 @@ class Host:
         try:
             yield process
         finally:
-            process.kill()
+            process.send_signal(end_by)
             process.wait()
             assert process.stdout is not None
             process.stdout.close()

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from support.namespaces import keep_namespace
 
 from splicer.host.namespaces import entered, read_addresses, read_cookie, read_own_cookie
 
@@ -26,17 +27,10 @@ def neighbour() -> Iterator[str]:
     addresses = "10.9.0.2/24 10.9.0.1/32 169.254.9.9/16 10.8.0.1,peer,10.8.0.2 fd09::1/64 fe80::9/64"
     setup = (
         f"ip link set lo up && for each in {addresses}; do"
-        " ip addr add $(echo $each | tr , ' ') dev lo || exit; done; echo ready && exec sleep 60"
+        " ip addr add $(echo $each | tr , ' ') dev lo || exit; done"
     )
-    child = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    if child.stdout.readline() != "ready\n":
-        pytest.skip(f"no namespace with addresses can be made here ({child.communicate()[1].strip()})")
-    yield f"/proc/{child.pid}/ns/net"
-    child.kill()
-    child.communicate()
+    with keep_namespace(setup) as (path, _):
+        yield path
 
 
 def list_fds() -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from support.namespaces import keep_namespace
 
 from splicer.host.namespaces import read_cookie
 from splicer.host.networks import Lookout, Network, assemble, read_attributes, split_messages
@@ -100,26 +101,14 @@ class Namespace(NamedTuple):
 def neighbour() -> Iterator[Namespace]:
     setup = (
         "ip link set lo up && ip link add eth0 type veth peer name other && ip link set other up &&"
-        " ip link set eth0 up && ip addr add 10.9.0.1/24 dev eth0 && ip addr add fd09::1/64 dev eth0 nodad &&"
-        " echo ready && exec sleep 60"
+        " ip link set eth0 up && ip addr add 10.9.0.1/24 dev eth0 && ip addr add fd09::1/64 dev eth0 nodad"
     )
-    child = subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", setup], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    if child.stdout.readline() != "ready\n":
-        pytest.skip(f"no namespace with links can be made here ({child.communicate()[1].strip()})")
-    path = f"/proc/{child.pid}/ns/net"
+    with keep_namespace(setup) as (path, end):
 
-    def ip(*words: str) -> None:
-        subprocess.run(["nsenter", f"--net={path}", "ip", *words], check=True)
+        def ip(*words: str) -> None:
+            subprocess.run(["nsenter", f"--net={path}", "ip", *words], check=True)
 
-    def end() -> None:
-        child.kill()
-        child.communicate()
-
-    yield Namespace(path, read_cookie(path), ip, end)
-    end()
+        yield Namespace(path, read_cookie(path), ip, end)
 
 
 @pytest.fixture
