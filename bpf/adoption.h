@@ -90,6 +90,7 @@ static __always_inline enum fit find_fit(struct end *e)
 static __always_inline void begin_splicing(struct pair *p)
 {
 	p->changed_ns = bpf_ktime_get_ns();
+	p->care = TALKED;	/* just now, by TCP */
 	p->dir[CLIENT].burst = 0;
 	p->dir[SERVER].burst = 0;
 	p->dir[CLIENT].contended = 0;

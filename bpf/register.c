@@ -173,6 +173,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
+		p->care = TALKED;	/* the handshake */
 		p->data_ready = FIELD(tp, u64, sock_sk_data_ready);
 		WRITE_ONCE(p->state, STATE_SPLICED);
 		count(COUNT_SPLICED, 1);

@@ -115,6 +115,15 @@ enum mode {
 	MODE_EAGER,
 };
 
+/*
+ * Bits of struct pair.care, above enum care. TCP is silent while messages are redirected,
+ * so a pair on which something is sent has the daemon send a packet each way once in a while: a lease.
+ */
+enum talk {
+	TALKS		= 1 << 7,	/* something was sent since this lease began */
+	TALKED		= 1 << 6,	/* packets went each way as it began */
+};
+
 /* What is known of an end that is in the SOCKHASH. */
 enum fit {
 	FIT_UNKNOWN,		/* eager: it went in unseen */
@@ -181,7 +190,7 @@ struct pair {
 	u8 was_spliced;		/* since it was last plain */
 	union {
 		u8 attempts;	/* plain: visits that found no quiet moment */
-		u8 care;	/* spliced: enum care, see watch.c */
+		u8 care;	/* spliced: enum care and enum talk, see watch.c */
 	};
 	u8 drains;		/* lengthens the cool-down */
 	u8 refusals;		/* lengthens the time to the next attempt */
@@ -413,15 +422,27 @@ enum sweep_counter {
 
 struct watch_request {
 	struct pair_id id[WATCH_PAIRS];	/* there need not be such a pair (any more) */
-	u64 decide;			/* ask the policy about the first of them anew */
+	u64 question;			/* enum question */
+};
+
+/* What watch is asked. Those after the first two are answered without a look at anything else. */
+enum question {
+	ASK_NOTHING,
+	ASK_POLICY,		/* have the first pair decided anew */
+	ASK_WHO_TALKED,		/* a lease ends: a bit for each pair on which something was sent during it */
+	ASK_SENT,		/* of the first pair's client: the sequence number of what TCP sends next */
+	ASK_RECEIVED,		/* that of what it receives next */
+	ASK_DEVICE,		/* the device that it is bound to, 0: none */
+	ASK_MARK,		/* the mark of its packets (SO_MARK) */
 };
 
 /* What the daemon has to do about a pair, in so many bits each of what watch returns. */
-#define LOOK_BITS	3
+#define LOOK_BITS	4
 enum look {
 	LOOK_AGAIN	= 1 << 0,	/* TCP bytes wait at an end: look again soon */
 	LOOK_RESCUED	= 1 << 1,	/* they did not move, so it is drained: say so */
 	LOOK_OUTDATED	= 1 << 2,	/* the policy has changed: have it decided */
+	LOOK_TALKS	= 1 << 3,	/* something is sent, after a lease of silence */
 };
 
 /*

@@ -8,6 +8,9 @@
  * move: its reader may be unable to see them (FIONREAD on class B). Once it is
  * out, the poke of adopt wakes that reader.
  *
+ * It also tells the daemon where TCP has been silent for a whole lease, though
+ * something was sent: see splicer/daemon/lease.py.
+ *
  * The sockets are not locked, and read through their stored addresses. That needs
  * no iterator over the elements of a map, which some kernels refuse, and it sees
  * sockets that TCP has closed and their owner has not.
@@ -25,20 +28,81 @@ enum care {
 	CARE_THOROUGH,		/* it is new, its policy stricter, or its turn has come: one look in eight */
 };
 
+static __always_inline enum care get_care(struct pair *p)
+{
+	return p->care & ~(TALKS | TALKED);
+}
+
 /*
  * Most of what a look costs is to fetch a cache line that nobody has touched for
  * a second. So what can hardly have changed is looked at less often.
  */
-static __always_inline enum care choose_care(struct pair *p)
+static __always_inline enum care choose_care(struct pair *p, int *is_silent)
 {
 	u64 now = bpf_ktime_get_ns();
 	u32 before = p->messages;
 
 	p->messages = p->dir[CLIENT].redirected_messages + p->dir[CLIENT].passed_messages +
 		      p->dir[SERVER].redirected_messages + p->dir[SERVER].passed_messages;
+	*is_silent = p->messages == before;
 	if (p->stricter || now - p->changed_ns < NEW_NS || !((now >> 30 ^ p->id.client_seq) & 7))
 		return CARE_THOROUGH;
-	return p->messages == before ? CARE_QUIET : CARE_BUSY;
+	return *is_silent ? CARE_QUIET : CARE_BUSY;
+}
+
+/* Choose the care. Does somebody speak on it for the first time in more than a lease? */
+static __always_inline u32 note_talk(struct pair *p)
+{
+	u8 talk = p->care & (TALKS | TALKED);
+	int is_silent;
+	u8 care = choose_care(p, &is_silent);
+
+	if (is_silent || talk) {
+		p->care = care | talk | (is_silent ? 0 : TALKS);
+		return 0;
+	}
+	p->care = care | TALKED;	/* it will be so in a moment */
+	return LOOK_TALKS;
+}
+
+/* A lease ends, and the next one begins. Those that talked get a packet each way. */
+static __always_inline u32 note_leases(struct pair_id *ids)
+{
+	u32 talked = 0;
+
+	for (int i = 0; i < WATCH_PAIRS; i++) {
+		struct pair_id id = ids[i];
+		struct pair *p = pairs.lookup(&id);
+
+		if (!p || p->state != STATE_SPLICED)
+			continue;
+		if (p->care & TALKS)
+			talked |= 1 << i;
+		p->care = get_care(p) | (p->care & TALKS ? TALKED : 0);
+	}
+	return talked;
+}
+
+/* A number of a pair's client, for a packet like those that it would send; 0 if it is not spliced. */
+static __always_inline u32 read_number(struct pair_id *first, u64 question)
+{
+	struct pair_id id = *first;
+	struct pair *p = pairs.lookup(&id);
+	u32 number = 0;
+	u64 sk;
+
+	if (!p || p->state != STATE_SPLICED)
+		return 0;
+	sk = p->end[CLIENT].sk;
+	if (question == ASK_SENT)
+		PROBE(number, sk, tcp_sock_snd_una);
+	else if (question == ASK_RECEIVED)
+		PROBE(number, sk, tcp_sock_rcv_nxt);
+	else if (question == ASK_DEVICE)
+		PROBE(number, sk, sock_skc_bound_dev_if);
+	else
+		PROBE(number, sk, sock_sk_mark);
+	return is_still_in(&p->end[CLIENT]) ? number : 0;
 }
 
 /* What concerns both ends. */
@@ -49,8 +113,7 @@ static __always_inline u32 look_at_pair(struct pair *p, struct settings *s)
 
 	if (state == STATE_SPLICED && !s->stopping && !is_outdated && p->mode != MODE_OFF) {
 		p->watched = 0;
-		p->care = choose_care(p);
-		return 0;
+		return note_talk(p);
 	}
 	if (!is_still_in(&p->end[CLIENT]) && !is_still_in(&p->end[SERVER]))
 		return 0;
@@ -118,13 +181,13 @@ examine(struct pair *p, struct end *e, struct direction *inbound, u32 *look)
 	reason = find_habit(e);
 	if (reason)
 		return reason;
-	if (p->care == CARE_QUIET && !e->waiting_ms)
+	if (get_care(p) == CARE_QUIET && !e->waiting_ms)
 		return REASON_NONE;
 	/*
 	 * guard sees options asked for, and drains. It misses one whose thread
 	 * was held up behind it for as long as an adoption takes.
 	 */
-	if (p->care == CARE_THOROUGH) {
+	if (get_care(p) == CARE_THOROUGH) {
 		reason = find_misfit_option(sk, p->allow_inq);
 		if (reason)
 			return reason;
@@ -167,6 +230,7 @@ int watch(struct watch_request *ctx)
 	struct pair_id ids[WATCH_PAIRS];
 	struct settings *s = get_settings();
 	struct pair *p;
+	u64 question;
 	u32 found = 0;
 
 	if (!s)
@@ -175,7 +239,12 @@ int watch(struct watch_request *ctx)
 #pragma unroll
 	for (int i = 0; i < WATCH_PAIRS; i++)
 		ids[i] = ctx->id[i];
-	if (ctx->decide) {
+	question = ctx->question;
+	if (question == ASK_WHO_TALKED)
+		return note_leases(ids);
+	if (question > ASK_WHO_TALKED)
+		return read_number(&ids[0], question);
+	if (question == ASK_POLICY) {
 		/* One at a time, for there are many rules. */
 		p = pairs.lookup(&ids[0]);
 		if (p && p->state == STATE_SPLICED)

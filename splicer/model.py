@@ -198,7 +198,9 @@ class Status:
     be run, "walk". `blocking_readers` is "told apart" or, where the programs cannot tell who sleeps in a
     read, "refused". `census` says what became of connections that are older than the programs; see class
     CensusReport. `networks` says whether losses of networks are heard of ("hears"), looked for ("asks"), or
-    neither ("unavailable"), and in which namespaces (cookies).
+    neither ("unavailable"), and in which namespaces (cookies). `leases` says whether busy spliced connections
+    get a packet each way through TCP once in so many seconds ("kept"), or not ("off", or "forbidden" without
+    CAP_NET_RAW); see class LeaseKeeper.
     """
 
     pid: int
@@ -219,6 +221,7 @@ class Status:
     docker: dict[str, Any] = field(default_factory=dict)
     census: dict[str, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
+    leases: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)

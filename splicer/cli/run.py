@@ -105,7 +105,7 @@ Overrides (splicer set) come before labels, labels before [[policy]] tables. A
 connection is off if either end is off; else the server's end decides, else the
 client's, else --mode and --default. splicer policy shows all of it.
 
-SIGHUP reads the file again: mode, default, blocking, tcp_inq and the tables
+SIGHUP reads the file again: mode, default, blocking, tcp_inq, lease and tables
 apply at once, to living connections too; the rest needs a restart, and the log
 says so.
 A mistake in the file leaves everything as it was.
@@ -184,6 +184,12 @@ def add(parser: options.Parser) -> None:
         "--hot-reads",
         metavar="N",
         help="reads both ends must have done before adaptive splices, 1 to 65535 (default: 16)",
+    )
+    tuning.add_argument(
+        "--lease",
+        metavar="SECONDS",
+        help="a busy spliced connection sends a packet each way through TCP once in so long, up to 86400, for"
+        " conntrack and IPVS to see; 0: never (default: 240)",
     )
     options.add_stop_timeout(tuning)
     options.add_run_dir(tuning)

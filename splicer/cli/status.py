@@ -168,6 +168,8 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         about.append(("blocking", "all refused: no way to tell on this kernel who sleeps; see the log"))
     if text(section(status, "networks"), "state") == "unavailable":
         about.append(("networks", "not watched: what is spliced outlives its network; see the log"))
+    if text(section(status, "leases"), "state") == "forbidden":
+        about.append(("leases", "not kept: conntrack and IPVS may forget what is spliced; see the log"))
     if docker := section(status, "docker"):
         about.append(("docker", describe_docker(docker)))
     if census := section(status, "census"):

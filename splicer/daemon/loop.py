@@ -15,6 +15,7 @@ from splicer.daemon.attribution import Attribution
 from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.enlistment import Enlistment
+from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
@@ -24,6 +25,7 @@ from splicer.daemon.signals import Signals
 from splicer.errors import SplicerError
 from splicer.host import cgroups, notify
 from splicer.host.cgroups import Cgroup
+from splicer.host.namespaces import Directory
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
 from splicer.kernel import generation, libbpf, probes
@@ -58,6 +60,7 @@ class Daemon:
         self._sweeper: Sweeper
         self._queues: SweepQueues
         self._patrol: Patrol
+        self._leases: LeaseKeeper
         self._enlister: Enlister | None = None
         self._enlistment: Enlistment
         self._census: CensusTaker
@@ -90,6 +93,7 @@ class Daemon:
             self._sweeper = self._generation.sweeper()
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
+            self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
             self._enlister = self._generation.enlister(self._log)
             self._enlistment = Enlistment(self._enlister, self._queues, self._patrol.ask)
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
@@ -176,6 +180,7 @@ class Daemon:
             lambda: self._heartbeat,
             self._census.describe,
             self._networks.describe,
+            self._leases.describe,
         )
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
@@ -253,7 +258,7 @@ class Daemon:
             self._patrol.ask_for_readers(event.tgid[0])
 
     def _next_timeout(self) -> float:
-        waits = (self._enlistment, self._queues, self._patrol, self._census)
+        waits = (self._enlistment, self._queues, self._patrol, self._leases, self._census)
         deadline = min(self._tend_at, *(each.deadline for each in waits))
         return max(0.0, deadline - time.monotonic())
 
@@ -278,6 +283,7 @@ class Daemon:
             self._tend()
         if time.monotonic() >= self._patrol.deadline:
             self._go_on_patrol()
+        self._leases.work()
 
     def _enlist(self, now: float) -> None:
         try:
@@ -307,6 +313,7 @@ class Daemon:
             self._queues.drain(cookie)
         if report.namespaces is not None:
             self._networks.keep(report.namespaces)
+        self._leases.receive(report.names, report.begun, report.talking)
 
     def _apply_policy(self) -> None:
         if self._reconciler.apply():
@@ -324,6 +331,7 @@ class Daemon:
             if outcome.needs_restart:
                 self._log.warning("restart_needed", settings=list(outcome.needs_restart))
             self._settings = outcome.settings
+            self._leases.lease = self._settings.lease
             self._reconciler.use_settings(self._settings)
             self._apply_policy()
             self._log.info("reloaded", changed=list(outcome.applied), policies=len(self._settings.policies))

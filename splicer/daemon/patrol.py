@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from splicer.kernel.layout import PAIR, read_watched, read_whereabouts
@@ -56,11 +56,15 @@ class Watch(Protocol):
 class PatrolReport:
     """What one turn found: pairs that are drained because their TCP bytes did not move, the network
     namespaces (cookies) with ends that have no record, and, when pairs were listed, those of all spliced
-    ones, each with processes likely in it."""
+    ones, each with processes likely in it; names of pairs that were looked at in their turn, of the round
+    that began at `begun`; and of those on which something is sent after a lease of silence."""
 
     rescued: int
     orphaned: set[int]
     namespaces: dict[int, set[int]] | None = None
+    names: Sequence[int] = ()
+    begun: float | None = None
+    talking: set[int] = field(default_factory=set)
 
 
 class Patrol:
@@ -117,6 +121,7 @@ class Patrol:
 
     def _note(self, findings: WatchFindings, report: PatrolReport) -> None:
         report.rescued += findings.rescued
+        report.talking |= findings.talking
         if findings.again:
             self._asked |= findings.again
             self._hurry()
@@ -140,6 +145,7 @@ class Patrol:
         names = self._round.step()
         self._note(self._sweeper.watch_pairs(names), report)
         report.namespaces = self._round.take_namespaces()
+        report.names, report.begun = names, self._round.begun
         if self._round.ended:
             self._round_at = self._round.begun + PERIOD_S
         else:

@@ -46,6 +46,7 @@ class RequestHandlers:
         read_heartbeat: Callable[[], float],
         describe_census: Callable[[], dict[str, Any]],
         describe_networks: Callable[[], dict[str, Any]],
+        describe_leases: Callable[[], dict[str, Any]],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -60,6 +61,7 @@ class RequestHandlers:
         self._read_heartbeat = read_heartbeat
         self._describe_census = describe_census
         self._describe_networks = describe_networks
+        self._describe_leases = describe_leases
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -122,6 +124,7 @@ class RequestHandlers:
             docker=self._watcher.describe(),
             census=self._describe_census(),
             networks=self._describe_networks(),
+            leases=self._describe_leases(),
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),

@@ -74,6 +74,8 @@ FIELDS = {
     "sock_skc_v6_daddr": "sock.__sk_common.skc_v6_daddr",
     "sock_skc_v6_rcv_saddr": "sock.__sk_common.skc_v6_rcv_saddr",
     "sock_skc_net": "sock.__sk_common.skc_net",
+    "sock_skc_bound_dev_if": "sock.__sk_common.skc_bound_dev_if",
+    "sock_sk_mark": "sock.sk_mark",
     "net_net_cookie": "net.net_cookie",
     "sock_skc_cookie": "sock.__sk_common.skc_cookie",
     "sock_sk_user_data": "sock.sk_user_data",

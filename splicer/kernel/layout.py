@@ -45,9 +45,22 @@ class Look(enum.IntFlag):
     AGAIN = 1
     RESCUED = 2
     OUTDATED = 4
+    TALKS = 8
 
 
-LOOK_BITS = 3
+class Question(enum.IntEnum):
+    """What watch is asked."""
+
+    NOTHING = 0
+    POLICY = 1
+    WHO_TALKED = 2
+    SENT = 3
+    RECEIVED = 4
+    DEVICE = 5
+    MARK = 6
+
+
+LOOK_BITS = 4
 WATCH_PAIRS = 8
 """So many pairs does one run of watch look at."""
 
@@ -124,7 +137,7 @@ PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION 
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
 WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
-"""struct watch_request in bytes: names, and at last 1 to have the policy asked about the first one."""
+"""struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
 SEED = struct.Struct("=" + _END_KEY + " 5Q 2H I")

@@ -23,10 +23,12 @@ from splicer.kernel.layout import (
     SWEEP,
     WATCH_PAIRS,
     WATCH_REQUEST_SIZE,
+    End,
     Look,
     Pair,
     PairSummary,
     Place,
+    Question,
     has_pair,
     read_names,
     read_pair,
@@ -61,11 +63,13 @@ class SweepCounts:
 @dataclass(frozen=True)
 class WatchFindings:
     """What watch saw of the pairs it was run on: how many names it was given, those of pairs with TCP bytes
-    unread, to be looked at again soon, and how many are drained because such bytes did not move."""
+    unread, to be looked at again soon, how many are drained because such bytes did not move, and the names of
+    those on which something is sent after a lease of silence."""
 
     looked: int = 0
     again: frozenset[int] = frozenset()
     rescued: int = 0
+    talking: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,18 @@ class Losses:
 
 
 NO_LOSSES = Losses()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The client of a spliced pair: the sequence numbers of what TCP sends and receives next, the device that
+    it is bound to (0: none), and the mark of its packets."""
+
+    end: End
+    sent: int
+    received: int
+    device: int
+    mark: int
 
 
 class Sweeper:
@@ -198,24 +214,57 @@ class Sweeper:
         if self._watch is None:
             return WatchFindings()
         looks: dict[int, Look] = {}
-        # There is no connection with the name 0, but for one in 2^64.
-        request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
-        context, run, size = self._watch.context, self._watch.run, _NAME * WATCH_PAIRS
-        context[size:] = bytes(_NAME)
-        for start in range(0, len(request), size):
-            context[:size] = request[start : start + size]
-            if result := run():
-                for name in names[start // _NAME : (start + size) // _NAME]:
-                    looks[name] = Look(result & _LOOK_MASK)
-                    result >>= LOOK_BITS
+        for start, result in self._ask(names, Question.NOTHING):
+            for name in names[start : start + WATCH_PAIRS]:
+                looks[name] = Look(result & _LOOK_MASK)
+                result >>= LOOK_BITS
         for name in [name for name, look in looks.items() if Look.OUTDATED in look]:
-            context[:] = struct.pack(f"=Q {size - _NAME}x Q", name, True)
-            looks[name] = Look(run() & _LOOK_MASK)
+            looks[name] = Look(self._ask_about(name, Question.POLICY) & _LOOK_MASK)
         return WatchFindings(
             len(names),
             frozenset(name for name, look in looks.items() if look & (Look.AGAIN | Look.OUTDATED)),
             sum(Look.RESCUED in look for look in looks.values()),
+            frozenset(name for name, look in looks.items() if Look.TALKS in look),
         )
+
+    def find_talkers(self, names: Sequence[int]) -> list[int]:
+        """End a lease of these pairs: names of those on which something was sent during it."""
+        return [
+            name
+            for start, result in self._ask(names, Question.WHO_TALKED)
+            for place, name in enumerate(names[start : start + WATCH_PAIRS])
+            if result & 1 << place
+        ]
+
+    def read_caller(self, name: int) -> Caller | None:
+        """The client of a spliced pair, as far as a packet in its name needs it; None: there is none."""
+        raw = self._maps["pairs"].get(struct.pack("=Q", name))
+        sent = self._ask_about(name, Question.SENT)
+        if raw is None or not sent:
+            return None
+        return Caller(
+            read_pair(raw).client,
+            sent,
+            *(self._ask_about(name, each) for each in (Question.RECEIVED, Question.DEVICE, Question.MARK)),
+        )
+
+    def _ask(self, names: Sequence[int], question: Question) -> Iterator[tuple[int, int]]:
+        """Run watch on these names: the place of the first one of each run, and what it returned if it is not
+        0."""
+        if self._watch is None:
+            return
+        # There is no connection with the name 0, but for one in 2^64.
+        request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
+        context, run, size = self._watch.context, self._watch.run, _NAME * WATCH_PAIRS
+        context[size:] = struct.pack("=Q", question)
+        for start in range(0, len(request), size):
+            context[:size] = request[start : start + size]
+            if result := run():
+                yield start // _NAME, result
+
+    def _ask_about(self, name: int, question: Question) -> int:
+        """What watch returns of one pair."""
+        return next((result for _, result in self._ask([name], question)), 0)
 
     def read_counter(self, index: int) -> int:
         """One of enum counter in bpf/types.h, over all CPUs."""

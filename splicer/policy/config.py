@@ -50,7 +50,7 @@ DEFAULT_SOURCE = "default"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything `splicer run` can be told. `stop_timeout` is in seconds."""
+    """Everything `splicer run` can be told. `lease` and `stop_timeout` are in seconds."""
 
     cgroup: str = "/sys/fs/cgroup"
     mode: Mode = "adaptive"
@@ -66,6 +66,7 @@ class Settings:
     pin_dir: str = "/sys/fs/bpf/splicer"
     hot_reads: int = 16
     census: bool = True
+    lease: float = 240.0
     stop_timeout: float = 5.0
     debug: bool = False
     log_format: LogFormat = "auto"
@@ -108,6 +109,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "pin_dir": PATH,
     "hot_reads": integer(1, 65535),
     "census": SWITCH,
+    "lease": seconds(0, 86400),
     "stop_timeout": seconds(0, 3600),
     "debug": SWITCH,
     "log_format": choice(LOG_FORMATS),
@@ -115,7 +117,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
 # Switches whose option switches them off.
 _ON_BY_DEFAULT = ("census",)
 # What a daemon takes over while it runs; the rest is for the next start.
-RELOADABLE = ("mode", "default", "blocking", "tcp_inq", "policies")
+RELOADABLE = ("mode", "default", "blocking", "tcp_inq", "lease", "policies")
 
 
 def option_of(name: str) -> str:
@@ -161,8 +163,8 @@ def resolve(
                 values[name] = _read(VALUE_TYPES[name], given, source)
                 sources[name] = source
                 break
-    if "stop_timeout" in values:
-        values["stop_timeout"] = float(values["stop_timeout"])
+    for name in {"lease", "stop_timeout"} & values.keys():
+        values[name] = float(values[name])
     return Resolved(Settings(**values), sources)
 
 

@@ -12,7 +12,7 @@ TABLE = "inet hazard"
 
 
 class Firewall:
-    """What comes into one namespace is filtered, and watched by conntrack."""
+    """What comes into one namespace, or passes through, is filtered, and watched by conntrack."""
 
     def __init__(self, namespace: str) -> None:
         self._inside = ["nsenter", f"--net=/run/netns/{namespace}"]
@@ -29,6 +29,40 @@ class Firewall:
         with self._rule("ct state established accept", "-m conntrack --ctstate ESTABLISHED -j ACCEPT"):
             yield
 
+    @contextmanager
+    def strict(self, seconds: int) -> Iterator[None]:
+        """What passes through must belong to a connection that conntrack knows, and conntrack forgets one
+        without packets after so many seconds."""
+        with ExitStack() as undo:
+            for key, value in (("loose", 0), ("timeout_established", seconds)):
+                before = self._set(key, value)
+                undo.callback(self._set, key, before)
+            undo.enter_context(
+                self._rule("ct state invalid drop", "-m conntrack --ctstate INVALID -j DROP", hook="forward")
+            )
+            yield
+
+    @contextmanager
+    def only_marked(self, mark: int, port: int) -> Iterator[None]:
+        """What goes out to a TCP port must have this mark."""
+        with self._rule(
+            f"meta mark != {mark} tcp dport {port} drop",
+            f"-p tcp --dport {port} -m mark ! --mark {mark} -j DROP",
+            hook="output",
+        ):
+            yield
+
+    def is_known(self, port: int) -> bool:
+        """Has a connection from this port, that is established, a conntrack entry?"""
+        lines = self._run("cat", "/proc/net/nf_conntrack").splitlines()
+        return any(f" sport={port} " in line and " ESTABLISHED " in line for line in lines)
+
+    def _set(self, key: str, value: int | str) -> str:
+        path = f"/proc/sys/net/netfilter/nf_conntrack_tcp_{key}"
+        before = self._run("cat", path).strip()
+        self._run("sh", "-c", f"echo {value} > {path}")
+        return before
+
     def count_seconds_left(self, port: int) -> int:
         """After which the conntrack entry of a connection from this port expires if nothing comes."""
         for line in self._run("cat", "/proc/net/nf_conntrack").splitlines():
@@ -37,20 +71,20 @@ class Firewall:
         raise AssertionError(f"no conntrack entry for a connection from port {port}")
 
     @contextmanager
-    def _rule(self, nft: str, iptables: str) -> Iterator[None]:
+    def _rule(self, nft: str, iptables: str, hook: str = "input") -> Iterator[None]:
         with ExitStack() as undo:
             if shutil.which("nft"):
                 rules = f"""table {TABLE} {{
-                    chain input {{
-                        type filter hook input priority 0;
+                    chain {hook} {{
+                        type filter hook {hook} priority 0;
                         {nft}
                     }}
                 }}"""
                 self._run("nft", "-f", "-", stdin=rules)
                 undo.callback(self._run, "nft", "delete", "table", *TABLE.split())
             else:
-                self._run("iptables", "-I", "INPUT", *iptables.split())
-                undo.callback(self._run, "iptables", "-D", "INPUT", *iptables.split())
+                self._run("iptables", "-I", hook.upper(), *iptables.split())
+                undo.callback(self._run, "iptables", "-D", hook.upper(), *iptables.split())
             yield
 
     def _run(self, *command: str, stdin: str = "") -> str:

@@ -343,6 +343,11 @@ class Sockets:
     def getsockopt(self, conn: str, level: int, option: int) -> int:
         return self._connections[conn].sock.getsockopt(level, option)
 
+    def count_segments(self, conn: str) -> list[int]:
+        """TCP segments that the socket has sent and received."""
+        info = self._connections[conn].sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 144)
+        return list(struct.unpack_from("=2I", info, 136))  # tcpi_segs_out, tcpi_segs_in of <linux/tcp.h>
+
     def set_ulp(self, conn: str, name: str) -> None:
         self._connections[conn].sock.setsockopt(socket.IPPROTO_TCP, 31, name.encode())
 

@@ -29,7 +29,7 @@ UNITS = {"": 1, "s": 1, "ms": Fraction(1, 1000), "%": Fraction(1, 100)}
 # Dataclasses whose fields are times or paces, with those that are.
 FIELDS = {
     "splicer/containers/watcher.py": {"Timing": {"*"}},
-    "splicer/policy/config.py": {"Settings": {"hot_reads", "stop_timeout"}},
+    "splicer/policy/config.py": {"Settings": {"hot_reads", "lease", "stop_timeout"}},
 }
 
 

@@ -51,6 +51,7 @@ class Sweeper:
         self.ends: list[tuple[int, int]] = []
         self.orphans = self.news = self.listings = 0
         self.again: set[int] = set()
+        self.talking: set[int] = set()
         self.rescued = 0
         self.readers: dict[int, list[int]] = {}
         # Seconds that a look at one pair, and at one end, takes.
@@ -66,7 +67,8 @@ class Sweeper:
         if names:
             self.looks.append((self.clock.now, names))
         self.clock.now += self.cost * len(names)
-        return WatchFindings(len(names), frozenset(self.again & set(names)), self.rescued)
+        again, talking = (frozenset(each & set(names)) for each in (self.again, self.talking))
+        return WatchFindings(len(names), again, self.rescued, talking)
 
     def find_readers(self, tgids: set[int]) -> list[int]:
         return [name for tgid in tgids for name in self.readers.get(tgid, ())]
@@ -129,6 +131,26 @@ def test_namespaces_are_told_once_when_all_are_listed(clock: Clock, sweeper: Swe
     sweeper.names = [1]
     told = [report.namespaces for report in _run(made, clock, PERIOD_S)]
     assert [each for each in told if each is not None] == [{}]
+
+
+def test_who_was_looked_at_is_told_with_the_beginning_of_the_round(clock: Clock, sweeper: Sweeper) -> None:
+    sweeper.names = list(range(1, 2 * STEP_PAIRS + 10))
+    made = Patrol(sweeper, clock)
+    begun = clock.now
+    reports = _run(made, clock, PERIOD_S)
+    told = [(report.begun, name) for report in reports for name in report.names]
+    assert told == [(begun, name) for name in sweeper.names]
+    assert len(reports) > 2
+
+
+def test_who_talks_again_is_told_whatever_the_look(clock: Clock, sweeper: Sweeper) -> None:
+    sweeper.names = [1, 2, 3]
+    sweeper.talking = {2}
+    made = Patrol(sweeper, clock)
+    assert [report.talking for report in _run(made, clock, 1.5 * PERIOD_S)] == [{2}, {2}]
+    made.ask(2)
+    clock.now += SOON_S
+    assert (made.work().talking, made.work().begun) == ({2}, None)
 
 
 def test_each_spliced_pair_is_looked_at_once_a_second(sweeper: Sweeper, clock: Clock) -> None:

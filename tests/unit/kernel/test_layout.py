@@ -156,6 +156,8 @@ def test_looks_are_those_of_the_programs() -> None:
     assert [look.value for look in layout.Look] == [1 << bit for bit in range(layout.LOOK_BITS)]
     assert f"#define LOOK_BITS\t{layout.LOOK_BITS}\n" in TYPES
     assert layout.LOOK_BITS * layout.WATCH_PAIRS <= 32
+    assert [f"ASK_{each.name}" for each in layout.Question] == read_enum("question")
+    assert [each.value for each in layout.Question] == list(range(len(layout.Question)))
     assert f"#define WATCH_PAIRS\t{layout.WATCH_PAIRS}\n" in TYPES
 
 

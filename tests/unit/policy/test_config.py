@@ -77,10 +77,11 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
     assert isinstance(settings.stop_timeout, float)
     assert settings.max_connections == 16
     settings = resolve(
-        {}, {"SPLICER_DEBUG": "off"}, config_file=write(tmp_path, "stop_timeout = 0\n")
+        {}, {"SPLICER_DEBUG": "off"}, config_file=write(tmp_path, "stop_timeout = 0\nlease = 300\n")
     ).settings
     assert settings.debug is False
     assert isinstance(settings.stop_timeout, float)
+    assert isinstance(settings.lease, float)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,9 @@ def test_types_are_those_of_the_settings(tmp_path: Path) -> None:
         ("max_connections", "1e3"),
         ("hot_reads", "0"),
         ("hot_reads", "65536"),
+        ("lease", "-1"),
+        ("lease", "86401"),
+        ("lease", "never"),
         ("stop_timeout", "-1"),
         ("stop_timeout", "nan"),
         ("stop_timeout", "inf"),
@@ -214,6 +218,7 @@ def test_what_a_reload_takes_over() -> None:
         default="off",
         blocking="allow",
         tcp_inq="refuse",
+        lease=30.0,
         policies=(rule,),
     )
     outcome = reload(current, read)
