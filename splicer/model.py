@@ -146,24 +146,24 @@ class Flow:
         return asdict(self)
 
 
-# Where BPF programs of others can be that have to do with the same sockets, and what it means for both.
-_NEAR = "Runs beside ours, and is asked and told what it would be alone."
-_TAKES = "Sockets in this map stay plain (foreign_psock), and spliced ones that come into it go back to TCP."
+# Where BPF programs of others can be that have to do with the same sockets, and what it means.
+_BESIDE = "runs beside ours, as if alone"
+_TAKES = "its sockets are plain, or become so"
 HOOKS: dict[str, str] = {
-    "sock_ops": _NEAR,
-    "setsockopt": _NEAR,
-    "getsockopt": _NEAR,
-    "connect4": _NEAR,
-    "connect6": _NEAR,
-    "sk_msg": "Sockets in this map stay plain (foreign_psock), and spliced ones are refused to it (EBUSY).",
+    "sock_ops": _BESIDE,
+    "setsockopt": _BESIDE,
+    "getsockopt": _BESIDE,
+    "connect4": _BESIDE,
+    "connect6": _BESIDE,
+    "sk_msg": "its sockets stay plain",
     "skb_parser": _TAKES,
     "skb_verdict": _TAKES,
-    "sockmap": "Has no program. Plain sockets in it stay plain (foreign_psock), spliced ones stay spliced.",
-    "sk_lookup": "Chooses who accepts a connection. What comes of it is spliced like any other.",
+    "sockmap": "no program; its sockets stay as they are",
+    "sk_lookup": "chooses listeners, and no more",
 }
-"""Hook to one sentence, for help texts and documents."""
+"""Hook to what it means for connections, in a few words; docs/operations.md says more."""
 
-ANOTHER_SPLICER = "Of another splicer, or of an earlier one that it outlives until the last socket is closed."
+ANOTHER_SPLICER = "another splicer, or left by one"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Neighbour:
 
     @property
     def meaning(self) -> str:
-        """What it means for what is spliced, in one sentence."""
+        """What it means for connections, in a few words."""
         return ANOTHER_SPLICER if self.is_splicer else HOOKS[self.hook]
 
     def to_json(self) -> dict[str, Any]:
@@ -199,6 +199,9 @@ class Neighbourhood:
 
     neighbours: tuple[Neighbour, ...] = ()
     unknown: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"others": [each.to_json() for each in self.neighbours], "unknown": list(self.unknown)}
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,8 @@ class Status:
     be run, "walk". `blocking_readers` is "told apart" or, where the programs cannot tell who sleeps in a
     read, "refused". `census` says what became of connections that are older than the programs; see class
     CensusReport. `networks` says whether losses of networks are heard of ("hears"), looked for ("asks"), or
-    neither ("unavailable"), and in which namespaces (cookies).
+    neither ("unavailable"), and in which namespaces (cookies). `neighbours` are others
+    that use BPF at the same hooks; see class Neighbourhood. It is empty unless they were asked for.
     """
 
     pid: int
@@ -274,6 +278,7 @@ class Status:
     docker: dict[str, Any] = field(default_factory=dict)
     census: dict[str, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
+    neighbours: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)

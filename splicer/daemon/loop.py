@@ -26,7 +26,7 @@ from splicer.host import cgroups, notify
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
-from splicer.kernel import generation, libbpf, probes
+from splicer.kernel import generation, libbpf, neighbours, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
@@ -176,6 +176,7 @@ class Daemon:
             lambda: self._heartbeat,
             self._census.describe,
             self._networks.describe,
+            lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
         )
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)

@@ -21,7 +21,17 @@ from splicer.host.process import read_own_pid, read_own_usage
 from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
-from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Owner, Status, Totals
+from splicer.model import (
+    REASON_NAMES,
+    SCHEMA,
+    STATES,
+    Connections,
+    Flow,
+    Neighbourhood,
+    Owner,
+    Status,
+    Totals,
+)
 from splicer.policy.config import CONTAINER_MODES
 from splicer.policy.reconciler import PolicyReconciler
 
@@ -46,6 +56,7 @@ class RequestHandlers:
         read_heartbeat: Callable[[], float],
         describe_census: Callable[[], dict[str, Any]],
         describe_networks: Callable[[], dict[str, Any]],
+        find_neighbours: Callable[[], Neighbourhood],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -60,6 +71,7 @@ class RequestHandlers:
         self._read_heartbeat = read_heartbeat
         self._describe_census = describe_census
         self._describe_networks = describe_networks
+        self._find_neighbours = find_neighbours
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -80,7 +92,7 @@ class RequestHandlers:
             found.append(((client, server), TrafficAmount(*TRAFFIC.unpack(value))))
         return found
 
-    def status(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+    def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         counted = {name: self._sweeper.read_counter(index) for index, name in enumerate(COUNTERS)}
         refused = {
             name: n
@@ -122,6 +134,8 @@ class RequestHandlers:
             docker=self._watcher.describe(),
             census=self._describe_census(),
             networks=self._describe_networks(),
+            # Health checks and scrapers come by often, and do not ask.
+            neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),

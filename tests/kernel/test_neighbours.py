@@ -230,6 +230,9 @@ def test_who_else_is_there(host: Host, lab: Lab) -> None:
             ("sk_lookup", "meddler", f"net:[{inode}]"),
         }
         assert _list(host) - before == seen
+        told = host.daemon.command("status", neighbours=True)["neighbours"]
+        assert {(each["hook"], each["program"], each["where"]) for each in told["others"]} - before == seen
+        assert told["unknown"] == []
         # Those above count as well.
         assert _list(host, own) - before == seen
         assert _list(host, below) - before == seen

@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splicer.cli import flows, prerequisites, status
-from splicer.daemon.control import socket_path
+from splicer.daemon.control import Server, socket_path
 from splicer.daemon.instance import acquire
 from splicer.errors import SplicerError
-from splicer.model import Connections, Flow, Status, Totals
+from splicer.model import Connections, Flow, Neighbour, Neighbourhood, Status, Totals
 from splicer.text import Palette
 
-from ..conftest import Invoke
+from ..conftest import Invoke, Log
 from .conftest import Answers
 
 STATUS = Status(
@@ -120,6 +122,52 @@ class TestStatus:
         counts = dict(zip(("paired", "spliced", "draining"), connections, strict=True))
         assert status.verdict({"mode": mode, "connections": counts}) == verdict
         assert "\x1b[" in status.verdict({"mode": mode, "connections": counts}, Palette(True))
+
+    def test_neighbours(self, answers: Answers, invoke: Invoke, run_dir: str) -> None:
+        """Each with its program, where it is, and what that means; what is not known is said."""
+        place = "/sys/fs/cgroup/unified/shop.slice/web.service"
+        found = Neighbourhood(
+            (
+                Neighbour("sock_ops", "tcp_tune", 61, "cgroup", place, 7),
+                Neighbour("sk_msg", "verdict", 62, "map", "spliced", 19, is_splicer=True),
+                Neighbour("sockmap", "", 0, "map", "agent", 23),
+            ),
+            ("BPF links: Operation not permitted",),
+        )
+        answers.status["neighbours"] = found.to_json()
+        told = invoke("status", "--run-dir", run_dir).stdout
+        rows = [re.split("  +", line) for line in told[told.index("HOOK") :].splitlines()]
+        assert rows[1:4] == [
+            ["sock_ops", "tcp_tune", "61", place, "runs beside ours, as if alone"],
+            ["sk_msg", "verdict", "62", "spliced (19)", "another splicer, or left by one"],
+            ["sockmap", "-", "-", "agent (23)", "no program; its sockets stay as they are"],
+        ]
+        assert told.endswith("\nNot known of neighbours: BPF links: Operation not permitted\n")
+        assert invoke("status", "--json", "--run-dir", run_dir).json()["neighbours"] == found.to_json()
+        assert all(len(line) <= 80 for line in status.render(answers.status, width=80))
+
+    def test_many_neighbours(self) -> None:
+        found = Neighbourhood(
+            tuple(Neighbour("sk_lookup", "x", i, "netns", f"net:[{i}]", i) for i in range(12))
+        )
+        lines = status.render({"neighbours": found.to_json()})
+        assert sum(line.startswith("sk_lookup") for line in lines) == 10
+        assert lines[-1] == "and 2 more rows: splicer status --json"
+
+    def test_neighbours_are_looked_for_when_they_are_shown(
+        self, log: Log, invoke: Invoke, run_dir: str
+    ) -> None:
+        """And not for a health check."""
+        asked: list[object] = []
+
+        def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+            asked.append(request.get("neighbours"))
+            return dict(STATUS)
+
+        with Server(run_dir, {"status": answer}, log, allowed_uid=os.getuid()):
+            for form in ((), ("--json",), ("--brief",)):
+                assert invoke("status", *form, "--run-dir", run_dir).code == 0
+        assert asked == [True, True, None]
 
     def test_an_answer_without_most_keys_can_be_shown(self) -> None:
         assert status.render({"schema": 1, "totals": {"refused": None}})[0].startswith("Running")
