@@ -120,12 +120,22 @@ class Owner:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Bytes that wait at an end: redirected, and come through TCP."""
+
+    redirected_bytes: int
+    tcp_bytes: int
+
+
+@dataclass(frozen=True)
 class Flow:
     """One connection with both ends on this host.
 
     `local` and `remote` are the client's view, `peer` is the address the server itself has (another one
     than `remote` under DNAT). `netns` and `peer_netns` are network namespace cookies of client and server.
-    Counts cover both directions since pairing, bytes and messages through the redirect only.
+    Counts cover both directions since pairing, bytes and messages through the redirect only. What waits
+    unread at an end is None unless it was asked for, the connection is spliced or draining, and the kernel
+    tells.
     """
 
     local: str
@@ -141,6 +151,8 @@ class Flow:
     age_seconds: float
     client: Owner = Owner()
     server: Owner = Owner()
+    client_unread: Unread | None = None
+    server_unread: Unread | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -169,6 +169,7 @@ class Daemon:
             fionread,
             maps,
             self._sweeper,
+            self._generation.gauge(),
             self._reconciler,
             watcher,
             Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes()),

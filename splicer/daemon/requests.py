@@ -18,6 +18,7 @@ from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import read_own_pid, read_own_usage
+from splicer.kernel.gauge import Gauge
 from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
@@ -49,6 +50,7 @@ class RequestHandlers:
         fionread: str,
         maps: Mapping[str, Map],
         sweeper: Sweeper,
+        gauge: Gauge | None,
         reconciler: PolicyReconciler,
         watcher: Watcher,
         attribution: Attribution,
@@ -64,6 +66,7 @@ class RequestHandlers:
         self._fionread = fionread
         self._maps = maps
         self._sweeper = sweeper
+        self._gauge = gauge
         self._reconciler = reconciler
         self._watcher = watcher
         self._attribution = attribution
@@ -142,16 +145,20 @@ class RequestHandlers:
         )
         return status.to_json()
 
-    def flows(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+    def flows(self, request: Mapping[str, Any]) -> dict[str, Any]:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         found: dict[tuple[int, int, int], Owner] = {}
         # A pair in the making has no state yet.
         pairs = [pair for pair in self._sweeper.list_pairs_and_seeds() if pair.state in STATES]
-        flows = [self._describe(pair, now, found) for pair in pairs]
+        gauge = self._gauge if request.get("unread") is True else None
+        flows = [self._describe(pair, now, found, gauge) for pair in pairs]
         return {"schema": SCHEMA, "flows": [flow.to_json() for flow in flows]}
 
-    def _describe(self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner]) -> Flow:
+    def _describe(
+        self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner], gauge: Gauge | None
+    ) -> Flow:
         sent = (pair.client_sends, pair.server_sends)
+        unread = (gauge.read(pair) if gauge else None) or (None, None)
         return Flow(
             local=pair.client.local,
             remote=pair.client.remote,
@@ -166,6 +173,8 @@ class RequestHandlers:
             age_seconds=round((now_ns - pair.born_ns) / 1e9, 3),
             client=self._attribution.find_owner(pair.client, found),
             server=self._attribution.find_owner(pair.server, found),
+            client_unread=unread[0],
+            server_unread=unread[1],
         )
 
     def policy(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import socket
 import sys
 import types
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from splicer.cli import flows, prerequisites, status
 from splicer.daemon.control import Server, socket_path
 from splicer.daemon.instance import acquire
 from splicer.errors import SplicerError
-from splicer.model import Connections, Flow, Neighbour, Neighbourhood, Status, Totals
+from splicer.model import Connections, Flow, Neighbour, Neighbourhood, Status, Totals, Unread
 from splicer.text import Palette
 
 from ..conftest import Invoke, Log
@@ -276,6 +277,35 @@ class TestFlows:
         odd = {"local": 5, "remote": "x\x1b[2J", "redirected_bytes": "many", "state": "new"}
         assert "\x1b" not in "\n".join(flows.render([odd]))
         assert flows.select([odd], (), {80}) == []
+
+
+def test_what_waits_unread(log: Log, invoke: Invoke, run_dir: str) -> None:
+    """Shown with --wide and in JSON; nobody else asks for it."""
+    asked: list[object] = []
+    rows = [dict(each) for each in FLOWS]
+    for row, at_client, at_server in (
+        (rows[1], (0, 0), (2048, 0)),
+        (rows[3], (0, 5), (1, 512)),
+    ):
+        row["client_unread"] = asdict(Unread(*at_client))
+        row["server_unread"] = asdict(Unread(*at_server))
+
+    def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+        asked.append(request.get("unread"))
+        return {"schema": 1, "flows": rows}
+
+    with Server(run_dir, {"flows": answer}, log, allowed_uid=os.getuid()):
+        wide = invoke("flows", "--wide", "--run-dir", run_dir).stdout.splitlines()
+        assert invoke("flows", "--json", "--run-dir", run_dir).json()["flows"] == rows
+        assert "UNREAD" not in invoke("flows", "--run-dir", run_dir).stdout
+    assert asked == [True, True, False]
+    assert [re.split("  +", line)[-2:] for line in wide] == [
+        ["CLIENT-UNREAD", "SERVER-UNREAD"],
+        ["-", "-"],
+        ["0 B", "2.00 KiB"],
+        ["5 B TCP", "1 B + 512 B TCP"],
+        ["-", "-"],
+    ]
 
 
 def test_flows_without_a_daemon(invoke: Invoke, run_dir: str) -> None:
