@@ -23,7 +23,8 @@ from support.meddler import (
     noting_old_states,
     passing_options,
 )
-from support.players import QUIRKS, End, Pair, Peer
+from support.players import QUIRKS, Pair, Peer
+from support.relayed import ask_through, make_chain, where
 
 from splicer.host import cgroups
 from splicer.kernel import libbpf, neighbours
@@ -31,21 +32,6 @@ from splicer.model import Neighbour
 
 IPPROTO_MPTCP = 262
 ESTABLISHED, LAST_STATE = 1, 13  # include/net/tcp_states.h
-
-
-def _where(end: End) -> tuple[int, int]:
-    return end.peer.pid, end.peer.call("fileno", conn=end.conn)
-
-
-def _chain(host: Host, lab: Lab, port: int) -> tuple[Peer, Pair, Pair]:
-    """A proxy, and its connections with a client and with a backend, both spliced."""
-    client, backend = host.peer(lab, "a"), host.peer(lab, "a")
-    proxy = host.peer(lab, "b", program=QUIRKS)
-    front = host.connect(client, proxy, lab.address("b"), port=port)
-    back = host.connect(proxy, backend, lab.address("a"), port=port)
-    for pair in (front, back):
-        host.make_hot(pair)
-    return proxy, front, back
 
 
 def _count_redirected(host: Host, *pairs: Pair) -> int:
@@ -56,16 +42,11 @@ def _count_redirected(host: Host, *pairs: Pair) -> int:
 def test_sockets_joined_in_the_kernel(host: Host, lab: Lab, port: int) -> None:
     """A proxy leaves copying to an sk_skb program: every byte after that arrives, in both directions and in
     order, both connections stay plain, and so does the proxy's next one, which it might hand over as well."""
-    proxy, front, back = _chain(host, lab, port)
+    proxy, front, back = make_chain(host, lab, port)
     known = read_map(host, "splicers").keys()
     redirected, at_back = _count_redirected(host, front), _count_redirected(host, back)
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
-        for number in range(20):
-            question, answer = f"question {number:04}", f"answer {number:04}"
-            front.client.say(question)
-            assert back.server.hear(len(question)) == question
-            back.server.say(answer)
-            assert front.client.hear(len(answer)) == answer
+    with joined_in_the_kernel(where(front.server), where(back.client)):
+        ask_through(front, back, 20)
         for pair in (front, back):
             host.wait_flow(pair, "paired", "foreign_psock")
         assert _count_redirected(host, front) == redirected
@@ -83,8 +64,8 @@ def test_sockets_joined_in_the_kernel(host: Host, lab: Lab, port: int) -> None:
 
 def test_joined_while_nothing_is_sent(host: Host, lab: Lab) -> None:
     """The watch finds it."""
-    _, front, back = _chain(host, lab, 0)
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+    _, front, back = make_chain(host, lab, 0)
+    with joined_in_the_kernel(where(front.server), where(back.client)):
         for pair in (front, back):
             host.wait_flow(pair, "paired", "foreign_psock", timeout=30.0)
 
@@ -92,10 +73,10 @@ def test_joined_while_nothing_is_sent(host: Host, lab: Lab) -> None:
 def test_joined_with_bytes_unread(host: Host, lab: Lab) -> None:
     """What was redirected before is the socket's, and no program sees it: that much is known to be lost to
     the other side. The connection gets out of splicer's map all the same, and what follows arrives."""
-    _, front, back = _chain(host, lab, 0)
+    _, front, back = make_chain(host, lab, 0)
     front.client.say("lost")
     wait_until("it is there", lambda: front.server.fionread() == len("lost"))
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+    with joined_in_the_kernel(where(front.server), where(back.client)):
         front.client.say("more")
         assert back.server.hear(4) == "more"
         for pair in (front, back):
@@ -113,7 +94,7 @@ def test_agent_with_a_sockmap(host: Host, lab: Lab, ends: str) -> None:
     )
     host.make_hot(pair)
     taken = {"both": (pair.client, pair.server), "client": (pair.client,), "server": (pair.server,)}[ends]
-    with in_sockmap(*map(_where, taken)):
+    with in_sockmap(*map(where, taken)):
         before = _count_redirected(host, pair)
         pair.pingpong(50)
         assert _count_redirected(host, pair) == before + 100
@@ -136,7 +117,7 @@ def test_drained_under_load_in_an_agents_sockmap(host: Host, lab: Lab) -> None:
         host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
     )
     host.make_hot(pair)
-    with in_sockmap(_where(pair.client), _where(pair.server)):
+    with in_sockmap(where(pair.client), where(pair.server)):
         pair.server.begin("echo", rounds=3000, size=2000, answer=2000, timeout=30.0)
         pair.client.begin("pingpong", rounds=3000, size=2000, answer=2000, timeout=30.0)
         host.daemon.drain()
@@ -211,8 +192,13 @@ def test_who_else_is_there(host: Host, lab: Lab) -> None:
     )
     above, own = host.cgroup.path, host.cgroup.child("tenant").path
     below = host.cgroup.child("tenant/job").path
-    front, back = _where(pair.client), _where(pair.server)
+    front, back = where(pair.client), where(pair.server)
+    # The kernel frees them a little after their last user has gone, those of earlier tests, too.
+    wait_until("no meddler is there", lambda: not any("meddler" in each for each in _list(host)))
     before = _list(host)
+    with in_sockmap(front, back):
+        assert _list(host) - before == {("sockmap", "", "meddler")}
+    wait_until("it has gone", lambda: not _list(host) - before)
     with ExitStack() as stack:
         stack.enter_context(answering(above, JIFFIES))
         stack.enter_context(noting_old_states(below))
@@ -240,9 +226,10 @@ def test_who_else_is_there(host: Host, lab: Lab) -> None:
         assert _list(host, beside) - before == {
             each for each in seen if each[2] not in (str(own), str(below))
         }
-    with in_sockmap(front, back):
-        assert _list(host) - before == {("sockmap", "", "meddler")}
-    assert _list(host) == before
+    # The sockets hold the sk_skb program, and it holds its map.
+    assert _list(host) - before == {("sockmap", "", "meddler")}
+    pair.close()
+    wait_until("they have gone", lambda: not _list(host) - before)
 
 
 def test_a_splicer_of_another_pin_directory(host: Host) -> None:
