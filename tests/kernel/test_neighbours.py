@@ -28,6 +28,7 @@ from support.relayed import ask_through, make_chain, where
 
 from splicer.host import cgroups
 from splicer.kernel import libbpf, neighbours
+from splicer.kernel.programs import PROGRAMS
 from splicer.model import Neighbour
 
 IPPROTO_MPTCP = 262
@@ -196,6 +197,7 @@ def test_who_else_is_there(host: Host, lab: Lab) -> None:
     # The kernel frees them a little after their last user has gone, those of earlier tests, too.
     wait_until("no meddler is there", lambda: not any("meddler" in each for each in _list(host)))
     before = _list(host)
+    assert not {program for _, program, _ in before} & {each.name for each in PROGRAMS}
     with in_sockmap(front, back):
         assert _list(host) - before == {("sockmap", "", "meddler")}
     wait_until("it has gone", lambda: not _list(host) - before)
