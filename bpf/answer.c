@@ -13,47 +13,12 @@
  * The answer is computed from the beginning and not added to the kernel's: two of these
  * programs, of two generations, may come by one socket.
  *
- * No lock is taken. Messages leave the queue at its front only: if the first one is the same
- * at last, all that were met were there.
+ * No lock is taken; see count_redirected().
  */
 
 #define FIONREAD		0x541B
-/*
- * Half as many again as the bound on unread messages; a reader of more is told of so many
- * at once. In steps, for the verifier compares each turn of a loop with all those before it.
- */
-#define COUNTED_MESSAGES	1536
-#define COUNTED_STEP		32
 
 static long (*write_user)(void *to, const void *from, u32 size) = (void *)BPF_FUNC_probe_write_user;
-
-/* What was redirected and not read, in bytes. */
-static __always_inline u32 count_redirected(u64 psock, void *tp)
-{
-	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0, item;
-	u32 total = 0, size = 0, charged;
-
-	PROBE(first, psock, sk_psock_ingress_msg);
-	item = first;
-	for (int i = 0; i < COUNTED_MESSAGES / COUNTED_STEP; i++) {
-#pragma unroll
-		for (int j = 0; j < COUNTED_STEP; j++) {
-			if (!item || item == head)
-				goto counted;
-			PROBE(size, item - OFF_sk_msg_list, sk_msg_sg_size);
-			total += size;
-			bpf_probe_read_kernel(&item, sizeof(item), (void *)item);
-		}
-	}
-counted:
-	/* Bytes are charged before they are in the queue, so there are no more than that. */
-	charged = FIELD(tp, u32, sock_sk_rmem_alloc);
-	item = 0;
-	PROBE(item, psock, sk_psock_ingress_msg);
-	if (first != head && item != first)
-		return charged;		/* another thread has read meanwhile: no less than that */
-	return total < charged ? total : charged;
-}
 
 /* tcp_inq() in include/net/tcp.h. */
 static __always_inline u32 count_unread(void *tp)
@@ -96,7 +61,7 @@ static __always_inline int correct(u64 *ctx)
 	PROBE(owner, psock, sk_psock_sk);
 	if (owner != (u64)tp)
 		return 0;
-	value = count_redirected(psock, tp) + count_unread(tp);
+	value = count_redirected(psock, (u64)tp) + count_unread(tp);
 	write_user((void *)ctx[2], &value, sizeof(value));
 	return 0;
 }

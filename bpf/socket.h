@@ -212,6 +212,44 @@ static __always_inline int is_psock_empty(u64 psock)
 	return first == head;
 }
 
+/*
+ * Half as many again as the bound on unread messages; a reader of more is told of so many
+ * at once. In steps, for the verifier compares each turn of a loop with all those before it.
+ */
+#define COUNTED_MESSAGES	1536
+#define COUNTED_STEP		32
+
+/*
+ * What was redirected and not read, in bytes. No lock is taken. Messages leave the queue at its
+ * front only: if the first one is the same at last, all that were met were there.
+ */
+static __always_inline u32 count_redirected(u64 psock, u64 sk)
+{
+	u64 head = psock + OFF_sk_psock_ingress_msg, first = 0, item;
+	u32 total = 0, size = 0, charged = 0;
+
+	PROBE(first, psock, sk_psock_ingress_msg);
+	item = first;
+	for (int i = 0; i < COUNTED_MESSAGES / COUNTED_STEP; i++) {
+#pragma unroll
+		for (int j = 0; j < COUNTED_STEP; j++) {
+			if (!item || item == head)
+				goto counted;
+			PROBE(size, item - OFF_sk_msg_list, sk_msg_sg_size);
+			total += size;
+			bpf_probe_read_kernel(&item, sizeof(item), (void *)item);
+		}
+	}
+counted:
+	/* Bytes are charged before they are in the queue, so there are no more than that. */
+	PROBE(charged, sk, sock_sk_rmem_alloc);
+	item = 0;
+	PROBE(item, psock, sk_psock_ingress_msg);
+	if (first != head && item != first)
+		return charged;		/* another thread has read meanwhile: no less than that */
+	return total < charged ? total : charged;
+}
+
 /* For programs that have no helper for it. */
 static __always_inline u64 read_netns(void *tp)
 {

@@ -445,6 +445,15 @@ enum look {
 	LOOK_TALKS	= 1 << 3,	/* something is sent, after a lease of silence */
 };
 
+/* Which bytes at which end measure shall count: redirected ones at the client's, unless these say else. */
+#define MEASURE_SERVER	1
+#define MEASURE_TCP	2
+
+struct measure_request {
+	struct pair_id id;		/* there need not be such a pair (any more) */
+	u64 what;
+};
+
 /*
  * What enlist is given: a packet, since a packet can be written to. One run is about
  * one request, the next run about the next one, and after the last comes the first.

@@ -120,12 +120,22 @@ class Owner:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Bytes that wait at an end: redirected, and come through TCP."""
+
+    redirected_bytes: int
+    tcp_bytes: int
+
+
+@dataclass(frozen=True)
 class Flow:
     """One connection with both ends on this host.
 
     `local` and `remote` are the client's view, `peer` is the address the server itself has (another one
     than `remote` under DNAT). `netns` and `peer_netns` are network namespace cookies of client and server.
-    Counts cover both directions since pairing, bytes and messages through the redirect only.
+    Counts cover both directions since pairing, bytes and messages through the redirect only. What waits
+    unread at an end is None unless it was asked for, the connection is spliced or draining, and the kernel
+    tells.
     """
 
     local: str
@@ -141,9 +151,69 @@ class Flow:
     age_seconds: float
     client: Owner = Owner()
     server: Owner = Owner()
+    client_unread: Unread | None = None
+    server_unread: Unread | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# Where BPF programs of others can be that have to do with the same sockets, and what it means.
+_BESIDE = "runs beside ours, as if alone"
+_TAKES = "its sockets are plain, or become so"
+HOOKS: dict[str, str] = {
+    "sock_ops": _BESIDE,
+    "setsockopt": _BESIDE,
+    "getsockopt": _BESIDE,
+    "connect4": _BESIDE,
+    "connect6": _BESIDE,
+    "sk_msg": "its sockets stay plain",
+    "skb_parser": _TAKES,
+    "skb_verdict": _TAKES,
+    "sockmap": "no program; its sockets stay as they are",
+    "sk_lookup": "chooses listeners, and no more",
+}
+"""Hook to what it means for connections, in a few words; docs/operations.md says more."""
+
+ANOTHER_SPLICER = "another splicer, or left by one"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A BPF program of somebody else at a hook that splicer uses, or their sockmap without programs.
+
+    `hook` is a key of HOOKS, `program` the program's name as the kernel has it and `id` its id, empty and 0
+    for a map without programs. `place` is "cgroup", "map" or "netns", `where` the path, the map's name, or
+    the network namespace as /proc names it, and `where_id` the cgroup's id, the map's, or the
+    namespace's inode number. `is_splicer` is true if it has the name and type of one of splicer's own.
+    """
+
+    hook: str
+    program: str
+    id: int
+    place: str
+    where: str
+    where_id: int
+    is_splicer: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """What it means for connections, in a few words."""
+        return ANOTHER_SPLICER if self.is_splicer else HOOKS[self.hook]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "meaning": self.meaning}
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """All that were found, and what could not be looked at: a line for each such thing, with the reason."""
+
+    neighbours: tuple[Neighbour, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"others": [each.to_json() for each in self.neighbours], "unknown": list(self.unknown)}
 
 
 @dataclass(frozen=True)
@@ -200,7 +270,8 @@ class Status:
     CensusReport. `networks` says whether losses of networks are heard of ("hears"), looked for ("asks"), or
     neither ("unavailable"), and in which namespaces (cookies). `leases` says whether busy spliced connections
     get a packet each way through TCP once in so many seconds ("kept"), or not ("off", or "forbidden" without
-    CAP_NET_RAW); see class LeaseKeeper.
+    CAP_NET_RAW); see class LeaseKeeper. `neighbours` are others that use BPF at the same hooks; see class
+    Neighbourhood. It is empty unless they were asked for.
     """
 
     pid: int
@@ -222,6 +293,7 @@ class Status:
     census: dict[str, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
     leases: dict[str, Any] = field(default_factory=dict)
+    neighbours: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)

@@ -56,6 +56,7 @@ _REST = (
     Column("BYTES", "right"),
     Column("AGE", "right"),
 )
+_UNREAD = (Column("CLIENT-UNREAD", "right"), Column("SERVER-UNREAD", "right"))
 
 
 def _make_epilog() -> str:
@@ -69,6 +70,8 @@ def _make_epilog() -> str:
         "MESSAGES": "messages of up to 32 KiB redirected since pairing, both ways; not on a narrow terminal",
         "BYTES": "bytes redirected since pairing, both directions",
         "AGE": "time since pairing",
+        "CLIENT-UNREAD, SERVER-UNREAD": "with --wide: bytes that wait to be read there, redirected ones and, "
+        "marked so, those that came through TCP; only of what is spliced or draining",
     }
     states = {
         "paired": "both ends are on this host and known; plain TCP",
@@ -135,7 +138,8 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     states = frozenset(arguments.state or ())
     ports = frozenset(_read_port(given) for given in arguments.port or ())
     names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
-    answer = ask(settings.run_dir, "flows")
+    # What waits unread is counted socket by socket, for those who see it.
+    answer = ask(settings.run_dir, "flows", {"unread": arguments.wide or arguments.json})
     known = sections(answer, "flows")
     chosen = select(known, states, ports, names)
     if arguments.json:
@@ -213,7 +217,8 @@ def render(
     if wide:
         described = [[describe_owner(owner) for owner in pair] for pair in owners]
         rows = [[*who, *where, *rest] for who, where, rest in zip(described, addresses, rests, strict=True)]
-        return table((*_NAMES_AND_ADDRESSES, *_REST), rows, palette=palette)
+        rows = [[*row, *_list_unread(flow)] for row, flow in zip(rows, ordered, strict=True)]
+        return table((*_NAMES_AND_ADDRESSES, *_REST, *_UNREAD), rows, palette=palette)
     if not any(map(any, names)):
         rows = [[*where, *rest] for where, rest in zip(addresses, rests, strict=True)]
         return table((*_ADDRESSES, *_REST), rows, width=width, palette=palette)
@@ -240,6 +245,18 @@ def _list_rest(flow: Mapping[str, object]) -> list[str | Cell]:
         human_bytes(number(flow, "redirected_bytes")),
         human_age(seconds(flow, "age_seconds")),
     ]
+
+
+def _list_unread(flow: Mapping[str, object]) -> list[str | Cell]:
+    """What waits at the client, and at the server."""
+    found: list[str | Cell] = []
+    for end in ("client_unread", "server_unread"):
+        unread = section(flow, end)
+        redirected, through_tcp = number(unread, "redirected_bytes"), number(unread, "tcp_bytes")
+        words = [human_bytes(redirected)] if redirected or not through_tcp else []
+        words += [f"{human_bytes(through_tcp)} TCP"] if through_tcp else []
+        found.append(" + ".join(words) if unread else "-")
+    return found
 
 
 def _fits(columns: Sequence[Column], rows: Sequence[Sequence[str | Cell]], width: int) -> bool:

@@ -28,7 +28,7 @@ from splicer.text import (
 from . import options
 from .context import Context
 from .owners import name_owner
-from .query import ask, number, seconds, section, sections, text
+from .query import ask, number, seconds, section, sections, text, texts
 
 SUMMARY = "say whether splicer is running and what it has done"
 
@@ -67,6 +67,11 @@ totals:
   traffic     what was redirected between whom, the largest first; all of it
               with --json
 
+neighbours:
+  others that use BPF at the hooks that splicer uses, each with its program, the
+  program's id, and where it is: a cgroup, a map with its id, or a network
+  namespace by its number in /proc. docs/operations.md says what each means
+
 examples:
   splicer status
   splicer status --brief                # HEALTHCHECK CMD in a Dockerfile
@@ -79,6 +84,7 @@ exit codes:
 
 
 _TRAFFIC_ROWS = 10
+_NEIGHBOUR_ROWS = 10
 _FIONREAD = {"splicer": ", FIONREAD answered", "nobody": ", FIONREAD not answered; see the log"}
 
 
@@ -101,7 +107,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     if arguments.brief:
         return _check_health(settings, context)
     try:
-        status = ask(settings.run_dir, "status")
+        status = ask(settings.run_dir, "status", {"neighbours": True})
     except SplicerError as error:
         if error.exit_code != NOT_RUNNING:
             raise
@@ -189,6 +195,7 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
     lines += ["", palette.paint("Totals", "bold"), *two_columns(done, palette=palette)]
     lines += _list_refused(section(totals, "refused"), width, palette)
     lines += _list_traffic(sections(status, "traffic"), width, palette)
+    lines += _list_neighbours(section(status, "neighbours"), width, palette)
     return lines + _list_problems(sections(status, "problems"), width, palette)
 
 
@@ -232,6 +239,38 @@ def _list_traffic(traffic: Sequence[Mapping[str, object]], width: int | None, pa
         *table(columns, rows, width=width, palette=palette),
         *([palette.paint(f"and {plural(more, 'more row')}: splicer status --json", "dim")] if more else []),
     ]
+
+
+def _list_neighbours(neighbours: Mapping[str, object], width: int | None, palette: Palette) -> list[str]:
+    columns = (
+        Column("HOOK"),
+        Column("PROGRAM"),
+        Column("ID", "right"),
+        Column("AT", elastic=True, least=12),
+        Column("NEIGHBOUR", elastic=True, least=22),
+    )
+    others = sections(neighbours, "others")
+    rows = [
+        (
+            text(each, "hook"),
+            text(each, "program") or "-",
+            str(number(each, "id") or "-"),
+            _name_place(each),
+            text(each, "meaning"),
+        )
+        for each in others[:_NEIGHBOUR_ROWS]
+    ]
+    lines = ["", *table(columns, rows, width=width, palette=palette)] if rows else []
+    if (more := len(others) - len(rows)) > 0:
+        lines.append(palette.paint(f"and {plural(more, 'more row')}: splicer status --json", "dim"))
+    unknown = [f"Not known of neighbours: {printable(each)}" for each in texts(neighbours, "unknown")]
+    return lines + (["", *unknown] if unknown else [])
+
+
+def _name_place(neighbour: Mapping[str, object]) -> str:
+    """A path, a map with its id, or a network namespace."""
+    where = text(neighbour, "where")
+    return f"{where} ({number(neighbour, 'where_id')})" if text(neighbour, "place") == "map" else where
 
 
 def _list_problems(

@@ -28,7 +28,7 @@ from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
-from splicer.kernel import generation, libbpf, probes
+from splicer.kernel import generation, libbpf, neighbours, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
@@ -173,6 +173,7 @@ class Daemon:
             fionread,
             maps,
             self._sweeper,
+            self._generation.gauge(),
             self._reconciler,
             watcher,
             Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes()),
@@ -181,6 +182,7 @@ class Daemon:
             self._census.describe,
             self._networks.describe,
             self._leases.describe,
+            lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
         )
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)

@@ -18,10 +18,21 @@ from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import read_own_pid, read_own_usage
+from splicer.kernel.gauge import Gauge
 from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
-from splicer.model import REASON_NAMES, SCHEMA, STATES, Connections, Flow, Owner, Status, Totals
+from splicer.model import (
+    REASON_NAMES,
+    SCHEMA,
+    STATES,
+    Connections,
+    Flow,
+    Neighbourhood,
+    Owner,
+    Status,
+    Totals,
+)
 from splicer.policy.config import CONTAINER_MODES
 from splicer.policy.reconciler import PolicyReconciler
 
@@ -39,6 +50,7 @@ class RequestHandlers:
         fionread: str,
         maps: Mapping[str, Map],
         sweeper: Sweeper,
+        gauge: Gauge | None,
         reconciler: PolicyReconciler,
         watcher: Watcher,
         attribution: Attribution,
@@ -47,6 +59,7 @@ class RequestHandlers:
         describe_census: Callable[[], dict[str, Any]],
         describe_networks: Callable[[], dict[str, Any]],
         describe_leases: Callable[[], dict[str, Any]],
+        find_neighbours: Callable[[], Neighbourhood],
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -54,6 +67,7 @@ class RequestHandlers:
         self._fionread = fionread
         self._maps = maps
         self._sweeper = sweeper
+        self._gauge = gauge
         self._reconciler = reconciler
         self._watcher = watcher
         self._attribution = attribution
@@ -62,6 +76,7 @@ class RequestHandlers:
         self._describe_census = describe_census
         self._describe_networks = describe_networks
         self._describe_leases = describe_leases
+        self._find_neighbours = find_neighbours
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -82,7 +97,7 @@ class RequestHandlers:
             found.append(((client, server), TrafficAmount(*TRAFFIC.unpack(value))))
         return found
 
-    def status(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+    def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
         counted = {name: self._sweeper.read_counter(index) for index, name in enumerate(COUNTERS)}
         refused = {
             name: n
@@ -125,22 +140,28 @@ class RequestHandlers:
             census=self._describe_census(),
             networks=self._describe_networks(),
             leases=self._describe_leases(),
+            # Health checks and scrapers come by often, and do not ask.
+            neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),
         )
         return status.to_json()
 
-    def flows(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+    def flows(self, request: Mapping[str, Any]) -> dict[str, Any]:
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         found: dict[tuple[int, int, int], Owner] = {}
         # A pair in the making has no state yet.
         pairs = [pair for pair in self._sweeper.list_pairs_and_seeds() if pair.state in STATES]
-        flows = [self._describe(pair, now, found) for pair in pairs]
+        gauge = self._gauge if request.get("unread") is True else None
+        flows = [self._describe(pair, now, found, gauge) for pair in pairs]
         return {"schema": SCHEMA, "flows": [flow.to_json() for flow in flows]}
 
-    def _describe(self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner]) -> Flow:
+    def _describe(
+        self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner], gauge: Gauge | None
+    ) -> Flow:
         sent = (pair.client_sends, pair.server_sends)
+        unread = (gauge.read(pair) if gauge else None) or (None, None)
         return Flow(
             local=pair.client.local,
             remote=pair.client.remote,
@@ -155,6 +176,8 @@ class RequestHandlers:
             age_seconds=round((now_ns - pair.born_ns) / 1e9, 3),
             client=self._attribution.find_owner(pair.client, found),
             server=self._attribution.find_owner(pair.server, found),
+            client_unread=unread[0],
+            server_unread=unread[1],
         )
 
     def policy(self, request: Mapping[str, Any]) -> dict[str, Any]:

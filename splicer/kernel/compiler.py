@@ -28,7 +28,7 @@ from typing import Any
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
-from splicer.kernel.layout import ENLIST_SIZE, WATCH_REQUEST_SIZE
+from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, WATCH_REQUEST_SIZE
 from splicer.kernel.programs import (
     ANSWERS,
     KERNEL_HINT,
@@ -59,6 +59,7 @@ SOURCES = (
     "enlist.c",
     "adopt.c",
     "watch.c",
+    "measure.c",
     "census.c",
     "answer.c",
 )
@@ -316,10 +317,12 @@ def _read_code(module: Any, program: Program) -> bytes:
 
 
 def _try_to_run(program: Program, fd: int) -> None:
-    """watch and enlist are run like this for ever; better know at once that they can be."""
+    """watch, measure and enlist are run like this for ever; better know at once that they can be."""
     try:
         if program.name == "watch":
             libbpf.TestRun(fd, WATCH_REQUEST_SIZE).run()
+        elif program.name == "measure":
+            libbpf.TestRun(fd, MEASURE_REQUEST.size).run()
         elif program.name == "enlist":
             libbpf.PacketRun(fd, ENLIST_SIZE).run(1)
     except libbpf.KernelError as error:

@@ -3,7 +3,7 @@
 
 Pins below the pin directory:
 
-    programs/NAME maps/NAME links/NAME   the objects; watch, enlist and census have no link
+    programs/NAME maps/NAME links/NAME   the objects; watch, measure, enlist and census have no link
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
 The links keep the programs attached when the daemon dies. For those that answer FIONREAD see answer.py.
@@ -29,6 +29,7 @@ from splicer.host.namespaces import Directory
 from splicer.kernel import answer, bpffs, compiler, libbpf
 from splicer.kernel.census import Census, CensusReport
 from splicer.kernel.enlist import Enlister
+from splicer.kernel.gauge import Gauge
 from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
 from splicer.kernel.settings import SettingsMap
 from splicer.kernel.sweep import Sweeper
@@ -57,7 +58,8 @@ class LoadPlan:
 @dataclass
 class Generation:
     """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon. No
-    `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found.
+    `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found. No
+    `measure`: what waits unread is not known.
     `unanswered` says why FIONREAD is not answered though it was to be."""
 
     pin_dir: str
@@ -66,6 +68,7 @@ class Generation:
     watch: int
     enlist: int | None
     census: int | None
+    measure: int | None
     taken_over: bool
     unanswered: str = ""
     mounted: str | None = None
@@ -86,6 +89,10 @@ class Generation:
         except OSError as error:
             log.warning("enlist_not_run", error=str(error))
             return None
+
+    def gauge(self) -> Gauge | None:
+        """None if the kernel refused its program."""
+        return None if self.measure is None else Gauge(self.measure)
 
     def find_older(
         self, settings: SettingsMap, cgroup: Cgroup
@@ -129,7 +136,7 @@ class Generation:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
             item.close()
-        for fd in (*self.links.values(), self.watch, self.enlist, self.census):
+        for fd in (*self.links.values(), self.watch, self.enlist, self.census, self.measure):
             if fd is not None:
                 os.close(fd)
         self.maps.clear()
@@ -212,7 +219,7 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
         links |= answer.open_links(pin_dir)
         watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
-        enlist, census = (_open_optional(pin_dir, name) for name in ("enlist", "census"))
+        enlist, census, measure = (_open_optional(pin_dir, name) for name in ("enlist", "census", "measure"))
     except BaseException:
         for item in maps.values():
             item.close()
@@ -220,7 +227,7 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
             os.close(fd)
         raise
     unanswered = _read_note(pin_dir, answer.NOTE)
-    return Generation(pin_dir, maps, links, watch, enlist, census, taken_over=True, unanswered=unanswered)
+    return Generation(pin_dir, maps, links, watch, enlist, census, measure, True, unanswered)
 
 
 def _open_optional(pin_dir: str, name: str) -> int | None:

@@ -136,6 +136,9 @@ PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION 
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
+MEASURE_SERVER, MEASURE_TCP = 1, 2
+MEASURE_REQUEST = struct.Struct("=2Q")
+"""struct measure_request: a name, and which bytes at which end."""
 WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.

@@ -85,6 +85,13 @@ PROGRAMS = (
     Program("enlist", "enlist", "tc program", libbpf.BPF_PROG_TYPE_SCHED_CLS, is_optional=True),
     Program("watch", "watch", "raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT),
     Program(
+        "measure",
+        "measure",
+        "raw tracepoint program",
+        libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT,
+        is_optional=True,
+    ),
+    Program(
         "census",
         "census",
         "iterator over TCP sockets",

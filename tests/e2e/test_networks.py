@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -103,3 +105,35 @@ def test_the_network_of_the_host(stack: Stack, network: Network) -> None:
     _load(network, f"http://{address}:8080/")
     wait_until("spliced", lambda: _count(stack, "web") == CONNECTIONS, pause=0.1)
     assert network.finish_load("load")["errors"] == 0
+
+
+def test_a_container_that_is_disconnected(stack: Stack, network: Network) -> None:
+    """`docker network disconnect`: what is spliced stops, as plain TCP does, and nobody else's does."""
+    engine = network.engine
+    address = engine.inspect("web")["NetworkSettings"]["Networks"]["web"]["IPAddress"]
+    for name in ("load", "witness"):
+        network.start_load(name, f"http://{address}:8080/", connections=CONNECTIONS)
+        wait_until("spliced", lambda name=name: _count(stack, name) == CONNECTIONS, pause=0.1)
+    engine.docker("network", "disconnect", "web", "load")
+
+    def is_plain() -> bool:
+        found = {(flow["state"], flow["reason"]) for flow in stack.flows("load")}
+        return found == {("paired", "network_gone")}
+
+    wait_until("they are plain", is_plain, timeout=10.0, pause=0.1)
+    before, seen = _count_received(engine, stack, "load"), _count_received(engine, stack, "witness")
+    wait_until("others go on", lambda: _count_received(engine, stack, "witness") > seen + 100_000, pause=0.1)
+    pauses.sleep(1.0)
+    assert _count_received(engine, stack, "load") == before
+    assert len(stack.flows("load")) == CONNECTIONS and is_plain()
+    assert _count(stack, "witness") == CONNECTIONS
+    assert network.finish_load("witness")["errors"] == 0
+
+
+def _count_received(engine: Engine, stack: Stack, name: str) -> int:
+    """Bytes that a client and its server have got, redirected and through TCP."""
+    pid = engine.inspect(name)["State"]["Pid"]
+    command = ["nsenter", "--net", f"--target={pid}", "--", "ss", "-tinH"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    through_tcp = sum(map(int, re.findall(r"bytes_(?:received|acked):(\d+)", said)))
+    return through_tcp + sum(flow["redirected_bytes"] for flow in stack.flows(name))

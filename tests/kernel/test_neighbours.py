@@ -4,33 +4,35 @@ difference that KNOWN_ISSUES names; hazards 12, 78 and 83."""
 
 from __future__ import annotations
 
+import os
 import struct
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.hostile import read_map
 from support.lab import Lab
-from support.meddler import answering, in_sockmap, joined_in_the_kernel, noting_old_states
-from support.players import QUIRKS, End, Pair, Peer
+from support.meddler import (
+    GETSOCKOPT,
+    answering,
+    choosing_listeners,
+    in_sockmap,
+    joined_in_the_kernel,
+    noting_old_states,
+    passing_options,
+)
+from support.players import QUIRKS, Pair, Peer
+from support.relayed import ask_through, make_chain, where
+
+from splicer.host import cgroups
+from splicer.kernel import libbpf, neighbours
+from splicer.kernel.programs import PROGRAMS
+from splicer.model import Neighbour
 
 IPPROTO_MPTCP = 262
 ESTABLISHED, LAST_STATE = 1, 13  # include/net/tcp_states.h
-
-
-def _where(end: End) -> tuple[int, int]:
-    return end.peer.pid, end.peer.call("fileno", conn=end.conn)
-
-
-def _chain(host: Host, lab: Lab, port: int) -> tuple[Peer, Pair, Pair]:
-    """A proxy, and its connections with a client and with a backend, both spliced."""
-    client, backend = host.peer(lab, "a"), host.peer(lab, "a")
-    proxy = host.peer(lab, "b", program=QUIRKS)
-    front = host.connect(client, proxy, lab.address("b"), port=port)
-    back = host.connect(proxy, backend, lab.address("a"), port=port)
-    for pair in (front, back):
-        host.make_hot(pair)
-    return proxy, front, back
 
 
 def _count_redirected(host: Host, *pairs: Pair) -> int:
@@ -41,16 +43,11 @@ def _count_redirected(host: Host, *pairs: Pair) -> int:
 def test_sockets_joined_in_the_kernel(host: Host, lab: Lab, port: int) -> None:
     """A proxy leaves copying to an sk_skb program: every byte after that arrives, in both directions and in
     order, both connections stay plain, and so does the proxy's next one, which it might hand over as well."""
-    proxy, front, back = _chain(host, lab, port)
+    proxy, front, back = make_chain(host, lab, port)
     known = read_map(host, "splicers").keys()
     redirected, at_back = _count_redirected(host, front), _count_redirected(host, back)
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
-        for number in range(20):
-            question, answer = f"question {number:04}", f"answer {number:04}"
-            front.client.say(question)
-            assert back.server.hear(len(question)) == question
-            back.server.say(answer)
-            assert front.client.hear(len(answer)) == answer
+    with joined_in_the_kernel(where(front.server), where(back.client)):
+        ask_through(front, back, 20)
         for pair in (front, back):
             host.wait_flow(pair, "paired", "foreign_psock")
         assert _count_redirected(host, front) == redirected
@@ -68,8 +65,8 @@ def test_sockets_joined_in_the_kernel(host: Host, lab: Lab, port: int) -> None:
 
 def test_joined_while_nothing_is_sent(host: Host, lab: Lab) -> None:
     """The watch finds it."""
-    _, front, back = _chain(host, lab, 0)
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+    _, front, back = make_chain(host, lab, 0)
+    with joined_in_the_kernel(where(front.server), where(back.client)):
         for pair in (front, back):
             host.wait_flow(pair, "paired", "foreign_psock", timeout=30.0)
 
@@ -77,10 +74,10 @@ def test_joined_while_nothing_is_sent(host: Host, lab: Lab) -> None:
 def test_joined_with_bytes_unread(host: Host, lab: Lab) -> None:
     """What was redirected before is the socket's, and no program sees it: that much is known to be lost to
     the other side. The connection gets out of splicer's map all the same, and what follows arrives."""
-    _, front, back = _chain(host, lab, 0)
+    _, front, back = make_chain(host, lab, 0)
     front.client.say("lost")
     wait_until("it is there", lambda: front.server.fionread() == len("lost"))
-    with joined_in_the_kernel(_where(front.server), _where(back.client)):
+    with joined_in_the_kernel(where(front.server), where(back.client)):
         front.client.say("more")
         assert back.server.hear(4) == "more"
         for pair in (front, back):
@@ -98,7 +95,7 @@ def test_agent_with_a_sockmap(host: Host, lab: Lab, ends: str) -> None:
     )
     host.make_hot(pair)
     taken = {"both": (pair.client, pair.server), "client": (pair.client,), "server": (pair.server,)}[ends]
-    with in_sockmap(*map(_where, taken)):
+    with in_sockmap(*map(where, taken)):
         before = _count_redirected(host, pair)
         pair.pingpong(50)
         assert _count_redirected(host, pair) == before + 100
@@ -121,7 +118,7 @@ def test_drained_under_load_in_an_agents_sockmap(host: Host, lab: Lab) -> None:
         host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
     )
     host.make_hot(pair)
-    with in_sockmap(_where(pair.client), _where(pair.server)):
+    with in_sockmap(where(pair.client), where(pair.server)):
         pair.server.begin("echo", rounds=3000, size=2000, answer=2000, timeout=30.0)
         pair.client.begin("pingpong", rounds=3000, size=2000, answer=2000, timeout=30.0)
         host.daemon.drain()
@@ -180,3 +177,69 @@ def test_multipath_is_called_by_its_name(host: Host, lab: Lab) -> None:
     [flow] = [flow for flow in host.daemon.flows() if flow["remote"].endswith(f":{pair.client.remote[1]}")]
     assert (flow["state"], flow["reason"]) == ("paired", "mptcp")
     pair.verify()
+
+
+def _list(host: Host, below: Path | None = None) -> set[tuple[str, str, str]]:
+    """Hook, program and place of all that are listed."""
+    found = neighbours.find(cgroups.find(str(below or host.cgroup.path)), str(host.pin_dir))
+    assert not found.unknown
+    return {(each.hook, each.program, each.where) for each in found.neighbours}
+
+
+def test_who_else_is_there(host: Host, lab: Lab) -> None:
+    """Whoever uses the same hooks is listed, with its place, for as long as it is there; splicer is not."""
+    pair = host.connect(
+        host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
+    )
+    above, own = host.cgroup.path, host.cgroup.child("tenant").path
+    below = host.cgroup.child("tenant/job").path
+    front, back = where(pair.client), where(pair.server)
+    # The kernel frees them a little after their last user has gone, those of earlier tests, too.
+    wait_until("no meddler is there", lambda: not any("meddler" in each for each in _list(host)))
+    before = _list(host)
+    assert not {program for _, program, _ in before} & {each.name for each in PROGRAMS}
+    with in_sockmap(front, back):
+        assert _list(host) - before == {("sockmap", "", "meddler")}
+    wait_until("it has gone", lambda: not _list(host) - before)
+    with ExitStack() as stack:
+        stack.enter_context(answering(above, JIFFIES))
+        stack.enter_context(noting_old_states(below))
+        stack.enter_context(passing_options(own, libbpf.BPF_CGROUP_SETSOCKOPT))
+        stack.enter_context(passing_options(own, GETSOCKOPT))
+        stack.enter_context(joined_in_the_kernel(front, back))
+        stack.enter_context(choosing_listeners(lab.namespace("a")))
+        inode = os.stat(f"/run/netns/{lab.namespace('a')}").st_ino
+        seen = {
+            ("sock_ops", "meddler", str(above)),
+            ("sock_ops", "meddler", str(below)),
+            ("setsockopt", "meddler", str(own)),
+            ("getsockopt", "meddler", str(own)),
+            ("skb_verdict", "meddler", "meddler"),
+            ("sk_lookup", "meddler", f"net:[{inode}]"),
+        }
+        assert _list(host) - before == seen
+        told = host.daemon.command("status", neighbours=True)["neighbours"]
+        assert {(each["hook"], each["program"], each["where"]) for each in told["others"]} - before == seen
+        assert told["unknown"] == []
+        # Those above count as well.
+        assert _list(host, own) - before == seen
+        assert _list(host, below) - before == seen
+        beside = host.cgroup.child("beside").path
+        assert _list(host, beside) - before == {
+            each for each in seen if each[2] not in (str(own), str(below))
+        }
+    # The sockets hold the sk_skb program, and it holds its map.
+    assert _list(host) - before == {("sockmap", "", "meddler")}
+    pair.close()
+    wait_until("they have gone", lambda: not _list(host) - before)
+
+
+def test_a_splicer_of_another_pin_directory(host: Host) -> None:
+    """To somebody else ours is one of the others, and called a splicer."""
+    found = neighbours.find(cgroups.find(str(host.cgroup.path)), "/nowhere").neighbours
+    assert {each.hook for each in found if each.is_splicer} == {"sock_ops", "setsockopt", "sk_msg"}
+    assert not [each for each in found if each.is_splicer and not _is_ours(host, each)]
+
+
+def _is_ours(host: Host, each: Neighbour) -> bool:
+    return each.where in (str(host.cgroup.path), "spliced")

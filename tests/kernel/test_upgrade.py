@@ -134,7 +134,7 @@ def _pin_former_build(host: Host) -> None:
         (host.pin_dir / "programs" / "watch").unlink()
         libbpf.pin(program, str(host.pin_dir / "programs" / "watch"))
         libbpf.pin(link, str(host.pin_dir / "links" / "watch"))
-    for newer in ("programs/enlist", "programs/census", "maps/muted", "maps/older"):
+    for newer in ("programs/enlist", "programs/census", "programs/measure", "maps/muted", "maps/older"):
         (host.pin_dir / newer).unlink()
     build = host.pin_dir / "build"
     build.unlink()

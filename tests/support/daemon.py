@@ -126,8 +126,8 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         return dict(self.command("status"))
 
-    def flows(self) -> list[dict[str, Any]]:
-        return list(self.command("flows")["flows"])
+    def flows(self, **fields: Any) -> list[dict[str, Any]]:
+        return list(self.command("flows", **fields)["flows"])
 
     def drain(self) -> None:
         """Take every pair out of the SOCKHASH and let it be adopted again at once."""

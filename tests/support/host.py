@@ -256,18 +256,19 @@ class Host:
 
     # flows
 
-    def find_flow(self, pair: Pair) -> dict[str, Any] | None:
-        """The row of a connection in `splicer flows`, found by the client's ports and network namespace."""
+    def find_flow(self, pair: Pair, **fields: Any) -> dict[str, Any] | None:
+        """The row of a connection in `splicer flows`, found by the client's ports and network namespace. The
+        daemon is asked with these `fields`."""
         cookie = pair.client.peer.call("netns_cookie")
-        for flow in self.daemon.flows():
+        for flow in self.daemon.flows(**fields):
             ports = (_port(flow["local"]), _port(flow["remote"]))
             if ports == (pair.client.local[1], pair.client.remote[1]) and flow["netns"] == cookie:
                 return flow
         return None
 
-    def flow(self, pair: Pair) -> dict[str, Any]:
+    def flow(self, pair: Pair, **fields: Any) -> dict[str, Any]:
         """The same of a connection that must be there."""
-        found = self.find_flow(pair)
+        found = self.find_flow(pair, **fields)
         assert found is not None, f"{pair.label} is not known"
         return found
 

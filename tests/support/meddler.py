@@ -41,12 +41,17 @@ FORGET_CALLBACKS = b"".join(
 
 
 @contextmanager
-def _attached(cgroup: Path, code: bytes) -> Iterator[None]:
-    program, log = libbpf.load_program(libbpf.BPF_PROG_TYPE_SOCK_OPS, "meddler", code)
+def _attached(
+    cgroup: Path,
+    code: bytes,
+    kind: int = libbpf.BPF_PROG_TYPE_SOCK_OPS,
+    attach_type: int = libbpf.BPF_CGROUP_SOCK_OPS,
+) -> Iterator[None]:
+    program, log = libbpf.load_program(kind, "meddler", code, attach_type=attach_type)
     assert program >= 0, log
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        link = libbpf.link_cgroup(program, directory, libbpf.BPF_CGROUP_SOCK_OPS)
+        link = libbpf.link_cgroup(program, directory, attach_type)
     finally:
         os.close(directory)
         os.close(program)
@@ -194,3 +199,179 @@ def noting_old_states(cgroup: Path) -> Iterator[libbpf.Map]:
     with closing(libbpf.Map(libbpf.create_map(HASH, "meddler", 4, 4, 64))) as states:
         with _attached(cgroup, _note_old_state(states.fd)):
             yield states
+
+
+SK_LOOKUP, AT_SK_LOOKUP = 30, 36  # enum bpf_prog_type, bpf_attach_type
+GETSOCKOPT = 21
+PASS = _write(0xB7, to=0, value=1) + _write(0x95)  # returns 1
+
+
+@contextmanager
+def passing_options(cgroup: Path, attach_type: int) -> Iterator[None]:
+    """A program on the cgroup lets all options pass that are set, or asked for."""
+    with _attached(cgroup, PASS, libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type):
+        yield
+
+
+@contextmanager
+def choosing_listeners(namespace: str, code: bytes = PASS) -> Iterator[None]:
+    """A program in a network namespace, as `ip netns` knows it, is asked which listener gets a connection."""
+    program, log = libbpf.load_program(SK_LOOKUP, "meddler", code, attach_type=AT_SK_LOOKUP)
+    assert program >= 0, log
+    inside = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        link = libbpf.check(
+            libbpf.get_library().bpf_link_create(program, inside, AT_SK_LOOKUP, None), "attach to a namespace"
+        )
+    finally:
+        os.close(inside)
+        os.close(program)
+    try:
+        yield
+    finally:
+        os.close(link)
+
+
+ARRAY, COUNTERS = 2, 64  # enum bpf_map_type; what is counted has smaller numbers
+LEVEL, OPTION = 24, 28  # in struct bpf_sockopt
+LOCAL_PORT_LOOKED_UP = 60  # in struct bpf_sk_lookup
+SK_MSG_VERDICT = 7  # enum bpf_attach_type
+
+
+class Counts:
+    """How often a program has seen what, by number."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._map = stack.enter_context(
+            closing(libbpf.Map(libbpf.create_map(ARRAY, "meddler", 4, 8, COUNTERS)))
+        )
+        # Its context is in r6 from then on, and what is to be counted is on the stack.
+        self.code = b"".join(
+            (
+                _write(0x18, to=1, source=1, value=self._map.fd),
+                _write(0),
+                _write(0xBF, to=2, source=10),
+                _write(0x07, to=2, value=-4),
+                _write(0x85, value=1),  # map_lookup_elem
+                _write(0x15, to=0, offset=2),
+                _write(0xB7, to=1, value=1),
+                _write(0xDB, to=0, source=1),  # *r0 += 1, atomic
+            )
+        )
+
+    def read(self) -> dict[int, int]:
+        found = {
+            struct.unpack("=I", key)[0]: struct.unpack("=Q", value)[0] for key, value in self._map.items()
+        }
+        return {what: number for what, number in found.items() if number}
+
+
+def _begin_counting(offset: int) -> bytes:
+    """What is to be counted: 32 bits of the context."""
+    return b"".join(
+        (
+            _write(0xBF, to=6, source=1),
+            _write(0x61, to=2, source=6, offset=offset),
+            _write(0x63, to=10, source=2, offset=-4),
+        )
+    )
+
+
+@contextmanager
+def counting_callbacks(cgroup: Path) -> Iterator[Counts]:
+    """A SOCK_OPS program on the cgroup that asks for changes of state; what it is called for."""
+    with ExitStack() as stack:
+        counts = Counts(stack)
+        code = b"".join(
+            (
+                _begin_counting(0),
+                counts.code,
+                _write(0x61, to=2, source=6),  # r2 = op
+                _write(0x15, to=2, offset=2, value=ACTIVE_ESTABLISHED),
+                _write(0x15, to=2, offset=1, value=PASSIVE_ESTABLISHED),
+                _write(0x05, offset=4),
+                _write(0xBF, to=1, source=6),
+                _write(0x61, to=2, source=6, offset=CALLBACK_FLAGS),
+                _write(0x47, to=2, value=STATE_FLAG),
+                _write(0x85, value=CALLBACK_FLAGS_SET),
+                PASS,
+            )
+        )
+        stack.enter_context(_attached(cgroup, code))
+        yield counts
+
+
+@contextmanager
+def counting_options(cgroup: Path, attach_type: int, denied: int) -> Iterator[Counts]:
+    """A program on the cgroup that is asked about options, by number, and denies one of SOL_SOCKET."""
+    with ExitStack() as stack:
+        counts = Counts(stack)
+        code = b"".join(
+            (
+                _begin_counting(OPTION),
+                counts.code,
+                _write(0xB7, to=0, value=1),
+                _write(0x61, to=2, source=6, offset=LEVEL),
+                _write(0x55, to=2, offset=3, value=socket.SOL_SOCKET),
+                _write(0x61, to=2, source=6, offset=OPTION),
+                _write(0x55, to=2, offset=1, value=denied),
+                _write(0xB7, to=0, value=0),
+                _write(0x95),
+            )
+        )
+        stack.enter_context(_attached(cgroup, code, libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type))
+        yield counts
+
+
+@contextmanager
+def judging_messages(*sockets: tuple[int, int]) -> Iterator[Counts]:
+    """These sockets are in a SOCKMAP whose SK_MSG program lets all messages pass; it has seen so many (0)."""
+    with ExitStack() as stack:
+        counts = Counts(stack)
+        begin = _write(0xBF, to=6, source=1) + _write(0x62, to=10, offset=-4)
+        program, log = libbpf.load_program(
+            libbpf.BPF_PROG_TYPE_SK_MSG, "meddler", begin + counts.code + PASS, attach_type=SK_MSG_VERDICT
+        )
+        assert program >= 0, log
+        stack.callback(os.close, program)
+        made = libbpf.create_map(SOCKMAP, "meddler", 4, 8, len(sockets))
+        stack.callback(os.close, made)
+        libbpf.attach_program_to_map(program, made)
+        _fill(made, [stack.enter_context(borrow(*each)) for each in sockets])
+        yield counts
+
+
+@contextmanager
+def steering(namespace: str, port: int, listener: tuple[int, int]) -> Iterator[Counts]:
+    """Who connects to a port in a namespace comes to this listener; how often it was asked for (0)."""
+    with ExitStack() as stack:
+        counts = Counts(stack)
+        made = libbpf.create_map(SOCKMAP, "meddler", 4, 8, 1)
+        stack.callback(os.close, made)
+        _fill(made, [stack.enter_context(borrow(*listener))])
+        code = b"".join(
+            (
+                _write(0xBF, to=6, source=1),
+                _write(0x61, to=2, source=6, offset=LOCAL_PORT_LOOKED_UP),
+                _write(0x55, to=2, offset=23, value=port),
+                _write(0x62, to=10, offset=-4),
+                counts.code,  # 8 instructions
+                _write(0x62, to=10, offset=-4),
+                _write(0x18, to=1, source=1, value=made),
+                _write(0),
+                _write(0xBF, to=2, source=10),
+                _write(0x07, to=2, value=-4),
+                _write(0x85, value=1),
+                _write(0x15, to=0, offset=7),
+                _write(0xBF, to=7, source=0),
+                _write(0xBF, to=1, source=6),
+                _write(0xBF, to=2, source=7),
+                _write(0xB7, to=3, value=0),
+                _write(0x85, value=124),  # sk_assign
+                _write(0xBF, to=1, source=7),
+                _write(0x85, value=86),  # sk_release
+                PASS,
+            )
+        )
+        stack.enter_context(choosing_listeners(namespace, code))
+        yield counts

@@ -39,6 +39,9 @@ class Quirky(peer.Peer):
     def fileno(self, conn: str) -> int:
         return self._connections[conn].sock.fileno()
 
+    def listener_fileno(self, listener: str) -> int:
+        return self._listeners[listener].fileno()
+
     def attach_filter(self, conn: str) -> None:
         """A socket filter that lets everything pass."""
         code = ctypes.create_string_buffer(struct.pack("=HBBI", RETURN_CONSTANT, 0, 0, 0xFFFFFFFF))

@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import types
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splicer.cli import flows, prerequisites, status
-from splicer.daemon.control import socket_path
+from splicer.daemon.control import Server, socket_path
 from splicer.daemon.instance import acquire
 from splicer.errors import SplicerError
-from splicer.model import Connections, Flow, Status, Totals
+from splicer.model import Connections, Flow, Neighbour, Neighbourhood, Status, Totals, Unread
 from splicer.text import Palette
 
-from ..conftest import Invoke
+from ..conftest import Invoke, Log
 from .conftest import Answers
 
 STATUS = Status(
@@ -120,6 +123,52 @@ class TestStatus:
         counts = dict(zip(("paired", "spliced", "draining"), connections, strict=True))
         assert status.verdict({"mode": mode, "connections": counts}) == verdict
         assert "\x1b[" in status.verdict({"mode": mode, "connections": counts}, Palette(True))
+
+    def test_neighbours(self, answers: Answers, invoke: Invoke, run_dir: str) -> None:
+        """Each with its program, where it is, and what that means; what is not known is said."""
+        place = "/sys/fs/cgroup/unified/shop.slice/web.service"
+        found = Neighbourhood(
+            (
+                Neighbour("sock_ops", "tcp_tune", 61, "cgroup", place, 7),
+                Neighbour("sk_msg", "verdict", 62, "map", "spliced", 19, is_splicer=True),
+                Neighbour("sockmap", "", 0, "map", "agent", 23),
+            ),
+            ("BPF links: Operation not permitted",),
+        )
+        answers.status["neighbours"] = found.to_json()
+        told = invoke("status", "--run-dir", run_dir).stdout
+        rows = [re.split("  +", line) for line in told[told.index("HOOK") :].splitlines()]
+        assert rows[1:4] == [
+            ["sock_ops", "tcp_tune", "61", place, "runs beside ours, as if alone"],
+            ["sk_msg", "verdict", "62", "spliced (19)", "another splicer, or left by one"],
+            ["sockmap", "-", "-", "agent (23)", "no program; its sockets stay as they are"],
+        ]
+        assert told.endswith("\nNot known of neighbours: BPF links: Operation not permitted\n")
+        assert invoke("status", "--json", "--run-dir", run_dir).json()["neighbours"] == found.to_json()
+        assert all(len(line) <= 80 for line in status.render(answers.status, width=80))
+
+    def test_many_neighbours(self) -> None:
+        found = Neighbourhood(
+            tuple(Neighbour("sk_lookup", "x", i, "netns", f"net:[{i}]", i) for i in range(12))
+        )
+        lines = status.render({"neighbours": found.to_json()})
+        assert sum(line.startswith("sk_lookup") for line in lines) == 10
+        assert lines[-1] == "and 2 more rows: splicer status --json"
+
+    def test_neighbours_are_looked_for_when_they_are_shown(
+        self, log: Log, invoke: Invoke, run_dir: str
+    ) -> None:
+        """And not for a health check."""
+        asked: list[object] = []
+
+        def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+            asked.append(request.get("neighbours"))
+            return dict(STATUS)
+
+        with Server(run_dir, {"status": answer}, log, allowed_uid=os.getuid()):
+            for form in ((), ("--json",), ("--brief",)):
+                assert invoke("status", *form, "--run-dir", run_dir).code == 0
+        assert asked == [True, True, None]
 
     def test_an_answer_without_most_keys_can_be_shown(self) -> None:
         assert status.render({"schema": 1, "totals": {"refused": None}})[0].startswith("Running")
@@ -228,6 +277,35 @@ class TestFlows:
         odd = {"local": 5, "remote": "x\x1b[2J", "redirected_bytes": "many", "state": "new"}
         assert "\x1b" not in "\n".join(flows.render([odd]))
         assert flows.select([odd], (), {80}) == []
+
+
+def test_what_waits_unread(log: Log, invoke: Invoke, run_dir: str) -> None:
+    """Shown with --wide and in JSON; nobody else asks for it."""
+    asked: list[object] = []
+    rows = [dict(each) for each in FLOWS]
+    for row, at_client, at_server in (
+        (rows[1], (0, 0), (2048, 0)),
+        (rows[3], (0, 5), (1, 512)),
+    ):
+        row["client_unread"] = asdict(Unread(*at_client))
+        row["server_unread"] = asdict(Unread(*at_server))
+
+    def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+        asked.append(request.get("unread"))
+        return {"schema": 1, "flows": rows}
+
+    with Server(run_dir, {"flows": answer}, log, allowed_uid=os.getuid()):
+        wide = invoke("flows", "--wide", "--run-dir", run_dir).stdout.splitlines()
+        assert invoke("flows", "--json", "--run-dir", run_dir).json()["flows"] == rows
+        assert "UNREAD" not in invoke("flows", "--run-dir", run_dir).stdout
+    assert asked == [True, True, False]
+    assert [re.split("  +", line)[-2:] for line in wide] == [
+        ["CLIENT-UNREAD", "SERVER-UNREAD"],
+        ["-", "-"],
+        ["0 B", "2.00 KiB"],
+        ["5 B TCP", "1 B + 512 B TCP"],
+        ["-", "-"],
+    ]
 
 
 def test_flows_without_a_daemon(invoke: Invoke, run_dir: str) -> None:
