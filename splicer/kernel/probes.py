@@ -33,6 +33,10 @@ _RECVFROM = "45 "
 _READS_ASLEEP, _READS_AWAKE = 8, 32
 _SLEEP_TIMEOUT_S = 2.0
 _LOCKDOWN = "/sys/kernel/security/lockdown"
+# Why FIONREAD is not answered, where nothing but the settings is the reason.
+SWITCHED_OFF = "the settings say fionread = off"
+# What such a program makes the kernel's log say.
+LOG_WARNING = "kernels before 6.14 log a warning about bpf_probe_write_user when it is loaded"
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def require_class(*, may_answer: bool) -> KernelClass:
             exit_code=UNSUPPORTED,
         )
     if found.name == "A" and not may_answer:
-        raise refuse_class_a("the settings say fionread = off")
+        raise refuse_class_a(SWITCHED_OFF)
     return found
 
 
@@ -322,16 +326,16 @@ def refuse_class_a(why: str) -> SplicerError:
     return SplicerError(
         "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang; "
         f"and splicer does not answer it: {why}",
-        hint=f"{_name_way_out(why)}, or use a kernel that counts them: {COUNTING}",
+        hint=f"{name_way_out(why)}, or use a kernel that counts them: {COUNTING}",
         exit_code=UNSUPPORTED,
     )
 
 
-def _name_way_out(why: str) -> str:
+def name_way_out(why: str) -> str:
     """What lets splicer answer FIONREAD itself."""
     if "fionread" in why:
         return "have splicer answer it: --fionread auto"
-    if _is_locked_down():
+    if read_lockdown() not in ("", "none"):
         return (
             "splicer would answer it, but lockdown forbids that; boot without it "
             "(Secure Boot off, no lockdown= on the kernel's command line)"
@@ -339,10 +343,12 @@ def _name_way_out(why: str) -> str:
     return "splicer would answer it, where fexit programs may be loaded that use bpf_probe_write_user"
 
 
-def _is_locked_down() -> bool:
-    """/sys/kernel/security/lockdown reads like "none [integrity] confidentiality"."""
+def read_lockdown() -> str:
+    """How far the kernel is locked down: "none", "integrity" or "confidentiality"; empty where it has no such
+    thing, or does not tell."""
     try:
         with open(_LOCKDOWN, encoding="ascii") as stream:
-            return "[none]" not in stream.read()
+            # "none [integrity] confidentiality"
+            return stream.read().partition("[")[2].partition("]")[0]
     except OSError:
-        return False
+        return ""

@@ -56,15 +56,22 @@ class Connection:
     """A TCP connection of this process with itself, over the loopback device.
 
     A daemon may be at work on this host, with programs that put sockets into a SOCKHASH as they connect. A
-    socket can be in no two with programs, so ours asks for something that keeps it out of that one.
+    socket can be in no two with programs, so ours asks for something that keeps it out of that one, if it is
+    to be `plain`.
     """
 
     def __init__(
-        self, stack: contextlib.ExitStack, address: str = "127.0.0.1", family: int = socket.AF_INET
+        self,
+        stack: contextlib.ExitStack,
+        address: str = "127.0.0.1",
+        family: int = socket.AF_INET,
+        *,
+        plain: bool = True,
     ) -> None:
         listener = stack.enter_context(socket.create_server((address, 0), family=family))
         self.sender = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-        self.sender.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _RATE)
+        if plain:
+            self.sender.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _RATE)
         self.sender.settimeout(2.0)
         self.sender.connect(listener.getsockname()[:2])
         self.sender.settimeout(None)

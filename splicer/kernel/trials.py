@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Properties of the kernel that the data path relies on, each tried on scratch objects.
 
-What redirected bytes do is in probes.py. Versions are never compared. `splicer run` refuses a kernel by what is
-found here, and `splicer doctor` shows it: both ask `require`.
+What redirected bytes do is in probes.py. Versions are never compared. `splicer run` refuses a kernel by what
+is found here, and `splicer doctor` shows it: both ask `require`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import select
 import struct
@@ -46,12 +45,14 @@ class Finding:
 @dataclass(frozen=True)
 class Property:
     """Something that the kernel must do, or may. `lacks`: what is said of one that does not. `is_needed`:
-    splicer cannot keep its promises without it; else `otherwise` is what becomes different."""
+    splicer cannot keep its promises without it; else `otherwise` is what becomes different. `privileged`:
+    only who may load programs can try it."""
 
     name: str
     lacks: str
     attempt: Callable[[], Finding]
     is_needed: bool = True
+    privileged: bool = True
     otherwise: str = ""
     hint: str = f"splicer needs {KERNELS}"
 
@@ -75,8 +76,8 @@ class Property:
 
 
 def _assemble_visit(call: bytes, port: int, offsets: tuple[int, int], map_fd: int) -> bytes:
-    """Program of iter/tcp: of the established socket with this local port it makes a `call`, with the socket in
-    r6, and leaves the result in an array."""
+    """Program of iter/tcp: of the established socket with this local port it makes a `call`, with the socket
+    in r6, and leaves the result in an array."""
     port_offset, state_offset = offsets
     note = b"".join(
         (
@@ -200,9 +201,7 @@ def _poke(option: str, call: bytes, event: int, *, fill: bool) -> Finding:
 def try_reader_poke() -> Finding:
     """What wakes a reader whose end was taken out of the SOCKHASH with TCP bytes unread: take_out() in
     bpf/adopt.c."""
-    return _poke(
-        "SO_RCVLOWAT", _assemble_setsockopt(_SOL_SOCKET, _SO_RCVLOWAT, 1), select.EPOLLIN, fill=True
-    )
+    return _poke("SO_RCVLOWAT", _assemble_setsockopt(_SOL_SOCKET, _SO_RCVLOWAT, 1), select.EPOLLIN, fill=True)
 
 
 def try_sender_poke() -> Finding:
@@ -253,11 +252,18 @@ def try_test_run() -> Finding:
     """Does the kernel run a raw tracepoint program that is attached to nothing? watch is run so."""
     code = instruction(0xB7, dst=0, immediate=7) + instruction(0x95)  # return 7
     with contextlib.ExitStack() as stack:
-        program = scratch.load(
-            stack, "a raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT, code
-        )
+        program = scratch.load(stack, "a raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT, code)
         result = libbpf.TestRun(program, 8).run()
     return Finding(result == 7, f"a program that returns 7 was run, and returned {result}")
+
+
+def try_compilation() -> Finding:
+    """Does the kernel make machine code of programs?"""
+    code = instruction(0xB7, dst=0) + instruction(0x95)  # return 0
+    with contextlib.ExitStack() as stack:
+        program = scratch.load(stack, "a raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT, code)
+        size = libbpf.read_compiled_size(program)
+    return Finding(size > 0, f"a program of 2 instructions became {size} bytes of machine code")
 
 
 def try_namespace_cookie() -> Finding:
@@ -283,6 +289,7 @@ PROPERTIES = (
         "netns_cookie",
         "this kernel has no network namespace cookies (SO_NETNS_COOKIE)",
         try_namespace_cookie,
+        privileged=False,
     ),
     Property("batch_lookup", "this kernel does not read a map in batches", try_batch_lookup),
     Property(
@@ -307,7 +314,16 @@ PROPERTIES = (
         "preemption",
         "this kernel is one for real time (PREEMPT_RT); splicer has not been made for it",
         try_preemption,
+        privileged=False,
         hint="boot a kernel without PREEMPT_RT",
+    ),
+    Property(
+        "jit",
+        "this kernel interprets BPF programs",
+        try_compilation,
+        is_needed=False,
+        otherwise="programs are interpreted, and slow",
+        hint="sysctl -w net.core.bpf_jit_enable=1",
     ),
     Property(
         "callback_flags",
@@ -319,19 +335,11 @@ PROPERTIES = (
 )
 
 
-@functools.cache
-def by_name() -> dict[str, Property]:
-    """The properties, by name."""
-    return {each.name: each for each in PROPERTIES}
-
-
 def require(wanted: Property) -> Finding:
     """Yes or don't know, or no where splicer does without it. Raises SplicerError (exit code 4) where not."""
     found = wanted.find()
     if found.answer is False and wanted.is_needed:
-        raise SplicerError(
-            f"{wanted.lacks}: {found.evidence}", hint=wanted.hint, exit_code=UNSUPPORTED
-        )
+        raise SplicerError(f"{wanted.lacks}: {found.evidence}", hint=wanted.hint, exit_code=UNSUPPORTED)
     if found.answer is False and wanted.otherwise:
         return replace(found, evidence=f"{wanted.otherwise} ({found.evidence})")
     return found

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from splicer.cli import flows, prerequisites, status
+from splicer.cli import flows, status
 from splicer.daemon.control import socket_path
 from splicer.daemon.instance import acquire
+from splicer.doctor import prerequisites
 from splicer.errors import SplicerError
 from splicer.model import Connections, Flow, Status, Totals
 from splicer.text import Palette

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All checks of `splicer doctor`, in order."""
+
+from __future__ import annotations
+
+from splicer.doctor import host, kernel, others
+from splicer.doctor.check import Check
+
+
+def list_checks() -> tuple[Check, ...]:
+    """Those whose failure explains others come first."""
+    return (*host.list_checks(), *kernel.list_checks(), *others.list_checks())
