@@ -146,6 +146,61 @@ class Flow:
         return asdict(self)
 
 
+# Where BPF programs of others can be that have to do with the same sockets, and what it means for both.
+_NEAR = "Runs beside ours, and is asked and told what it would be alone."
+_TAKES = "Sockets in this map stay plain (foreign_psock), and spliced ones that come into it go back to TCP."
+HOOKS: dict[str, str] = {
+    "sock_ops": _NEAR,
+    "setsockopt": _NEAR,
+    "getsockopt": _NEAR,
+    "connect4": _NEAR,
+    "connect6": _NEAR,
+    "sk_msg": "Sockets in this map stay plain (foreign_psock), and spliced ones are refused to it (EBUSY).",
+    "skb_parser": _TAKES,
+    "skb_verdict": _TAKES,
+    "sockmap": "Has no program. Plain sockets in it stay plain (foreign_psock), spliced ones stay spliced.",
+    "sk_lookup": "Chooses who accepts a connection. What comes of it is spliced like any other.",
+}
+"""Hook to one sentence, for help texts and documents."""
+
+ANOTHER_SPLICER = "Of another splicer, or of an earlier one that it outlives until the last socket is closed."
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A BPF program of somebody else at a hook that splicer uses, or their sockmap without programs.
+
+    `hook` is a key of HOOKS, `program` the program's name as the kernel has it and `id` its id, empty and 0
+    for a map without programs. `place` is "cgroup", "map" or "netns", `where` the path, the map's name, or
+    the network namespace as /proc names it, and `where_id` the cgroup's id, the map's, or the
+    namespace's inode number. `is_splicer` is true if it has the name and type of one of splicer's own.
+    """
+
+    hook: str
+    program: str
+    id: int
+    place: str
+    where: str
+    where_id: int
+    is_splicer: bool = False
+
+    @property
+    def meaning(self) -> str:
+        """What it means for what is spliced, in one sentence."""
+        return ANOTHER_SPLICER if self.is_splicer else HOOKS[self.hook]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "meaning": self.meaning}
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """All that were found, and what could not be looked at: a line for each such thing, with the reason."""
+
+    neighbours: tuple[Neighbour, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Connections:
     """Connections per state at one moment."""

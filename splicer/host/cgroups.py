@@ -52,6 +52,15 @@ class Cgroup:
 
 
 @dataclass(frozen=True)
+class Above:
+    """Paths from the topmost cgroup that can be seen down to one; `is_whole` if the topmost is the root of
+    the host's hierarchy."""
+
+    paths: tuple[str, ...]
+    is_whole: bool
+
+
+@dataclass(frozen=True)
 class Mount:
     """One line of mountinfo: the device number, what is mounted on where, and the filesystem type."""
 
@@ -136,6 +145,23 @@ def find(
     raise SplicerError(
         f"not a cgroup v2 directory ({requested} is {what})", hint=_suggest(path, unified, conventional_root)
     )
+
+
+def list_above(cgroup: Cgroup) -> Above:
+    """The cgroup and those above it, as far as this mount shows them."""
+    paths = [cgroup.path]
+    top = cgroup.id
+    try:
+        device = os.stat(cgroup.path).st_dev
+        while top != _ROOT_ID and (parent := os.path.dirname(paths[0])) != paths[0]:
+            status = os.stat(parent)
+            if status.st_dev != device:
+                break
+            paths.insert(0, parent)
+            top = status.st_ino
+    except OSError:
+        pass  # it has gone
+    return Above(tuple(paths), top == _ROOT_ID)
 
 
 def find_v2_mount(mounts: list[Mount], conventional_root: str = CONVENTIONAL_ROOT) -> str | None:

@@ -200,7 +200,7 @@ class Scopes:
             return False
         by_id: dict[int, str] = {}
         by_container: dict[str, str] = {}
-        for identifier, below in self._list():
+        for identifier, below in list_tree(self._root, self._most):
             by_id[identifier] = below
             if container := _read_container(below.rpartition("/")[2]):
                 by_container.setdefault(container, below)
@@ -209,30 +209,32 @@ class Scopes:
         self._walk_at = ended + max(_PAUSE_S, (ended - started) / _SHARE)
         return True
 
-    def _list(self) -> Iterator[tuple[int, str]]:
-        """Ids and paths of all cgroups, those further up first, at most as many as are remembered."""
+
+def list_tree(root: str, most: int) -> Iterator[tuple[int, str]]:
+    """Ids and paths below `root` of the cgroups there, at most so many, those further up first. That of
+    `root` itself is "/"."""
+    try:
+        waiting = [""]
+        yield os.stat(root or "/").st_ino, "/"
+    except OSError:
+        return
+    count = 1
+    for above in waiting:  # grows meanwhile
         try:
-            waiting = [""]
-            yield os.stat(self._root or "/").st_ino, "/"
+            with os.scandir(root + above or "/") as entries:
+                found = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError:
-            return
-        count = 1
-        for above in waiting:  # grows meanwhile
+            continue  # removed meanwhile
+        for entry in found:
             try:
-                with os.scandir(self._root + above or "/") as entries:
-                    found = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+                status = entry.stat(follow_symlinks=False)
             except OSError:
-                continue  # removed meanwhile
-            for entry in found:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                below = f"{above}/{entry.name}"
-                yield status.st_ino, below
-                count += 1
-                if count >= self._most:
-                    return
-                # kernfs counts subdirectories (kernfs_refresh_inode() in fs/kernfs/inode.c).
-                if status.st_nlink != 2:
-                    waiting.append(below)
+                continue
+            below = f"{above}/{entry.name}"
+            yield status.st_ino, below
+            count += 1
+            if count >= most:
+                return
+            # kernfs counts subdirectories (kernfs_refresh_inode() in fs/kernfs/inode.c).
+            if status.st_nlink != 2:
+                waiting.append(below)

@@ -4,15 +4,30 @@ difference that KNOWN_ISSUES names; hazards 12, 78 and 83."""
 
 from __future__ import annotations
 
+import os
 import struct
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.hostile import read_map
 from support.lab import Lab
-from support.meddler import answering, in_sockmap, joined_in_the_kernel, noting_old_states
+from support.meddler import (
+    GETSOCKOPT,
+    answering,
+    choosing_listeners,
+    in_sockmap,
+    joined_in_the_kernel,
+    noting_old_states,
+    passing_options,
+)
 from support.players import QUIRKS, End, Pair, Peer
+
+from splicer.host import cgroups
+from splicer.kernel import libbpf, neighbours
+from splicer.model import Neighbour
 
 IPPROTO_MPTCP = 262
 ESTABLISHED, LAST_STATE = 1, 13  # include/net/tcp_states.h
@@ -180,3 +195,59 @@ def test_multipath_is_called_by_its_name(host: Host, lab: Lab) -> None:
     [flow] = [flow for flow in host.daemon.flows() if flow["remote"].endswith(f":{pair.client.remote[1]}")]
     assert (flow["state"], flow["reason"]) == ("paired", "mptcp")
     pair.verify()
+
+
+def _list(host: Host, below: Path | None = None) -> set[tuple[str, str, str]]:
+    """Hook, program and place of all that are listed."""
+    found = neighbours.find(cgroups.find(str(below or host.cgroup.path)), str(host.pin_dir))
+    assert not found.unknown
+    return {(each.hook, each.program, each.where) for each in found.neighbours}
+
+
+def test_who_else_is_there(host: Host, lab: Lab) -> None:
+    """Whoever uses the same hooks is listed, with its place, for as long as it is there; splicer is not."""
+    pair = host.connect(
+        host.peer(lab, "a", program=QUIRKS), host.peer(lab, "b", program=QUIRKS), lab.address("b")
+    )
+    above, own = host.cgroup.path, host.cgroup.child("tenant").path
+    below = host.cgroup.child("tenant/job").path
+    front, back = _where(pair.client), _where(pair.server)
+    before = _list(host)
+    with ExitStack() as stack:
+        stack.enter_context(answering(above, JIFFIES))
+        stack.enter_context(noting_old_states(below))
+        stack.enter_context(passing_options(own, libbpf.BPF_CGROUP_SETSOCKOPT))
+        stack.enter_context(passing_options(own, GETSOCKOPT))
+        stack.enter_context(joined_in_the_kernel(front, back))
+        stack.enter_context(choosing_listeners(lab.namespace("a")))
+        inode = os.stat(f"/run/netns/{lab.namespace('a')}").st_ino
+        seen = {
+            ("sock_ops", "meddler", str(above)),
+            ("sock_ops", "meddler", str(below)),
+            ("setsockopt", "meddler", str(own)),
+            ("getsockopt", "meddler", str(own)),
+            ("skb_verdict", "meddler", "meddler"),
+            ("sk_lookup", "meddler", f"net:[{inode}]"),
+        }
+        assert _list(host) - before == seen
+        # Those above count as well.
+        assert _list(host, own) - before == seen
+        assert _list(host, below) - before == seen
+        beside = host.cgroup.child("beside").path
+        assert _list(host, beside) - before == {
+            each for each in seen if each[2] not in (str(own), str(below))
+        }
+    with in_sockmap(front, back):
+        assert _list(host) - before == {("sockmap", "", "meddler")}
+    assert _list(host) == before
+
+
+def test_a_splicer_of_another_pin_directory(host: Host) -> None:
+    """To somebody else ours is one of the others, and called a splicer."""
+    found = neighbours.find(cgroups.find(str(host.cgroup.path)), "/nowhere").neighbours
+    assert {each.hook for each in found if each.is_splicer} == {"sock_ops", "setsockopt", "sk_msg"}
+    assert not [each for each in found if each.is_splicer and not _is_ours(host, each)]
+
+
+def _is_ours(host: Host, each: Neighbour) -> bool:
+    return each.where in (str(host.cgroup.path), "spliced")

@@ -41,12 +41,17 @@ FORGET_CALLBACKS = b"".join(
 
 
 @contextmanager
-def _attached(cgroup: Path, code: bytes) -> Iterator[None]:
-    program, log = libbpf.load_program(libbpf.BPF_PROG_TYPE_SOCK_OPS, "meddler", code)
+def _attached(
+    cgroup: Path,
+    code: bytes,
+    kind: int = libbpf.BPF_PROG_TYPE_SOCK_OPS,
+    attach_type: int = libbpf.BPF_CGROUP_SOCK_OPS,
+) -> Iterator[None]:
+    program, log = libbpf.load_program(kind, "meddler", code, attach_type=attach_type)
     assert program >= 0, log
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        link = libbpf.link_cgroup(program, directory, libbpf.BPF_CGROUP_SOCK_OPS)
+        link = libbpf.link_cgroup(program, directory, attach_type)
     finally:
         os.close(directory)
         os.close(program)
@@ -194,3 +199,34 @@ def noting_old_states(cgroup: Path) -> Iterator[libbpf.Map]:
     with closing(libbpf.Map(libbpf.create_map(HASH, "meddler", 4, 4, 64))) as states:
         with _attached(cgroup, _note_old_state(states.fd)):
             yield states
+
+
+SK_LOOKUP, AT_SK_LOOKUP = 30, 36  # enum bpf_prog_type, bpf_attach_type
+GETSOCKOPT = 21
+PASS = _write(0xB7, to=0, value=1) + _write(0x95)  # returns 1
+
+
+@contextmanager
+def passing_options(cgroup: Path, attach_type: int) -> Iterator[None]:
+    """A program on the cgroup lets all options pass that are set, or asked for."""
+    with _attached(cgroup, PASS, libbpf.BPF_PROG_TYPE_CGROUP_SOCKOPT, attach_type):
+        yield
+
+
+@contextmanager
+def choosing_listeners(namespace: str, code: bytes = PASS) -> Iterator[None]:
+    """A program in a network namespace, as `ip netns` knows it, is asked which listener gets a connection."""
+    program, log = libbpf.load_program(SK_LOOKUP, "meddler", code, attach_type=AT_SK_LOOKUP)
+    assert program >= 0, log
+    inside = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        link = libbpf.check(
+            libbpf.get_library().bpf_link_create(program, inside, AT_SK_LOOKUP, None), "attach to a namespace"
+        )
+    finally:
+        os.close(inside)
+        os.close(program)
+    try:
+        yield
+    finally:
+        os.close(link)
