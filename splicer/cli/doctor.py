@@ -54,6 +54,7 @@ exit codes:
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "cyan"}
 _WIDTH = 80
 _STATE, _NAME = 7, 16
+_MOST = 10
 
 
 def add(parser: options.Parser) -> None:
@@ -110,6 +111,7 @@ def describe(results: Sequence[Result], verdict: Verdict, surroundings: Surround
         "kernel": platform.release(),
         "machine": platform.machine(),
         "daemon": None if holder is None else {"pid": holder.pid, "cgroup": holder.cgroup},
+        "neighbours": [each.to_json() for each in surroundings.list_neighbours()],
         "checks": [each.to_json() for each in results],
     }
 
@@ -133,6 +135,10 @@ def _render_result(result: Result, palette: Palette) -> list[str]:
     parts = [elide(text, room)] if outcome.state == "ok" else _wrap(text, room)
     state = palette.paint(outcome.state.ljust(_STATE), _STYLES[outcome.state])
     lines = [f"{state} {result.name:{_NAME}} {parts[0]}", *(indent + part for part in parts[1:])]
+    more = [printable(each) for each in outcome.more]
+    if len(more) > _MOST:
+        more[_MOST:] = [f"and {len(more) - _MOST} more: splicer doctor --json"]
+    lines += [indent + elide(each, room) for each in more]
     if outcome.mend:
         mend = _wrap(f"mend: {printable(outcome.mend)}", room)
         lines += [indent + palette.paint(part, "dim") for part in mend]

@@ -27,11 +27,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`text` says in one line what was found, `mend` what to do about it: best of all a command."""
+    """`text` says in one line what was found, `mend` what to do about it: best of all a command. `more` are
+    things that were found, one by one."""
 
     state: State
     text: str
     mend: str = ""
+    more: tuple[str, ...] = ()
 
 
 def ok(text: str) -> Outcome:
@@ -95,7 +97,7 @@ def examine(checks: Iterable[Check], surroundings: Surroundings) -> Iterator[Res
 
 @dataclass(frozen=True)
 class Verdict:
-    """Can this host run splicer? `can_run` is None where it is not known. `kernel_class` and `fionread` are
+    """Can this host run splicer? `can_run` is None where that is not known. `kernel_class` and `fionread` are
     as in class Status of model.py, and empty where they are not known."""
 
     can_run: bool | None

@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator
 
 from splicer.containers import engine
-from splicer.doctor.check import AS_ROOT, Check, Outcome, ok, unknown, warn
+from splicer.doctor.check import AS_ROOT, Check, Outcome, State, ok, unknown, warn
 from splicer.doctor.surroundings import Surroundings
 from splicer.kernel import answer, generation
+from splicer.model import Neighbour
 from splicer.text import plural
 
 
@@ -40,6 +41,23 @@ def _check_leftovers(surroundings: Surroundings) -> Outcome:
     return ok("nothing of an earlier run")
 
 
+def _describe(neighbour: Neighbour) -> str:
+    name = f"{neighbour.program or '(no name)'}, id {neighbour.id}" if neighbour.id else "no program"
+    return f"{neighbour.hook}: {name}, {neighbour.place} {neighbour.where or neighbour.where_id}"
+
+
+def _check_neighbours(surroundings: Surroundings) -> Outcome:
+    """Those on sockmaps keep sockets plain; the others run beside ours."""
+    found = surroundings.neighbourhood
+    others = tuple(_describe(each) for each in found.neighbours)
+    if any(each.place == "map" or each.is_splicer for each in found.neighbours):
+        text = "others have sockets in maps, which keeps these plain, or a splicer of their own"
+        return Outcome(State.WARN, text, "see KNOWN_ISSUES.md for what it means", others)
+    if found.unknown:
+        return Outcome(State.UNKNOWN, f"not all could be looked at: {'; '.join(found.unknown)}", "", others)
+    return Outcome(State.OK, "others run beside ours" if others else "no other BPF programs", "", others)
+
+
 def _check_docker(surroundings: Surroundings) -> Outcome:
     wanted = surroundings.settings.docker
     if wanted == "off":
@@ -64,4 +82,5 @@ def list_checks() -> Iterator[Check]:
     """In the order in which they are looked at."""
     yield Check("daemon", _check_daemon, is_needed=False)
     yield Check("leftovers", _check_leftovers, is_needed=False)
+    yield Check("neighbours", _check_neighbours, is_needed=False, privileged=True)
     yield Check("docker", _check_docker, is_needed=False)

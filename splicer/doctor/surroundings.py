@@ -15,9 +15,10 @@ from splicer.doctor import prerequisites
 from splicer.errors import SplicerError
 from splicer.host import cgroups
 from splicer.host.cgroups import Cgroup
-from splicer.kernel import answer, loader, probes
+from splicer.kernel import answer, loader, neighbours, probes
 from splicer.kernel.loader import Rehearsal
 from splicer.kernel.probes import KernelClass
+from splicer.model import Neighbour, Neighbourhood
 from splicer.policy.config import Settings
 
 
@@ -99,6 +100,18 @@ class Surroundings:
     def daemon(self) -> Holder | None:
         """Who holds the lock of the run directory."""
         return instance.find_holder(self.settings.run_dir)
+
+    @cached_property
+    def neighbourhood(self) -> Neighbourhood:
+        """Who else uses BPF at the same hooks. Raises SplicerError where there is no cgroup."""
+        return neighbours.find(self.cgroup, self.settings.pin_dir)
+
+    def list_neighbours(self) -> tuple[Neighbour, ...]:
+        """Those that were found; none where they may not be looked for."""
+        try:
+            return () if self.why_not_tried else self.neighbourhood.neighbours
+        except SplicerError:
+            return ()
 
     def find_why_unanswered(self) -> str:
         """Why splicer would not answer FIONREAD here; empty if it would. Not for class C. Raises

@@ -2,9 +2,9 @@
 """What runs in a guest: the steps of the plan, one after the other.
 
 Reads /srv/plan.json: {"compile": whether to compile the programs first, "start": whether to see what `splicer
-doctor` says and how `splicer run` starts, "steps": [{"name", "command", "timeout"}], "environment": {}}. Steps
-follow only where it did start. Leaves in /srv/results what the host takes: found.json, doctor.json, dmesg.txt,
-and the output of each step.
+doctor` says and how `splicer run` starts, "steps": [{"name", "command", "timeout"}], "environment": {}}.
+No step follows where it does not start. Leaves in /srv/results what the host takes: found.json, doctor.json,
+dmesg.txt, and the output of each step.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ from splicer.doctor import check, checks, live
 from splicer.doctor.check import Check, Outcome, Result, State, Verdict
 from splicer.doctor.surroundings import Surroundings
 from splicer.errors import FAILURE, OK, UNSUPPORTED, USAGE, SplicerError
+from splicer.model import Neighbour
 from splicer.text import Palette
 
 from ..conftest import Invoke
 
 LONG = "the kernel refused the watch program (EACCES): " + "invalid bpf_context access " * 4
 HINT = "run again with --debug for the verifier's log, which says rather more than fits into this line"
+NEIGHBOUR = Neighbour("sock_ops", "metrics", 8, "cgroup", "/v2", 1)
 GOOD = Check("good", lambda _: check.ok("it is there, and it is called " + "x" * 60))
 BAD = Check("bad", lambda _: check.fail(LONG, HINT))
 POOR = Check("poor", lambda _: check.warn("it is slow", "sysctl -w x=1"), is_needed=False)
@@ -34,6 +36,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Surroundings, "find_who_answers", lambda _: "nobody")
     monkeypatch.setattr(Surroundings, "why_not_tried", "")
     monkeypatch.setattr(Surroundings, "daemon", None)
+    monkeypatch.setattr(Surroundings, "list_neighbours", lambda _: (NEIGHBOUR,))
 
 
 @pytest.fixture
@@ -85,13 +88,23 @@ def test_json(invoke: Invoke, use: object) -> None:
     assert given["schema"] == 1
     assert (given["can_run"], given["kernel_class"], given["fionread"]) == (False, "B", "nobody")
     assert given["daemon"] is None
+    assert given["neighbours"] == [NEIGHBOUR.to_json()]
     assert given["checks"][1] == {
         "name": "bad",
         "needed": True,
         "state": "fail",
         "text": LONG,
         "mend": HINT,
+        "more": [],
     }
+
+
+def test_what_is_found_one_by_one_has_an_end(invoke: Invoke, use: object) -> None:
+    found = Outcome(State.OK, "others", "", tuple(f"number {number}" for number in range(13)))
+    use(Check("neighbours", lambda _: found))  # type: ignore[operator]
+    lines = invoke("doctor").stdout.splitlines()
+    assert [line.strip() for line in lines[-2:]] == ["number 9", "and 3 more: splicer doctor --json"]
+    assert len(invoke("doctor", "--json").json()["checks"][0]["more"]) == 13
 
 
 def test_what_steers_a_terminal_does_not_get_through(invoke: Invoke, use: object) -> None:

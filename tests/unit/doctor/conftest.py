@@ -15,11 +15,12 @@ from splicer.doctor.surroundings import Surroundings
 from splicer.errors import SplicerError
 from splicer.host import cgroups, process
 from splicer.host.cgroups import Cgroup
-from splicer.kernel import bpffs, libbpf, loader, probes, trials
+from splicer.kernel import bpffs, libbpf, loader, neighbours, probes, trials
 from splicer.kernel.libbpf import KernelError
 from splicer.kernel.loader import Rehearsal
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.trials import Finding
+from splicer.model import Neighbourhood
 from splicer.policy.config import Settings
 
 ALL = (1 << 41) - 1
@@ -60,10 +61,14 @@ class World:
             self.answer(each.name, True)
         self.patch(probes, "find_switch_marks", lambda _: 0x4000)
         self.rehearse(Rehearsal({}))
+        self.meet(Neighbourhood())
 
     def write_privileges(self, effective: int = ALL, uid_map: str = "0 0 4294967295\n") -> None:
         (self.place / "proc/self/status").write_text(f"Name:\tx\nCapEff:\t{effective:016x}\n")
         (self.place / "proc/self/uid_map").write_text(uid_map)
+
+    def meet(self, found: Neighbourhood) -> None:
+        self.patch(neighbours, "find", lambda *_: found)
 
     def set_class(self, found: str | KernelClass | KernelError) -> None:
         def find_class() -> KernelClass:

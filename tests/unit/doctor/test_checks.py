@@ -25,6 +25,7 @@ from splicer.kernel.libbpf import KernelError
 from splicer.kernel.loader import Rehearsal
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.programs import PROGRAMS
+from splicer.model import Neighbour, Neighbourhood
 
 from .conftest import ALL, World, raiser
 
@@ -112,6 +113,9 @@ def lose_bcc_on_class_b(world: World) -> None:
     world.set_class("B")
     lose_bcc(world)
 
+
+IN_MAP = Neighbour("sk_msg", "cil_redir", 7, "map", "socks", 5)
+ON_CGROUP = Neighbour("sock_ops", "metrics", 8, "cgroup", "/v2", 1)
 
 CASES = [
     Case("cap_net_admin", without(12), State.FAIL, "missing: CAP_NET_ADMIN", "sudo splicer run"),
@@ -246,6 +250,13 @@ CASES = [
     Case("fionread", lose_bcc_on_class_b, State.UNKNOWN, "it takes bcc"),
     Case("leftovers", leave_pins, State.WARN, "programs of a daemon that is gone", "splicer unload"),
     Case("leftovers", leave_ends, State.WARN, "that are still open", "splicer unload"),
+    Case("neighbours", lambda world: world.meet(Neighbourhood((IN_MAP,))), State.WARN, "keeps these plain"),
+    Case(
+        "neighbours",
+        lambda world: world.meet(Neighbourhood((), ("BPF maps: Operation not permitted",))),
+        State.UNKNOWN,
+        "BPF maps: Operation not permitted",
+    ),
     Case("docker", refuse_engine("refused"), State.WARN, "it says no", "ask it nicely"),
     Case("docker", refuse_engine("lost"), State.WARN, "it says no", "ask it nicely"),
 ]
@@ -336,6 +347,13 @@ def test_the_programs_are_loaded_once(world: World) -> None:
     world.patch(loader, "rehearse", rehearse)
     look(world)
     assert count == [False]
+
+
+def test_neighbours_are_named(world: World) -> None:
+    world.meet(Neighbourhood((ON_CGROUP,)))
+    seen = look(world)["neighbours"].outcome
+    assert (seen.state, seen.more) == (State.OK, ("sock_ops: metrics, id 8, cgroup /v2",))
+    assert world.surroundings.list_neighbours() == (ON_CGROUP,)
 
 
 class TestWithoutPrivileges:
