@@ -53,7 +53,7 @@ exit codes:
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red", "unknown": "cyan"}
 _WIDTH = 80
-_STATE, _NAME = 7, 16
+_STATE, _NAME = 7, 17
 _MOST = 10
 
 

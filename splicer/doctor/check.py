@@ -112,16 +112,17 @@ def judge(results: Iterable[Result], surroundings: Surroundings) -> Verdict:
     results = list(results)
     kernel_class, fionread = surroundings.find_class(), surroundings.find_who_answers()
 
-    def name(state: State) -> str:
+    def name(state: State, most: int) -> str:
         found = [each.name for each in results if each.is_needed and each.outcome.state is state]
-        return ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")
+        return ", ".join(found[:most]) + (" and others" if len(found) > most else "")
 
-    if failed := name(State.FAIL):
-        words = f"This host cannot run splicer as it is: {failed}"
+    if failed := name(State.FAIL, 2):
+        words = f"This host cannot run splicer: {failed}"
         return Verdict(False, words, UNSUPPORTED, kernel_class, fionread)
-    if missed := name(State.UNKNOWN):
-        why = f"{surroundings.why_not_tried}; {AS_ROOT}" if surroundings.why_not_tried else missed
-        words = f"Whether this host can run splicer is not known: {why}"
+    if missed := name(State.UNKNOWN, 1):
+        words = f"Whether this host can run splicer is not known: {missed}"
+        if surroundings.why_not_tried and surroundings.uid != 0:
+            words = f"Whether this host can run splicer only root can tell: {AS_ROOT}"
         return Verdict(None, words, FAILURE, kernel_class, fionread)
     words = f"This host can run splicer: FIONREAD class {kernel_class}{_ANSWERED[fionread]}"
     if warnings := sum(each.outcome.state is State.WARN for each in results):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ def _die_with_parent() -> None:
     ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _environment(surroundings: Surroundings) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPLICER_")}
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
@@ -66,6 +66,7 @@ class _Talker:
             [sys.executable, "-P", "-m", "splicer.doctor.talk"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             env=environment,
             preexec_fn=_die_with_parent,
@@ -78,12 +79,15 @@ class _Talker:
     def tell(self, order: str, name: str) -> dict[str, Any]:
         """Its answer. Raises _Trouble, in the check of this name."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(order + "\n")
             self._process.stdin.flush()
-            answer: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")
-        except (OSError, ValueError) as error:
-            raise _Trouble(name, fail(f"what was to talk has ended ({error})")) from error
+            line = self._process.stdout.readline()
+        if not line:
+            _, said = self._process.communicate()
+            raise _Trouble(name, fail(f"what was to talk has ended ({_last(said.splitlines())})"))
+        answer: dict[str, Any] = json.loads(line)
         if "trouble" in answer:
             raise _Trouble(name, fail(answer["trouble"]))
         return answer
@@ -134,7 +138,7 @@ def _daemon(surroundings: Surroundings, cgroup: str) -> Iterator[str]:
                 command,
                 stdout=sink,
                 stderr=sink,
-                env=_environment(surroundings),
+                env=_environment(),
                 preexec_fn=_die_with_parent,
             )
         try:
@@ -168,8 +172,11 @@ def _wait_ready(process: subprocess.Popen[bytes], ready: str, log: str) -> None:
 def _read_last(log: str) -> str:
     """What it complained of, without the hint."""
     with open(log, errors="replace") as stream:
-        lines = [line.strip() for line in stream if line.startswith("splicer: ")] or ["no message"]
-    return lines[-1].removeprefix("splicer: ")
+        return _last(line for line in stream if line.startswith("splicer: ")).removeprefix("splicer: ")
+
+
+def _last(lines: Iterable[str]) -> str:
+    return next((line.strip() for line in reversed(list(lines)) if line.strip()), "no message")
 
 
 @contextlib.contextmanager
@@ -248,14 +255,12 @@ def examine(surroundings: Surroundings, verdict: Verdict) -> list[Result]:
     results: list[Result] = []
     former = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
-        with contextlib.closing(_Talker(_environment(surroundings))) as talker:
-            with _staged(surroundings) as stage:
-                who = "a daemon that was here already" if surroundings.daemon else "a daemon of its own"
-                results.append(Result("live_start", True, ok(f"by {who}")))
-                try:
-                    results += _talk(stage, talker)
-                finally:
-                    talker.close()
+        # The talker ends before its cgroup is removed.
+        with _staged(surroundings) as stage, contextlib.closing(_Talker(_environment())) as talker:
+            who = "a daemon that was here already" if surroundings.daemon else "a daemon of its own"
+            results.append(Result("live_start", True, ok(f"by {who}")))
+            for result in _talk(stage, talker):
+                results.append(result)
     except _Trouble as trouble:
         results.append(trouble.result)
     except SplicerError as error:

@@ -232,7 +232,9 @@ def try_callback_flags() -> Finding:
         connection = scratch.Connection(stack)
         call = _assemble_setsockopt(_SOL_TCP, _TCP_BPF_SOCK_OPS_CB_FLAGS, 0)
         result = _prepare_visit(stack, connection, call)()
-    return Finding(not result, f"setting callback flags from an iterator: {_describe(result)}")
+    if result:
+        return Finding(False, f"setting callback flags from an iterator: {_describe(result)}")
+    return Finding(True, "an iterator's program set a socket's callback flags")
 
 
 # -- others ------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def try_compilation() -> Finding:
     with contextlib.ExitStack() as stack:
         program = scratch.load(stack, "a raw tracepoint program", libbpf.BPF_PROG_TYPE_RAW_TRACEPOINT, code)
         size = libbpf.read_compiled_size(program)
-    return Finding(size > 0, f"a program of 2 instructions became {size} bytes of machine code")
+    return Finding(size > 0, f"2 instructions became {size} bytes of machine code")
 
 
 def try_namespace_cookie() -> Finding:

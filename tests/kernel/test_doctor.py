@@ -75,7 +75,7 @@ def test_what_the_verifier_refuses_is_a_no() -> None:
 
 
 def test_run_refuses_what_doctor_fails(tmp_path: Path) -> None:
-    """A poke that wakes nobody: one of the two says it as an error, the other as a check, in the same words."""
+    """A poke that wakes nobody: one says it as an error, the other as a check, in the same words."""
     tree = copy_changed(
         tmp_path / "tree",
         "splicer/kernel/trials.py",
@@ -90,7 +90,7 @@ def test_run_refuses_what_doctor_fails(tmp_path: Path) -> None:
     poke = by_name(found)["reader_poke"]
     assert done.code == code == 4
     assert done.stderr.splitlines() == [f"splicer: {poke['text']}", f"hint: {poke['mend']}"]
-    assert found["verdict"] == "This host cannot run splicer as it is: reader_poke"
+    assert found["verdict"] == "This host cannot run splicer: reader_poke"
     assert {each["name"] for each in found["checks"] if each["state"] == "fail"} == {"reader_poke"}
 
 
@@ -107,7 +107,7 @@ def test_a_program_that_is_refused(tmp_path: Path) -> None:
         "the kernel refused the watch program (EACCES): invalid bpf_context access off=96 size=8"
     )
     assert {checks[each.name]["state"] for each in PROGRAMS if not each.is_optional} == {"ok", "fail"}
-    assert found["verdict"] == "This host cannot run splicer as it is: watch"
+    assert found["verdict"] == "This host cannot run splicer: watch"
 
 
 def test_live_by_a_daemon_of_its_own() -> None:
@@ -177,5 +177,5 @@ def test_without_privileges() -> None:
         done = call("doctor", *_arguments(host), prefix=(*prefix, "--inh-caps=-all"), timeout=TIMEOUT)
     assert (done.code, done.stderr) == (1, "")
     assert done.stdout.splitlines()[0] == (
-        "Whether this host can run splicer is not known: not enough privileges; sudo splicer doctor."
+        "Whether this host can run splicer only root can tell: sudo splicer doctor."
     )

@@ -49,7 +49,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     [
         ((GOOD,), OK, "This host can run splicer: FIONREAD class B, not answered."),
         ((GOOD, POOR), OK, "This host can run splicer: FIONREAD class B, not answered (1 warning)."),
-        ((GOOD, BAD, DARK), UNSUPPORTED, "This host cannot run splicer as it is: bad."),
+        ((GOOD, BAD, DARK), UNSUPPORTED, "This host cannot run splicer: bad."),
         ((DARK, POOR), FAILURE, "Whether this host can run splicer is not known: dark."),
     ],
 )
