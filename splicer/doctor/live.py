@@ -100,6 +100,11 @@ class _Talker:
 
 @contextlib.contextmanager
 def _scratch_cgroup(parent: str) -> Iterator[str]:
+    for name in os.listdir(parent):
+        # Of an earlier one that was killed outright.
+        if name.startswith(_NAME) and not os.path.exists(f"/proc/{name.removeprefix(_NAME)}"):
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(parent, name))
     path = os.path.join(parent, f"{_NAME}{os.getpid()}")
     os.mkdir(path)
     try:

@@ -197,6 +197,12 @@ def test_an_error_of_a_check_is_a_failure_in_its_words() -> None:
     def refuse(_: Surroundings) -> Outcome:
         raise SplicerError("this kernel has no x", hint="another one", exit_code=UNSUPPORTED)
 
+    def stumble(_: Surroundings) -> Outcome:
+        raise AttributeError("no bpf_map_create")
+
+    bug = Check("x", stumble).look(Surroundings(None))  # type: ignore[arg-type]
+    assert (bug.state, bug.mend) == (State.UNKNOWN, "report it")
+    assert "AttributeError: no bpf_map_create" in bug.text
     needed, other = Check("x", refuse), Check("x", refuse, is_needed=False)
     assert needed.look(Surroundings(None)) == check.fail("this kernel has no x", "another one")  # type: ignore[arg-type]
     assert other.look(Surroundings(None)).state is State.WARN  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -101,6 +102,14 @@ def test_a_cgroup_that_cannot_be_made(stage: World) -> None:
     stage.surroundings.daemon = Holder(1, str(stage.place / "gone"), "/run/x", "run")
     found = look(stage)
     assert found.name == "live" and "No such file or directory" in found.outcome.text
+
+
+def test_what_an_earlier_one_left_that_was_killed(stage: World) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (stage.place / f"cgroup/splicer-doctor-{gone.pid}").mkdir()
+    run_as(stage, "exit 1")
+    assert look(stage).name == "live_start"
 
 
 @pytest.mark.parametrize(
