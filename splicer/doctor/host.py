@@ -82,5 +82,5 @@ def list_checks() -> Iterator[Check]:
     yield Check("cgroup", _check_cgroup)
     yield Check("cgroup_root", _check_cgroup_root, is_needed=False)
     yield Check("pids", _check_pids, is_needed=False)
-    yield Check("bpffs", _check_bpffs)
+    yield Check("bpffs", _check_bpffs, privileged=True)  # others may not look into its directories
     yield Check("lockdown", _check_lockdown, is_needed=False)

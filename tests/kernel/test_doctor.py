@@ -152,6 +152,7 @@ def test_after_a_crash() -> None:
         assert str(host.pin_dir) in checks["leftovers"]["text"]
         assert "splicer unload" in checks["leftovers"]["mend"]
         host.unload()
+        host.daemon.ready_file.unlink()
         assert by_name(ask(host)[1])["leftovers"]["state"] == "ok"
 
 
