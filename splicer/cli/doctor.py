@@ -33,12 +33,12 @@ own, in a network namespace and a cgroup of its own."""
 EPILOG = """\
 checks:
   cap_... to lockdown      privileges, and what is mounted
+  daemon to docker         who else is here
   libbpf to memlock        software, and what the kernel tells of itself
   redirection to sleepers  what the data path relies on, tried on scratch things
   compiler to census       the programs, each loaded and let go of
   fionread, kernel_log     who answers FIONREAD right, by the kernel's class:
                            splicer status --help says what A, B and C are
-  daemon to docker         who else is here
   live_...                 with --live
 
 examples:
