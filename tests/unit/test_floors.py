@@ -209,7 +209,7 @@ def test_the_package_itself_imports_nothing() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["flows", "--help"], ["completion", "bash"], ["run", "--print-config"]],
+    [["--help"], ["run", "--help"], ["doctor", "--help"], ["completion", "bash"], ["run", "--print-config"]],
 )
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     source = (
