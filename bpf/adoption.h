@@ -107,4 +107,7 @@ static __always_inline void begin_splicing(struct pair *p)
 	 * have did it before this, and is seen by who looks after this, or sees the state.
 	 */
 	__sync_fetch_and_add(&p->half, 1);
+	/* What was found out about plain ends holds no more. */
+	unmute(p->end[CLIENT].cookie);
+	unmute(p->end[SERVER].cookie);
 }

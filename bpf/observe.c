@@ -200,8 +200,7 @@ static __always_inline int is_splice(void)
  */
 static __always_inline int is_muted(u64 cookie)
 {
-	int slot = cookie & (MUTED_SLOTS - 1);
-	struct muted *m = muted.lookup(&slot);
+	struct muted *m = muted_slot(cookie);
 
 	return m && m->cookie == cookie && (s64)(m->until - jiffies64()) > 0 &&
 	       (m->splices || !is_splice());
@@ -209,14 +208,23 @@ static __always_inline int is_muted(u64 cookie)
 
 static __always_inline void mute(u64 cookie, u32 jiffies)
 {
-	int slot = cookie & (MUTED_SLOTS - 1);
-	struct muted *m = muted.lookup(&slot);
+	struct muted *m = muted_slot(cookie);
 
 	if (!m)
 		return;
 	m->cookie = cookie;
 	m->until = jiffies64() + jiffies;
 	m->splices = is_splice();
+}
+
+/* Its pair may be put in just now, and of spliced ends each read of TCP bytes is looked at. */
+static __always_inline void mute_end(struct pair *p, struct end *e, u32 jiffies)
+{
+	mute(e->cookie, jiffies);
+	/* A full barrier: we see the state, or are seen by begin_splicing(). */
+	__sync_fetch_and_add(&p->half, 1);
+	if (READ_ONCE(p->state) != STATE_PAIRED)
+		unmute(e->cookie);
 }
 
 /*
@@ -324,7 +332,7 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 	return 0;
 }
 
-/* Returns for how long this socket need not be looked at again, in jiffies. */
+/* Returns for how long a socket that is no end of a pair need not be looked at again, in jiffies. */
 static __always_inline u32 look(void *tp)
 {
 	enum reader reader = get_reader();
@@ -333,6 +341,7 @@ static __always_inline u32 look(void *tp)
 	struct pair_id id;
 	struct end *e;
 	struct pair *p;
+	u32 jiffies;
 	int side;
 
 	count(COUNT_LOOKS, 1);
@@ -368,7 +377,10 @@ static __always_inline u32 look(void *tp)
 	s = get_settings();
 	if (!s)
 		return 0;
-	return look_at_plain(tp, p, e, other_end(p, side), s, reader, tgid);
+	jiffies = look_at_plain(tp, p, e, other_end(p, side), s, reader, tgid);
+	if (jiffies)
+		mute_end(p, e, jiffies);
+	return 0;
 }
 
 int observe(u64 *ctx)

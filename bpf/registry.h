@@ -24,6 +24,22 @@ static __always_inline struct settings *get_settings(void)
 	return settings.lookup(&zero);
 }
 
+static __always_inline struct muted *muted_slot(u64 cookie)
+{
+	int slot = cookie & (MUTED_SLOTS - 1);
+
+	return muted.lookup(&slot);
+}
+
+/* observe looks at the next read of this socket. */
+static __always_inline void unmute(u64 cookie)
+{
+	struct muted *m = muted_slot(cookie);
+
+	if (m && m->cookie == cookie)
+		m->cookie = 0;
+}
+
 /*
  * The pair of a socket, given the first sequence number it sent and received.
  * Whether it is the client is not known beforehand. Services have the lower

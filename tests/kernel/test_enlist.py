@@ -33,6 +33,8 @@ SO_BINDTOIFINDEX = 62  # include/uapi/asm-generic/socket.h
 SO_TIMESTAMP = 29  # the same
 EVERYWHERE = "test_splicing.py has the daemon do it for every family everywhere"
 OTHER_END = "the same from the other end"
+MUTED = struct.Struct("=3Q8x")  # struct muted, bpf/types.h: socket cookie, jiffies, splices
+FAR_JIFFIES = 1 << 62
 SAME_SOURCE = 22_010  # below the ephemeral ports
 
 
@@ -327,6 +329,26 @@ def test_a_message_that_is_read_meanwhile(host: Host, hand: ByHand, lab: Lab) ->
     assert hand.look(pair, 20) == EnlistOutcome.OVER
     assert hand.describe(pair) == ("spliced", "", [True, True])
     pair.verify()
+    host.stop_peers()
+
+
+def test_each_read_is_looked_at_from_then_on(host: Host, hand: ByHand, lab: Lab) -> None:
+    """A plain end whose reads are counted is not looked at for a while. That ends as it goes in, however long
+    it was to last: the very first read of a kind that does not see redirected bytes is noticed."""
+    pair = _announced(host, hand, lab)
+    muted = libbpf.Map.open(str(host.pin_dir / "maps" / "muted"))
+    try:
+        found = [(slot, MUTED.unpack(value)) for slot, value in muted.items()]
+        for slot, (cookie, _, splices) in found:
+            muted.set(slot, MUTED.pack(cookie, FAR_JIFFIES, splices))
+    finally:
+        muted.close()
+    assert any(cookie for _, (cookie, _, _) in found), "nobody was muted: this shows nothing"
+    hand.put_in(pair)
+    with hand.passing(pair):
+        pair.client.send(100)
+    pair.server.recv_once(count=100, flags=socket.MSG_TRUNC)
+    assert hand.describe(pair)[:2] == ("draining", "unknown_reader")
     host.stop_peers()
 
 
