@@ -93,7 +93,7 @@ class Surroundings:
     def _wants_answer(self) -> bool:
         try:
             return self.settings.fionread == "auto" and self.kernel.name != "C"
-        except SplicerError:
+        except (SplicerError, OSError):
             return False
 
     @cached_property
@@ -110,7 +110,7 @@ class Surroundings:
         """Those that were found; none where they may not be looked for."""
         try:
             return () if self.why_not_tried else self.neighbourhood.neighbours
-        except SplicerError:
+        except (SplicerError, OSError):
             return ()
 
     def find_why_unanswered(self) -> str:
@@ -126,7 +126,7 @@ class Surroundings:
             return ""
         try:
             return self.kernel.name
-        except SplicerError:
+        except (SplicerError, OSError):
             return ""
 
     def find_who_answers(self) -> str:
@@ -135,5 +135,5 @@ class Surroundings:
             return ""
         try:
             return "kernel" if name == "C" else "nobody" if self.find_why_unanswered() else "splicer"
-        except SplicerError:
+        except (SplicerError, OSError):
             return ""

@@ -61,15 +61,6 @@ class Above:
 
 
 @dataclass(frozen=True)
-class Above:
-    """Paths from the topmost cgroup that can be seen down to one; `is_whole` if the topmost is the root of
-    the host's hierarchy."""
-
-    paths: tuple[str, ...]
-    is_whole: bool
-
-
-@dataclass(frozen=True)
 class Mount:
     """One line of mountinfo: the device number, what is mounted on where, and the filesystem type."""
 

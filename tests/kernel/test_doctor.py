@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.daemon import call, command_line, environment, wait_until
 from support.host import Host
+from support.tiers import thorough
 from support.trees import copy_changed
 
 from splicer.kernel import libbpf, trials
@@ -94,6 +95,7 @@ def test_run_refuses_what_doctor_fails(tmp_path: Path) -> None:
     assert {each["name"] for each in found["checks"] if each["state"] == "fail"} == {"reader_poke"}
 
 
+@thorough("what is made of a refusal the unit tests show, and the poke's shows that both say the same")
 def test_a_program_that_is_refused(tmp_path: Path) -> None:
     """It is named, with what the verifier says, and all others are tried all the same."""
     tree = copy_changed(
@@ -158,6 +160,7 @@ def test_after_a_crash() -> None:
         assert by_name(ask(host)[1])["leftovers"]["state"] == "ok"
 
 
+@thorough("a further moment of --live")
 def test_ended_in_the_middle_of_live() -> None:
     """Whoever ends it finds nothing of its daemon, its cgroup and its directories."""
     with Host(start=False) as host:

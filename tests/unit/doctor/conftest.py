@@ -16,7 +16,6 @@ from splicer.errors import SplicerError
 from splicer.host import cgroups, process
 from splicer.host.cgroups import Cgroup
 from splicer.kernel import bpffs, libbpf, loader, neighbours, probes, trials
-from splicer.kernel.libbpf import KernelError
 from splicer.kernel.loader import Rehearsal
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.trials import Finding
@@ -70,9 +69,9 @@ class World:
     def meet(self, found: Neighbourhood) -> None:
         self.patch(neighbours, "find", lambda *_: found)
 
-    def set_class(self, found: str | KernelClass | KernelError) -> None:
+    def set_class(self, found: str | KernelClass | OSError) -> None:
         def find_class() -> KernelClass:
-            if isinstance(found, KernelError):
+            if isinstance(found, OSError):
                 raise found
             return CLASSES[found] if isinstance(found, str) else found
 

@@ -192,6 +192,12 @@ CASES = [
     ),
     Case(
         "redirection",
+        lambda world: world.set_class(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")),
+        State.UNKNOWN,
+        "could not be found out: Connection refused",
+    ),
+    Case(
+        "redirection",
         lambda world: world.set_class(KernelClass(True, True, accounts_memory=False)),
         State.FAIL,
         "does not charge redirected bytes to the receiver",
