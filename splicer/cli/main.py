@@ -15,7 +15,7 @@ from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
 from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
-from . import completion, drain, flows, options, policy, run, status, unload, unset, version
+from . import completion, doctor, drain, flows, options, policy, run, status, unload, unset, version
 from . import set as set_
 from .context import Context
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "unset": unset,
     "drain": drain,
     "unload": unload,
+    "doctor": doctor,
     "version": version,
     "completion": completion,
 }
@@ -38,6 +39,7 @@ changing them."""
 
 EPILOG = """\
 examples:
+  splicer doctor                        can this host run it?
   splicer run --cgroup /sys/fs/cgroup   start splicing; Ctrl-C takes it all back
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not

@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 
 from splicer.daemon import instance
+from splicer.doctor import prerequisites
 from splicer.errors import OK
 from splicer.host import cgroups
 from splicer.policy import config
 from splicer.text import legend
 
-from . import options, prerequisites
+from . import options
 from .context import Context
 
 SUMMARY = "splice local connections until told to stop"

@@ -7,9 +7,10 @@ import argparse
 import contextlib
 
 from splicer.daemon import control, instance
+from splicer.doctor import prerequisites
 from splicer.errors import OK, SplicerError
 
-from . import options, prerequisites
+from . import options
 from .context import Context
 
 SUMMARY = "remove what a dead daemon left behind"

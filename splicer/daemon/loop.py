@@ -23,12 +23,12 @@ from splicer.daemon.ready import ready_file
 from splicer.daemon.requests import RequestHandlers
 from splicer.daemon.signals import Signals
 from splicer.errors import SplicerError
-from splicer.host import cgroups, notify
+from splicer.host import cgroups, notify, process
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes
-from splicer.kernel import generation, libbpf, neighbours, probes
+from splicer.kernel import answer, generation, libbpf, neighbours, probes, trials
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
@@ -39,7 +39,6 @@ from splicer.policy import config
 from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 
-_KERNELS_WARNING = "kernels before 6.14 log a warning about bpf_probe_write_user when it is loaded"
 _TEND_PERIOD_S = 1.0
 # How long the start waits for the list of containers, so that no policy comes too late for its container.
 _INVENTORY_TIMEOUT_S = 5.0
@@ -80,6 +79,7 @@ class Daemon:
         settings = self._settings
         may_answer = settings.fionread == "auto"
         kernel = probes.require_class(may_answer=may_answer)
+        self._require_properties()
         with contextlib.closing(self._mailbox), self._signals:
             plan = generation.LoadPlan(
                 settings.pin_dir,
@@ -109,6 +109,15 @@ class Daemon:
         self._log.info("stopped")
         return 0
 
+    def _require_properties(self) -> None:
+        """Whatever else the data path relies on. Raises SplicerError (exit code 4) if the kernel lacks it."""
+        for wanted in trials.PROPERTIES:
+            found = trials.require(wanted)
+            if found.answer is None:
+                self._log.warning("property_not_known", property=wanted.name, evidence=found.evidence)
+            elif not found.answer:
+                self._log.info("property_missing", property=wanted.name, evidence=found.evidence)
+
     def _find_who_answers(self, kernel: KernelClass, plan: generation.LoadPlan) -> str:
         """Who sees to FIONREAD's answer for spliced sockets: see class Status. What ours answer is tried
         before anything is spliced. Raises SplicerError (exit code 4) on class A where nobody answers; nothing
@@ -121,11 +130,12 @@ class Daemon:
                 found = probes.find_class(loaded.maps["ends"]).name
             except libbpf.KernelError as error:
                 found = str(error.strerror)
-            if found == "C":
-                self._log.info("fionread_answered", kernel_class=kernel.name, note=_KERNELS_WARNING)
+            why = answer.judge(found)
+            if not why:
+                self._log.info("fionread_answered", kernel_class=kernel.name, note=probes.LOG_WARNING)
                 return "splicer"
-            loaded.stop_answering(f"it is still of class {found} when splicer answers")
-        why = loaded.unanswered or "the settings say fionread = off"
+            loaded.stop_answering(why)
+        why = loaded.unanswered or probes.SWITCHED_OFF
         if kernel.name == "A":
             if loaded.taken_over:
                 loaded.drain(plan.drain_timeout)
@@ -206,16 +216,16 @@ class Daemon:
     def _say_what_a_container_lacks(self) -> None:
         """If this runs in one, without the host's cgroups or processes: it would splice next to nothing, and
         look healthy."""
-        if self._cgroup.requested == cgroups.CONVENTIONAL_ROOT and not self._cgroup.is_root:
+        if self._cgroup.is_a_namespaces_root:
             self._log.warning(
                 "cgroup_is_not_the_hosts_root",
                 cgroup=self._cgroup.path,
-                hint="mount the host's /sys/fs/cgroup into this container",
+                hint=cgroups.HINT_HOST_ROOT,
             )
         if not sees_host_pids():
             self._log.warning(
                 "pids_are_not_the_hosts",
-                hint="network namespaces and processes outside are not found; docker run --pid=host",
+                hint=process.HINT_HOST_PIDS,
             )
 
     def _stop(self) -> None:

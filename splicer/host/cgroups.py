@@ -19,6 +19,7 @@ from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 CONVENTIONAL_ROOT = "/sys/fs/cgroup"
 # The first inode of a kernfs (Linux, kernfs_create_root in fs/kernfs/dir.c).
 _ROOT_ID = 1
+HINT_HOST_ROOT = "mount the host's /sys/fs/cgroup into this container"
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
@@ -43,6 +44,11 @@ class Cgroup:
     def is_root(self) -> bool:
         """True for the root of the host's hierarchy, and not for that of a cgroup namespace."""
         return self.id == _ROOT_ID
+
+    @property
+    def is_a_namespaces_root(self) -> bool:
+        """True if the host's root was asked for, and what is there is that of a cgroup namespace."""
+        return self.requested == CONVENTIONAL_ROOT and not self.is_root
 
 
 @dataclass(frozen=True)

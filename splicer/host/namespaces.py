@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import errno
+import fcntl
 import ipaddress
 import os
 import socket
@@ -16,6 +17,7 @@ from splicer.errors import KERNELS, UNSUPPORTED, SplicerError
 
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
 _CLONE_NEWNET = 0x40000000
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # include/uapi/linux/sockios.h, if.h
 _RTM_NEWNSID = 88  # include/uapi/linux/rtnetlink.h
 _NLM_F_REQUEST, _NLM_F_ACK = 1, 4  # include/uapi/linux/netlink.h
 # So many namespaces have numbers in a room at most.
@@ -45,6 +47,17 @@ def read_own_cookie() -> int:
                 exit_code=UNSUPPORTED,
             ) from error
     return int(struct.unpack("=Q", value)[0])
+
+
+def leave_for_empty() -> None:
+    """Move the calling thread into a network namespace of its own, with nothing but a loopback device that is
+    up. It goes away with the last that is in it. Raises OSError: no privilege, or no namespaces any more."""
+    if _libc.unshare(_CLONE_NEWNET) < 0:
+        number = ct.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        # struct ifreq; _IFF_UP is all that there is to set.
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
 
 
 @contextlib.contextmanager

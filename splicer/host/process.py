@@ -16,6 +16,7 @@ _KEPT_S = 10.0
 _COMMAND_LENGTH = 256
 # PROC_PID_INIT_INO (Linux, include/linux/proc_ns.h).
 _HOST_PID_NAMESPACE = 0xEFFFFFFC
+HINT_HOST_PIDS = "network namespaces and processes outside are not found; docker run --pid=host"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ _SOCKHASH = "spliced"
 _LEFT = "left-"
 
 
+def judge(found: str) -> str:
+    """What is wrong with the class that sockets of ours see with the answers attached; empty if nothing."""
+    return "" if found == "C" else f"it is still of class {found} when splicer answers"
+
+
 def attach(pin_dir: str) -> str:
     """Attach and pin both programs, which the loader has pinned. Returns why not; empty if they are."""
     try:

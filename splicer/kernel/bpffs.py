@@ -36,25 +36,33 @@ def _nearest_directory(path: str) -> str:
     return path
 
 
+def find_missing(pin_dir: str) -> str | None:
+    """Where a bpffs is to be mounted, so that `pin_dir` can be made on one; None if there is one already.
+
+    Raises SplicerError if it is no place for one."""
+    path = os.path.abspath(pin_dir)
+    if is_bpffs(_nearest_directory(path)):
+        return None
+    if os.path.commonpath([path, STANDARD]) == STANDARD and os.path.isdir(STANDARD):
+        return STANDARD
+    raise SplicerError(
+        f"the pin directory is not on a BPF file system ({path})",
+        hint=f"use one below {STANDARD}, or: mount -t bpf bpf {os.path.dirname(path)}",
+    )
+
+
 def prepare(pin_dir: str) -> str | None:
     """Make sure that `pin_dir` can be made on a bpffs. Returns the mount point if this had to mount one.
 
     A host without systemd may have /sys/fs/bpf empty; then it is mounted there, as systemd would.
     """
-    path = os.path.abspath(pin_dir)
-    if is_bpffs(_nearest_directory(path)):
-        return None
-    if os.path.commonpath([path, STANDARD]) == STANDARD and os.path.isdir(STANDARD):
-        if _libc.mount(b"bpf", STANDARD.encode(), b"bpf", 0, b"mode=0700") == 0:
-            return STANDARD
+    missing = find_missing(pin_dir)
+    if missing and _libc.mount(b"bpf", missing.encode(), b"bpf", 0, b"mode=0700") != 0:
         raise SplicerError(
-            f"cannot mount the BPF file system on {STANDARD}: {os.strerror(ct.get_errno())}",
-            hint=f"in a container, mount it from the host: -v {STANDARD}:{STANDARD}",
+            f"cannot mount the BPF file system on {missing}: {os.strerror(ct.get_errno())}",
+            hint=f"in a container, mount it from the host: -v {missing}:{missing}",
         )
-    raise SplicerError(
-        f"the pin directory is not on a BPF file system ({path})",
-        hint=f"use one below {STANDARD}, or: mount -t bpf bpf {os.path.dirname(path)}",
-    )
+    return missing
 
 
 def release(mount_point: str | None) -> None:

@@ -4,7 +4,7 @@
 bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
 reads one JSON object from stdin ({pin_dir, max_connections, answer, debug, parent}; it dies with the process
 parent) and prints one: {"ok": true, "missing": {program: why it does without}, ...} or {"ok": false, "error",
-"hint", "exit_code", "log"}.
+"hint", "exit_code", "log"}. With {"rehearse": true} it pins nothing; see loader.py for what it says then.
 
 This is the only module that imports bcc.
 """
@@ -333,15 +333,47 @@ def _try_to_run(program: Program, fd: int) -> None:
         ) from error
 
 
+class _Loader:
+    """Has everything compiled, and loads the programs one by one."""
+
+    def __init__(self, max_connections: int, debug: bool) -> None:
+        self._module = _compile(collect_macros(max_connections))
+        self._debug = debug
+        self._btf = Btf()
+        self._cast = self._btf.find_function("bpf_rdonly_cast")
+        self.logs: dict[str, str] = {}
+
+    def close(self) -> None:
+        self._btf.close()
+
+    def load(self, program: Program) -> int:
+        """Its descriptor. Raises SplicerError if the kernel refuses it, or does not run it."""
+        fd, log = libbpf.load_program(
+            program.kind,
+            program.name,
+            link_cast(_read_code(self._module, program), self._cast),
+            attach_type=program.attach_type,
+            btf_id=program.find_target(self._btf),
+            verbose=self._debug,
+        )
+        self.logs[program.name] = log
+        if fd < 0:
+            raise explain_refusal(program, -fd, log)
+        _try_to_run(program, fd)
+        return fd
+
+    def find_map(self, name: str) -> int:
+        """The descriptor of a map."""
+        from bcc.libbcc import lib
+
+        return int(lib.bpf_table_fd(self._module.module, name.encode()))
+
+
 def build(pin_dir: str, max_connections: int, debug: bool, answer: bool) -> dict[str, Any]:
     """Compile, load and pin everything below `pin_dir`, with what answers FIONREAD if `answer`; removes what
     it pinned when it fails half-way."""
-    from bcc.libbcc import lib
-
-    module = _compile(collect_macros(max_connections))
-    btf = Btf()
+    loader = _Loader(max_connections, debug)
     pinned: list[str] = []
-    logs: dict[str, str] = {}
     missing: dict[str, str] = {}
 
     def pin(fd: int, directory: str, name: str) -> None:
@@ -352,22 +384,9 @@ def build(pin_dir: str, max_connections: int, debug: bool, answer: bool) -> dict
     try:
         for directory in ("maps", "programs", "links"):
             os.makedirs(os.path.join(pin_dir, directory), mode=0o700, exist_ok=True)
-        cast = btf.find_function("bpf_rdonly_cast")
         for program in (*PROGRAMS, *(ANSWERS if answer else ())):
-            code = link_cast(_read_code(module, program), cast)
             try:
-                fd, log = libbpf.load_program(
-                    program.kind,
-                    program.name,
-                    code,
-                    attach_type=program.attach_type,
-                    btf_id=program.find_target(btf),
-                    verbose=debug,
-                )
-                logs[program.name] = log
-                if fd < 0:
-                    raise explain_refusal(program, -fd, log)
-                _try_to_run(program, fd)
+                fd = loader.load(program)
             except SplicerError as error:
                 if not program.is_optional:
                     raise
@@ -375,17 +394,53 @@ def build(pin_dir: str, max_connections: int, debug: bool, answer: bool) -> dict
                 continue
             pin(fd, "programs", program.name)
             if program.name == "verdict":
-                libbpf.attach_program_to_map(fd, lib.bpf_table_fd(module.module, b"spliced"))
+                libbpf.attach_program_to_map(fd, loader.find_map("spliced"))
         for name in MAPS:
-            pin(lib.bpf_table_fd(module.module, name.encode()), "maps", name)
+            pin(loader.find_map(name), "maps", name)
     except BaseException:
         for path in pinned:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         raise
     finally:
-        btf.close()
-    return {"programs": logs if debug else {}, "maps": list(MAPS), "missing": missing}
+        loader.close()
+    return {"programs": loader.logs if debug else {}, "maps": list(MAPS), "missing": missing}
+
+
+def rehearse(max_connections: int, debug: bool, answer: bool) -> dict[str, Any]:
+    """Compile and load everything, and say what the kernel refuses. What answers FIONREAD is attached as
+    well, until this process ends, which is at once: see class Rehearsal."""
+    loader = _Loader(max_connections, debug)
+    refused: dict[str, tuple[str, str | None]] = {}
+    loaded: dict[str, int] = {}
+    try:
+        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
+            try:
+                loaded[program.name] = loader.load(program)
+            except SplicerError as error:
+                refused[program.name] = (error.message, error.hint)
+        answered, unanswered = "", ""
+        if answer:
+            answered, unanswered = _rehearse_answer(loader, loaded, refused)
+    finally:
+        loader.close()
+    return {"refused": refused, "answered": answered, "unanswered": unanswered}
+
+
+def _rehearse_answer(
+    loader: _Loader, loaded: dict[str, int], refused: dict[str, tuple[str, str | None]]
+) -> tuple[str, str]:
+    """The class that a socket of ours sees with the answers attached, or why there are none."""
+    names = [program.name for program in ANSWERS]
+    for name in names:
+        if name in refused:
+            return "", refused[name][0]
+    try:
+        for name in names:
+            libbpf.link_function(loaded[name])
+        return probes.find_class(libbpf.Map(os.dup(loader.find_map("ends")))).name, ""
+    except libbpf.KernelError as error:
+        return "", str(error.strerror)
 
 
 def _die_with(parent: int) -> None:
@@ -400,12 +455,8 @@ def main() -> int:
     if "parent" in request:
         _die_with(request["parent"])
     try:
-        done = build(
-            request["pin_dir"],
-            request["max_connections"],
-            request.get("debug", False),
-            request.get("answer", False),
-        )
+        what = (request["max_connections"], request.get("debug", False), request.get("answer", False))
+        done = rehearse(*what) if request.get("rehearse") else build(request["pin_dir"], *what)
         json.dump({"ok": True, **done}, sys.stdout)
         return 0
     except SplicerError as error:

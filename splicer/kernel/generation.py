@@ -14,19 +14,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from splicer.errors import FAILURE, SplicerError
+from splicer.errors import SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
-from splicer.kernel import answer, bpffs, compiler, libbpf
+from splicer.kernel import answer, bpffs, compiler, libbpf, loader
 from splicer.kernel.census import Census, CensusReport
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.gauge import Gauge
@@ -37,7 +34,6 @@ from splicer.logs import Logger
 
 _CGROUP_LINKS = ("register", "guard")
 LINKS = (*_CGROUP_LINKS, "observe", "adopt")
-_LOAD_TIMEOUT_S = 120
 # The loader of a daemon that was killed holds the lock until it has died too.
 _LOCK_TIMEOUT_S = 3.0
 
@@ -196,6 +192,19 @@ def _lock(pin_dir: str) -> int:
             ) from error
 
 
+def is_in_use(pin_dir: str) -> bool:
+    """True if a daemon has this pin directory, or `splicer unload` is at work on it. Raises OSError if that
+    may not be looked at."""
+    fd = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def exists(pin_dir: str) -> bool:
     """True if anything is pinned there, even half a generation. What is left of earlier ones is nothing."""
     left = {os.path.join(pin_dir, name) for name in answer.list_left(pin_dir)}
@@ -236,31 +245,13 @@ def _open_optional(pin_dir: str, name: str) -> int | None:
     return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
-def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> dict[str, str]:
-    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives.
-    Returns which programs the kernel refused that splicer does without, and why."""
-    # -P keeps the working directory out of the child's module path.
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "splicer.kernel.compiler"],
-        input=json.dumps({**request, "parent": os.getpid()}),
-        pass_fds=(lock,),
-        capture_output=True,
-        text=True,
-        timeout=_LOAD_TIMEOUT_S,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    try:
-        reply = json.loads(child.stdout)
-    except ValueError:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
+def _run_loader(request: dict[str, Any], lock: int, log: Logger) -> dict[str, str]:
+    """Have the child load and pin. It holds the lock, too, for as long as it lives. Returns which programs
+    the kernel refused that splicer does without, and why."""
+    reply = loader.call(request, lock)
     if reply.get("log"):
         log.debug("loader_log", text=reply["log"])
-    if not reply["ok"]:
-        raise SplicerError(
-            reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
-        )
+    loader.check(reply)
     missing: dict[str, str] = reply.get("missing", {})
     for name, error in missing.items():
         if name not in answer.NAMES:  # whether they are missed the class decides
@@ -350,7 +341,7 @@ def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) ->
         "debug": plan.debug,
     }
     try:
-        missing = _run_compiler(request, lock, log)
+        missing = _run_loader(request, lock, log)
         if plan.answer:
             _answer(plan.pin_dir, missing)
         os.symlink(build, _path(plan.pin_dir, "build"))

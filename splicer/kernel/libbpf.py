@@ -39,6 +39,7 @@ PSEUDO_KFUNC_CALL = 2
 BPF_MAP_TYPE_ARRAY = 2
 BPF_MAP_TYPE_SOCKHASH = 18
 BPF_ANY = 0
+ENOTSUPP = 524  # include/linux/errno.h, not for user space and seen there all the same
 BATCH = 4096
 _ITERATOR_READ = 65536
 
@@ -119,7 +120,12 @@ class _MapInfo(ct.Structure):
 class _ProgramInfo(ct.Structure):
     """First fields of struct bpf_prog_info."""
 
-    _fields_ = [("type", ct.c_uint32), ("id", ct.c_uint32)]
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("tag", ct.c_uint8 * 8),
+        ("jited_prog_len", ct.c_uint32),
+    ]
 
 
 def _open_library() -> ct.CDLL:
@@ -428,13 +434,29 @@ class PacketRun:
             check(result, "run a program")
 
 
-def read_program_type(fd: int) -> int:
-    """enum bpf_prog_type of a program, 0 if the descriptor is not of one."""
+def _read_program_info(fd: int) -> _ProgramInfo:
+    """All zero if the descriptor is not of a program."""
     info = _ProgramInfo()
     size = ct.c_uint32(ct.sizeof(info))
-    if get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)) < 0:
-        return 0
-    return int(info.type)
+    get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size))
+    return info
+
+
+def read_program_type(fd: int) -> int:
+    """enum bpf_prog_type of a program, 0 if the descriptor is not of one."""
+    return int(_read_program_info(fd).type)
+
+
+def read_compiled_size(fd: int) -> int:
+    """Bytes of machine code that the kernel has made of a program; 0 if it interprets it."""
+    return int(_read_program_info(fd).jited_prog_len)
+
+
+def read_version() -> str:
+    """Of libbpf. Raises SplicerError where it is missing."""
+    library = get_library()
+    library.libbpf_version_string.restype = ct.c_char_p
+    return str(library.libbpf_version_string().decode().removeprefix("v"))
 
 
 class RingBuffer:

@@ -22,8 +22,9 @@ import time
 from dataclasses import dataclass
 
 from splicer.errors import COUNTING, KERNELS, UNSUPPORTED, SplicerError
-from splicer.kernel import libbpf
+from splicer.kernel import libbpf, scratch
 from splicer.kernel.btf import Btf
+from splicer.kernel.scratch import instruction
 
 _SO_MEMINFO = 55  # include/uapi/asm-generic/socket.h
 _BYTES = b"probe"
@@ -32,6 +33,10 @@ _RECVFROM = "45 "
 _READS_ASLEEP, _READS_AWAKE = 8, 32
 _SLEEP_TIMEOUT_S = 2.0
 _LOCKDOWN = "/sys/kernel/security/lockdown"
+# Why FIONREAD is not answered, where nothing but the settings is the reason.
+SWITCHED_OFF = "the settings say fionread = off"
+# What such a program makes the kernel's log say.
+LOG_WARNING = "kernels before 6.14 log a warning about bpf_probe_write_user when it is loaded"
 
 
 @dataclass(frozen=True)
@@ -54,24 +59,20 @@ class KernelClass:
         return "C" if self.counts_tcp else "B"
 
 
-def _instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, immediate: int = 0) -> bytes:
-    return struct.pack("=BBhi", code, src << 4 | dst, offset, immediate)
-
-
 def _assemble_redirect(map_fd: int) -> bytes:
     """SK_MSG program: redirect every message to the socket under key 1, or pass when there is none."""
 
     return b"".join(
         (
-            _instruction(0x62, dst=10, offset=-4, immediate=1),  # *(u32 *)(fp - 4) = 1
-            _instruction(0x18, dst=2, src=1, immediate=map_fd),  # r2 = map
-            _instruction(0),
-            _instruction(0xBF, dst=3, src=10),  # r3 = fp
-            _instruction(0x07, dst=3, immediate=-4),  # r3 -= 4
-            _instruction(0xB7, dst=4, immediate=1),  # r4 = BPF_F_INGRESS
-            _instruction(libbpf.CALL, immediate=71),  # call msg_redirect_hash
-            _instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
-            _instruction(0x95),  # exit
+            instruction(0x62, dst=10, offset=-4, immediate=1),  # *(u32 *)(fp - 4) = 1
+            instruction(0x18, dst=2, src=1, immediate=map_fd),  # r2 = map
+            instruction(0),
+            instruction(0xBF, dst=3, src=10),  # r3 = fp
+            instruction(0x07, dst=3, immediate=-4),  # r3 -= 4
+            instruction(0xB7, dst=4, immediate=1),  # r4 = BPF_F_INGRESS
+            instruction(libbpf.CALL, immediate=71),  # call msg_redirect_hash
+            instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
+            instruction(0x95),  # exit
         )
     )
 
@@ -83,12 +84,12 @@ def can_cast(btf: Btf) -> bool:
         return False
     program = b"".join(
         (
-            _instruction(0xB7, dst=1, immediate=0),  # r1 = 0
-            _instruction(0xB7, dst=2, immediate=structure),  # r2 = BTF id
-            _instruction(libbpf.CALL, src=libbpf.PSEUDO_KFUNC_CALL, immediate=function),
-            _instruction(0x61, dst=0, src=0),  # r0 = *(u32 *)r0: faults, and is 0
-            _instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
-            _instruction(0x95),  # exit
+            instruction(0xB7, dst=1, immediate=0),  # r1 = 0
+            instruction(0xB7, dst=2, immediate=structure),  # r2 = BTF id
+            instruction(libbpf.CALL, src=libbpf.PSEUDO_KFUNC_CALL, immediate=function),
+            instruction(0x61, dst=0, src=0),  # r0 = *(u32 *)r0: faults, and is 0
+            instruction(0xB7, dst=0, immediate=1),  # r0 = SK_PASS
+            instruction(0x95),  # exit
         )
     )
     fd, _ = libbpf.load_program(
@@ -103,23 +104,17 @@ def can_cast(btf: Btf) -> bool:
 def _redirect_over(address: str, family: int, ends: libbpf.Map | None) -> KernelClass:
     """Redirect five bytes over a connection of our own and see how they are counted."""
     with contextlib.ExitStack() as stack:
-        fd = libbpf.create_map(libbpf.BPF_MAP_TYPE_SOCKHASH, "probe", 4, 4, 4)
-        stack.callback(os.close, fd)
-        program, log = libbpf.load_program(
+        sockets = scratch.create_map(stack, libbpf.BPF_MAP_TYPE_SOCKHASH, 4, 4, 4)
+        program = scratch.load(
+            stack,
+            "an SK_MSG program",
             libbpf.BPF_PROG_TYPE_SK_MSG,
-            "probe",
-            _assemble_redirect(fd),
+            _assemble_redirect(sockets.fd),
             attach_type=libbpf.BPF_SK_MSG_VERDICT,
         )
-        if program < 0:
-            raise libbpf.KernelError(-program, f"load an SK_MSG program ({log.strip()[-80:]})")
-        stack.callback(os.close, program)
-        libbpf.attach_program_to_map(program, fd)
-        listener = stack.enter_context(socket.create_server((address, 0), family=family))
-        sender = stack.enter_context(socket.create_connection(listener.getsockname()[:2]))
-        receiver = stack.enter_context(listener.accept()[0])
-        sockets = libbpf.Map(os.dup(fd))
-        stack.callback(sockets.close)
+        libbpf.attach_program_to_map(program, sockets.fd)
+        connection = scratch.Connection(stack, address, family)
+        sender, receiver = connection.sender, connection.receiver
 
         if ends is not None:
             ends.set(struct.pack("=I", receiver.fileno()), bytes(ends.value_size))
@@ -202,7 +197,7 @@ def require_class(*, may_answer: bool) -> KernelClass:
             exit_code=UNSUPPORTED,
         )
     if found.name == "A" and not may_answer:
-        raise refuse_class_a("the settings say fionread = off")
+        raise refuse_class_a(SWITCHED_OFF)
     return found
 
 
@@ -211,24 +206,24 @@ def _assemble_note(map_fd: int, port: int, port_offset: int, flags_offset: int) 
     counts them."""
     return b"".join(
         (
-            _instruction(0x79, dst=6, src=1),  # r6 = sk
-            _instruction(0x69, dst=1, src=6, offset=port_offset),  # r1 = *(u16 *)(r6 + port_offset)
-            _instruction(0x55, dst=1, offset=13, immediate=port),  # if r1 != port: exit
-            _instruction(libbpf.CALL, immediate=158),  # call get_current_task_btf
-            _instruction(0x61, dst=7, src=0, offset=flags_offset),  # r7 = *(u32 *)(r0 + flags_offset)
-            _instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
-            _instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
-            _instruction(0),
-            _instruction(0xBF, dst=2, src=10),  # r2 = fp
-            _instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
-            _instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
-            _instruction(0x15, dst=0, offset=4),  # if r0 == 0: exit
-            _instruction(0x63, dst=0, src=7),  # *(u32 *)r0 = r7
-            _instruction(0x61, dst=1, src=0, offset=4),  # r1 = *(u32 *)(r0 + 4)
-            _instruction(0x07, dst=1, immediate=1),  # r1 += 1
-            _instruction(0x63, dst=0, src=1, offset=4),  # *(u32 *)(r0 + 4) = r1
-            _instruction(0xB7, dst=0),  # r0 = 0
-            _instruction(0x95),  # exit
+            instruction(0x79, dst=6, src=1),  # r6 = sk
+            instruction(0x69, dst=1, src=6, offset=port_offset),  # r1 = *(u16 *)(r6 + port_offset)
+            instruction(0x55, dst=1, offset=13, immediate=port),  # if r1 != port: exit
+            instruction(libbpf.CALL, immediate=158),  # call get_current_task_btf
+            instruction(0x61, dst=7, src=0, offset=flags_offset),  # r7 = *(u32 *)(r0 + flags_offset)
+            instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
+            instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
+            instruction(0),
+            instruction(0xBF, dst=2, src=10),  # r2 = fp
+            instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
+            instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
+            instruction(0x15, dst=0, offset=4),  # if r0 == 0: exit
+            instruction(0x63, dst=0, src=7),  # *(u32 *)r0 = r7
+            instruction(0x61, dst=1, src=0, offset=4),  # r1 = *(u32 *)(r0 + 4)
+            instruction(0x07, dst=1, immediate=1),  # r1 += 1
+            instruction(0x63, dst=0, src=1, offset=4),  # *(u32 *)(r0 + 4) = r1
+            instruction(0xB7, dst=0),  # r0 = 0
+            instruction(0x95),  # exit
         )
     )
 
@@ -240,21 +235,17 @@ class _ScratchReader:
         flags, port = btf.locate("task_struct.thread_info.flags"), btf.locate("sock.__sk_common.skc_num")
         if flags is None or port is None:
             raise libbpf.KernelError(errno.ENOENT, "find a thread's flags")
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self._sender = stack.enter_context(socket.create_connection(listener.getsockname()))
-        self._receiver = stack.enter_context(listener.accept()[0])
-        self._noted = libbpf.Map(libbpf.create_map(libbpf.BPF_MAP_TYPE_ARRAY, "probe", 4, 8, 1))
-        stack.callback(self._noted.close)
-        program, log = libbpf.load_program(
+        connection = scratch.Connection(stack)
+        self._sender, self._receiver = connection.sender, connection.receiver
+        self._noted = scratch.create_map(stack, libbpf.BPF_MAP_TYPE_ARRAY, 4, 8, 1)
+        program = scratch.load(
+            stack,
+            "a tracepoint program",
             libbpf.BPF_PROG_TYPE_TRACING,
-            "probe",
-            _assemble_note(self._noted.fd, listener.getsockname()[1], port.offset, flags.offset),
+            _assemble_note(self._noted.fd, connection.port, port.offset, flags.offset),
             attach_type=libbpf.BPF_TRACE_RAW_TP,
             btf_id=btf.find_tracepoint("tcp_rcv_space_adjust"),
         )
-        if program < 0:
-            raise libbpf.KernelError(-program, f"load a tracepoint program ({log.strip()[-80:]})")
-        stack.callback(os.close, program)
         stack.callback(os.close, libbpf.link_tracepoint(program))
 
     def _take_note(self) -> int:
@@ -335,16 +326,16 @@ def refuse_class_a(why: str) -> SplicerError:
     return SplicerError(
         "on this kernel FIONREAD does not count redirected bytes (class A); nginx and others would hang; "
         f"and splicer does not answer it: {why}",
-        hint=f"{_name_way_out(why)}, or use a kernel that counts them: {COUNTING}",
+        hint=f"{name_way_out(why)}, or use a kernel that counts them: {COUNTING}",
         exit_code=UNSUPPORTED,
     )
 
 
-def _name_way_out(why: str) -> str:
+def name_way_out(why: str) -> str:
     """What lets splicer answer FIONREAD itself."""
     if "fionread" in why:
         return "have splicer answer it: --fionread auto"
-    if _is_locked_down():
+    if read_lockdown() not in ("", "none"):
         return (
             "splicer would answer it, but lockdown forbids that; boot without it "
             "(Secure Boot off, no lockdown= on the kernel's command line)"
@@ -352,10 +343,12 @@ def _name_way_out(why: str) -> str:
     return "splicer would answer it, where fexit programs may be loaded that use bpf_probe_write_user"
 
 
-def _is_locked_down() -> bool:
-    """/sys/kernel/security/lockdown reads like "none [integrity] confidentiality"."""
+def read_lockdown() -> str:
+    """How far the kernel is locked down: "none", "integrity" or "confidentiality"; empty where it has no such
+    thing, or does not tell."""
     try:
         with open(_LOCKDOWN, encoding="ascii") as stream:
-            return "[none]" not in stream.read()
+            # "none [integrity] confidentiality"
+            return stream.read().partition("[")[2].partition("]")[0]
     except OSError:
-        return False
+        return ""

@@ -150,7 +150,6 @@ class LoadError(SplicerError):
 
 # What the verifier says of its work, whatever came of it.
 _STATISTICS = ("processed ", "verification time", "stack depth", "func#")
-_ENOTSUPP = 524  # include/linux/errno.h, not for user space and seen there all the same
 
 
 def explain_refusal(program: Program, number: int, log: str) -> LoadError:
@@ -166,11 +165,11 @@ def explain_refusal(program: Program, number: int, log: str) -> LoadError:
             f"or an LSM, forbids this kind of program ({program.described})"
         )
     else:
-        detail = os.strerror(number) if number != _ENOTSUPP else "Operation is not supported"
+        detail = os.strerror(number) if number != libbpf.ENOTSUPP else "Operation is not supported"
         hint = f"this kernel lacks something of this kind of program ({program.described}); {KERNEL_HINT}"
     if number == errno.ENOMEM:
         hint = "free some memory, of this machine or of the cgroup that splicer runs in"
-    name = errno.errorcode.get(number, "ENOTSUPP" if number == _ENOTSUPP else str(number))
+    name = errno.errorcode.get(number, "ENOTSUPP" if number == libbpf.ENOTSUPP else str(number))
     return LoadError(
         f"the kernel refused the {program.name} program ({name}): {detail}",
         log,

@@ -17,7 +17,7 @@ from support.lab import Lab
 from support.players import End, Pair
 from support.tiers import spread
 
-from splicer.cli.prerequisites import CAPABILITIES
+from splicer.doctor.prerequisites import CAPABILITIES
 
 GONE = "network_gone"
 QUIET = 0.5  # seconds in which nothing arrives

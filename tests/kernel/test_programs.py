@@ -18,7 +18,7 @@ from support.host import Host
 from support.lab import Lab
 from support.trees import copy_changed
 
-from splicer.cli.prerequisites import CAPABILITIES
+from splicer.doctor.prerequisites import CAPABILITIES
 from splicer.errors import UNSUPPORTED
 from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf

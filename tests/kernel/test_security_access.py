@@ -18,7 +18,7 @@ from support.daemon import Outcome, call, wait_until
 from support.engine import FakeEngine
 from support.host import Host
 
-from splicer.cli.prerequisites import CAPABILITIES
+from splicer.doctor.prerequisites import CAPABILITIES
 
 FAILURE, NOT_RUNNING = 1, 3
 NOBODY_ID = 65534

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernel", "containers"),
     ("policy",),
     ("daemon",),
+    ("doctor",),
     ("cli", "__main__"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -208,7 +209,7 @@ def test_the_package_itself_imports_nothing() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["flows", "--help"], ["completion", "bash"], ["run", "--print-config"]],
+    [["--help"], ["run", "--help"], ["doctor", "--help"], ["completion", "bash"], ["run", "--print-config"]],
 )
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     source = (

@@ -123,6 +123,8 @@ def test_the_tests_that_are_run_exist() -> None:
             "order: skipped test_a.test_b",
         ),
         (RUNS, _row(0, areas={"order": GOOD | {"code": 143}}), "order: exit code 143"),
+        (RUNS, _row(0, doctor={"code": 0}), ""),
+        (RUNS, _row(0, doctor={"code": 4}), "splicer doctor ended with 4, splicer run with 0"),
         (REFUSED, _row(4, areas={}), ""),
         (REFUSED, _row(0), "splicer run ended with 0, not 4"),
         (

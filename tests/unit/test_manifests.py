@@ -16,7 +16,7 @@ import yaml
 
 from splicer import errors
 from splicer.cli.main import COMMANDS, make_parser
-from splicer.cli.prerequisites import CAPABILITIES
+from splicer.doctor.prerequisites import CAPABILITIES
 from splicer.policy.config import CONFIG_VARIABLE, VALUE_TYPES, Settings, variable_of
 
 TOP = Path(__file__).resolve().parents[2]

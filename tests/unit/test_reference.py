@@ -11,6 +11,8 @@ import pytest
 
 from splicer import errors
 from splicer.cli.main import COMMANDS, make_parser
+from splicer.doctor.check import State
+from splicer.doctor.checks import list_checks
 from splicer.policy import config, labels, rules
 from splicer.policy.config import VALUE_TYPES, Settings, option_of, variable_of
 
@@ -116,6 +118,23 @@ def test_every_mode_is_listed() -> None:
 def test_every_command_is_listed() -> None:
     named = " ".join(_names(_rows(OPERATIONS, "| command | what it does |"))).replace(",", "").split()
     assert set(named) - {"splicer"} == set(COMMANDS)
+
+
+def test_every_check_is_listed() -> None:
+    document = (DOCS / "doctor.md").read_text()
+    rows = _rows(document, "| check | what is looked at | without it |")
+    listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(listed) == sorted(check.name for check in list_checks())
+    source = (TOP / "splicer/doctor/live.py").read_text()
+    live = _names(_rows(document, "| check | what is looked at |"))
+    assert live == set(re.findall(r'"(live(?:_[a-z]+)?)"', source))
+
+
+def test_the_states_and_exit_codes_of_a_check_are_listed() -> None:
+    document = (DOCS / "doctor.md").read_text()
+    assert _names(_rows(document, "| state | meaning |")) == {state.value for state in State}
+    codes = {int(row[0]) for row in _rows(document, "| exit code | meaning |")}
+    assert codes == {errors.OK, errors.FAILURE, errors.USAGE, errors.UNSUPPORTED}
 
 
 def test_events_that_are_listed_are_logged() -> None:

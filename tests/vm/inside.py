@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs in a guest: the steps of the plan, one after the other.
 
-Reads /srv/plan.json: {"compile": whether to compile the programs first, "start": whether to see how `splicer
-run` starts, "steps": [{"name", "command", "timeout"}], "environment": {}}. Steps follow only where it did
-start. Leaves in /srv/results what the host takes: found.json, dmesg.txt, and the output of each step.
+Reads /srv/plan.json: {"compile": whether to compile the programs first, "start": whether to see what `splicer
+doctor` says and how `splicer run` starts, "steps": [{"name", "command", "timeout"}], "environment": {}}.
+No step follows where it does not start. Leaves in /srv/results what the host takes: found.json, doctor.json,
+dmesg.txt, and the output of each step.
 """
 
 from __future__ import annotations
@@ -127,6 +128,20 @@ def start_and_stop(environment: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def ask_doctor(environment: dict[str, str]) -> dict[str, Any]:
+    """What `splicer doctor` says of this kernel, with its exit code. It splices something, where it can."""
+    say("splicer doctor")
+    command = [sys.executable, "-m", "splicer", "doctor", "--json", "--live", "--docker=off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd="/")
+    (RESULTS / "doctor.json").write_text(done.stdout)
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        found = {"verdict": (done.stderr.strip().splitlines() or ["no answer"])[-1], "checks": []}
+    say(f"splicer doctor: {found['verdict']}")
+    return found | {"code": done.returncode}
+
+
 FIND_CLASS = "from splicer.kernel import probes; print(probes.find_class().name)"
 
 
@@ -172,9 +187,10 @@ def main() -> None:
         found["class"] = _output("-c", FIND_CLASS, environment=environment)
         say(f"class {found['class']}")
         # What is ours is no setting of splicer's.
-        found["start"] = start_and_stop(
-            {name: value for name, value in environment.items() if not name.startswith("SPLICER_")}
-        )
+        without = {name: value for name, value in environment.items() if not name.startswith("SPLICER_")}
+        found["doctor"] = ask_doctor(without)
+        hand_over(found)
+        found["start"] = start_and_stop(without)
     if not plan["start"] or found["start"]["code"] == 0:
         for step in plan["steps"]:
             found["steps"].append(run_step(step, environment))

@@ -80,6 +80,14 @@ def gather(kernel: Kernel, image: Image, results: Path, command: str) -> dict[st
         "areas": {},
         "trouble": find_trouble(log),
     }
+    if doctor := found.get("doctor"):
+        row["doctor"] = {name: doctor[name] for name in ("code", "verdict")} | {
+            "not_ok": {
+                each["name"]: f"{each['state']}: {each['text']}"
+                for each in doctor["checks"]
+                if each["state"] != "ok"
+            }
+        }
     for name, step in steps.items():
         file = results / f"{name}.xml"
         counted = read_junit(file) if file.exists() else {"passed": 0, "skipped": [], "failed": ["no result"]}
@@ -100,6 +108,9 @@ def judge(kernel: Kernel, row: dict[str, Any]) -> list[str]:
             wrong.append(f"splicer run ended with {start['code']}, not {REFUSED_CODE}")
         elif not any(line.startswith("hint: ") for line in start["said"]):
             wrong.append("it was refused without a hint")
+    doctor = row.get("doctor")
+    if doctor and doctor["code"] != start["code"]:
+        wrong.append(f"splicer doctor ended with {doctor['code']}, splicer run with {start['code']}")
     for name, area in row["areas"].items():
         wrong += [f"{name}: {test}" for test in area["failed"]]
         if area["code"] and not area["failed"]:

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from splicer.cli import flows, prerequisites, status
+from splicer.cli import flows, status
 from splicer.daemon.control import Server, socket_path
 from splicer.daemon.instance import acquire
+from splicer.doctor import prerequisites
 from splicer.errors import SplicerError
 from splicer.model import Connections, Flow, Neighbour, Neighbourhood, Status, Totals, Unread
 from splicer.text import Palette

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from splicer.cli import prerequisites
 from splicer.daemon.instance import acquire, find_holder
+from splicer.doctor import prerequisites
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.host import cgroups
 from splicer.host.cgroups import Cgroup

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from splicer.cli import prerequisites
+from splicer.doctor import prerequisites
 from splicer.errors import UNSUPPORTED, SplicerError
 from splicer.host import cgroups
 from splicer.host.cgroups import Cgroup

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
@@ -42,22 +43,35 @@ def require_privileges(command: str, *, proc: Path = Path("/proc/self")) -> None
     Asks for effective capabilities and not for user id 0: root in a container often has few, and a service
     may have enough without being root. Capabilities inside a user namespace do not count for bpf(2).
     """
-    effective = read_effective_capabilities(proc / "status")
-    missing = [name for name, number in CAPABILITIES.items() if not effective >> number & 1]
-    if missing:
-        raise SplicerError(
-            f"not enough privileges (missing: {', '.join(missing)})",
-            hint=f"run it as root: sudo splicer {command}; in a container: --privileged, "
-            "or --cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE",
-            exit_code=FAILURE,
-        )
+    if missing := find_missing(read_effective_capabilities(proc / "status"), CAPABILITIES):
+        raise refuse_missing(missing, command)
     if in_user_namespace(proc / "uid_map"):
-        raise SplicerError(
-            "not enough privileges (root of a user namespace is not root of the host)",
-            hint=f"run splicer {command} outside of rootless containers and unshare --user; "
-            "with Docker: --userns=host",
-            exit_code=FAILURE,
-        )
+        raise refuse_user_namespace(command)
+
+
+def find_missing(effective: int, wanted: Mapping[str, int]) -> list[str]:
+    """Names of the capabilities that are not in the set."""
+    return [name for name, number in wanted.items() if not effective >> number & 1]
+
+
+def refuse_missing(missing: Sequence[str], command: str) -> SplicerError:
+    """These capabilities are missing."""
+    return SplicerError(
+        f"not enough privileges (missing: {', '.join(missing)})",
+        hint=f"run it as root: sudo splicer {command}; in a container: --privileged, "
+        "or --cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE",
+        exit_code=FAILURE,
+    )
+
+
+def refuse_user_namespace(command: str) -> SplicerError:
+    """Root of a user namespace is nobody."""
+    return SplicerError(
+        "not enough privileges (root of a user namespace is not root of the host)",
+        hint=f"run splicer {command} outside of rootless containers and unshare --user; "
+        "with Docker: --userns=host",
+        exit_code=FAILURE,
+    )
 
 
 def read_effective_capabilities(status: Path) -> int:
