@@ -13,7 +13,11 @@ from splicer.host import cgroups, process
 from splicer.kernel import bpffs, probes
 
 # Splicer does without them; see docs/kernels.md.
-WELCOME = {"CAP_NET_BROADCAST": 11}  # include/uapi/linux/capability.h
+WELCOME = {"CAP_NET_BROADCAST": 11, "CAP_NET_RAW": 13}  # include/uapi/linux/capability.h
+_WITHOUT = {
+    "CAP_NET_BROADCAST": "networks that are taken away are noticed a second later",
+    "CAP_NET_RAW": "conntrack and IPVS may forget connections that are spliced",
+}
 
 
 def _check_capability(name: str, surroundings: Surroundings) -> Outcome:
@@ -24,7 +28,7 @@ def _check_capability(name: str, surroundings: Surroundings) -> Outcome:
         return unknown("not held by this user", AS_ROOT)
     if name in WELCOME:
         return warn(
-            "missing: networks that are taken away are noticed a second later",
+            f"missing: {_WITHOUT[name]}",
             f"in a container: --cap-add {name.removeprefix('CAP_')}",
         )
     raise prerequisites.refuse_missing([name], "run")

@@ -17,7 +17,7 @@ from support.lab import MIXES, PLACES, Lab
 from support.players import Pair
 from support.tiers import spread
 
-from splicer.cli.prerequisites import CAPABILITIES
+from splicer.doctor.prerequisites import CAPABILITIES
 
 KEPT = f"lease = 1\n{SERVICES}"
 NEVER = f"lease = 0\n{SERVICES}"

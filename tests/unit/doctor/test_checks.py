@@ -122,6 +122,7 @@ CASES = [
     Case("cap_sys_ptrace", without(19), State.FAIL, "missing: CAP_SYS_PTRACE", "--cap-add SYS_PTRACE"),
     Case("cap_sys_admin", without(21), State.FAIL, "missing: CAP_SYS_ADMIN", "--privileged"),
     Case("cap_net_broadcast", without(11), State.WARN, "a second later", "--cap-add NET_BROADCAST"),
+    Case("cap_net_raw", without(13), State.WARN, "conntrack and IPVS may forget", "--cap-add NET_RAW"),
     Case(
         "user_namespace",
         lambda world: world.write_privileges(uid_map="0 1000 1\n"),
