@@ -306,7 +306,7 @@ def _try(report: Report, effects: dict[str, Effect], stage: Stage, daemon: Daemo
             link = scene.warm_up()
             try:
                 effects[name] = scene.disturb(name, link)
-            except Failed as complaint:
+            except (Failed, OSError) as complaint:  # it may have ended meanwhile
                 report.failed.setdefault(name, str(complaint))
     except Failed as complaint:
         # There is nothing to disturb.
@@ -345,5 +345,6 @@ def _tell(report: Report, name: str) -> str:
         return report.failed[name]
     plain, spliced = report.plain[name], report.spliced[name]
     if plain.words == spliced.words:
-        return SAME
+        # That a RST breaks something off is no news.
+        return SAME if plain.words == ANSWERED or name == "reset" else f"{SAME}: {plain.words}"
     return spliced.words if plain.words == ANSWERED else f"{spliced.words} (plain: {plain.words})"

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ READS = {0: "read", 19: "readv", 45: "recvfrom", 47: "recvmsg"}
 POLLS = {7: "poll", 23: "select", 232: "epoll_wait", 270: "pselect6", 271: "ppoll", 281: "epoll_pwait"}
 # What a poll goes on with that was interrupted.
 POLLS[219] = "restart_syscall"
+POLL = {7, 271}
+POLLFD = struct.Struct("=ihh")
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,28 @@ class Socket:
     descriptor: int
 
     def find_sleeper(self) -> Sleeper | None:
-        """The thread that sleeps in a read of it; if there is none, one that sleeps in poll or its like."""
-        found = None
+        """The thread that sleeps in a read of it; if there is none, in poll with it, or in epoll or the like
+        with whatever."""
+        found: dict[int, Sleeper] = {}
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 words = (task / "syscall").read_text().split()
-                if len(words) < 2:
+                if len(words) < 3:
                     continue  # it runs
-                number, first = int(words[0]), int(words[1], 16)
+                number, first, second = int(words[0]), int(words[1], 16), int(words[2], 16)
                 if number in READS and first == self.descriptor:
-                    return Sleeper(self.pid, int(task.name), READS[number])
-                if number in POLLS:
-                    found = found or Sleeper(self.pid, int(task.name), POLLS[number])
-        return found
+                    found[0] = Sleeper(self.pid, int(task.name), READS[number])
+                elif number in POLL and self.descriptor in self._read_polled(first, second):
+                    found[1] = Sleeper(self.pid, int(task.name), POLLS[number])
+                elif number in POLLS.keys() - POLL:
+                    found[2] = Sleeper(self.pid, int(task.name), POLLS[number])
+        return found[min(found)] if found else None
+
+    def _read_polled(self, address: int, count: int) -> list[int]:
+        """The descriptors that a call of poll names, from the program's memory. Raises OSError."""
+        with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
+            memory.seek(address)
+            return [fd for fd, _, _ in POLLFD.iter_unpack(memory.read(POLLFD.size * count))]
 
 
 def find_socket(cgroup: Cgroup, local: str, remote_port: int | None = None) -> Socket | None:
