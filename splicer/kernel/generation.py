@@ -27,7 +27,9 @@ from splicer.errors import FAILURE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.kernel import answer, bpffs, compiler, libbpf
+from splicer.kernel.cache import OFF, Cache, CacheError
 from splicer.kernel.census import Census, CensusReport
+from splicer.kernel.compiled import Compiled
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
 from splicer.kernel.settings import SettingsMap
@@ -45,13 +47,15 @@ _LOCK_TIMEOUT_S = 3.0
 class LoadPlan:
     """What to load and where to pin it: `pin_dir` on a bpffs, room for `max_connections`. The generation of
     another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says.
-    `answer`: FIONREAD shall be answered if the kernel lets it."""
+    `answer`: FIONREAD shall be answered if the kernel lets it. `cache_dir`: where what was compiled is kept
+    (see cache.py)."""
 
     pin_dir: str
     max_connections: int
     drain_timeout: float
     debug: bool = False
     answer: bool = False
+    cache_dir: str = OFF
 
 
 @dataclass
@@ -229,12 +233,65 @@ def _open_optional(pin_dir: str, name: str) -> int | None:
     return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
-def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> dict[str, str]:
+class _Store:
+    """The programs in the state in which they can be loaded: from the cache, or from the compiler."""
+
+    def __init__(self, plan: LoadPlan, log: Logger, require_compiler: Callable[[], None]) -> None:
+        """`require_compiler` raises SplicerError where nothing can be compiled."""
+        self.sources = compiler.collect(plan.max_connections)
+        self._cache = Cache(plan.cache_dir)
+        self._name = self.sources.name_compiled()
+        self._log = log
+        self._require_compiler = require_compiler
+        self._compiled: Compiled | None = None
+
+    def prepare(self) -> None:
+        """Make sure that there will be something to load. Raises SplicerError."""
+        try:
+            self._compiled = self._cache.read(self._name)
+        except CacheError as error:
+            self._reject(str(error))
+        if self._compiled is None:
+            self._require_compiler()
+
+    def _reject(self, why: str) -> None:
+        self._log.warning("cache_unusable", path=self._cache.locate(self._name), why=why)
+
+    def load(self, request: dict[str, Any], lock: int) -> dict[str, str]:
+        """Have them loaded and pinned. Returns which programs the kernel refused that splicer does without,
+        and why."""
+        if self._compiled is not None:
+            try:
+                reply = _run_loader({**request, "compiled": self._compiled.to_document()}, lock, self._log)
+                self._log.info("programs_from_cache", path=self._cache.locate(self._name))
+                return _read_missing(reply, self._log)
+            except SplicerError as error:
+                # Whatever it is: with what is compiled now it can only be better.
+                self._reject(error.message)
+                self._require_compiler()
+        self._log.info("compiling", note="this takes some seconds")
+        compiled = {"text": self.sources.text, "flags": self.sources.flags}
+        reply = _run_loader({**request, **compiled}, lock, self._log)
+        self._keep(Compiled.from_document(reply["compiled"]))
+        return _read_missing(reply, self._log)
+
+    def _keep(self, compiled: Compiled) -> None:
+        try:
+            self._cache.write(self._name, compiled)
+        except CacheError as error:
+            path = self._cache.locate(self._name)
+            if error.is_read_only:  # as a container's file system may well be
+                self._log.info("cache_not_written", path=path, why=str(error))
+            else:
+                self._log.warning("cache_not_written", path=path, why=str(error))
+
+
+def _run_loader(request: dict[str, Any], lock: int, log: Logger) -> dict[str, Any]:
     """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives.
-    Returns which programs the kernel refused that splicer does without, and why."""
+    Returns what it replies."""
     # -P keeps the working directory out of the child's module path.
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "splicer.kernel.compiler"],
+        [sys.executable, "-P", "-m", "splicer.kernel.loader"],
         input=json.dumps({**request, "parent": os.getpid()}),
         pass_fds=(lock,),
         capture_output=True,
@@ -244,7 +301,7 @@ def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> dict[str, 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
     try:
-        reply = json.loads(child.stdout)
+        reply: dict[str, Any] = json.loads(child.stdout)
     except ValueError:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
@@ -254,7 +311,11 @@ def _run_compiler(request: dict[str, Any], lock: int, log: Logger) -> dict[str, 
         raise SplicerError(
             reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
         )
-    missing: dict[str, str] = reply.get("missing", {})
+    return reply
+
+
+def _read_missing(reply: Mapping[str, Any], log: Logger) -> dict[str, str]:
+    missing: dict[str, str] = reply["missing"]
     for name, error in missing.items():
         if name not in answer.NAMES:  # whether they are missed the class decides
             log.warning("program_refused", program=name, error=error)
@@ -292,10 +353,14 @@ def _explain_failure(name: str, cgroup: Cgroup, error: libbpf.KernelError) -> Sp
     return SplicerError(f"cannot attach the {name} program ({cgroup.path}): {error.strerror}", hint=hint)
 
 
-def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation:
+def take_over_or_load(
+    plan: LoadPlan, cgroup: Cgroup, log: Logger, require_compiler: Callable[[], None] = lambda: None
+) -> Generation:
     """Take over what a dead daemon left if it is the same build on the same cgroup, else load anew.
 
-    A different build is drained and removed first. Raises SplicerError; nothing is left behind then.
+    A different build is drained and removed first. Before that `require_compiler` is called, which raises
+    SplicerError where nothing can be compiled, unless it was compiled earlier. Raises SplicerError; nothing
+    is left behind then.
     """
     mounted = bpffs.prepare(plan.pin_dir)
     if mounted:
@@ -303,8 +368,13 @@ def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation
     lock = _lock(plan.pin_dir)
     try:
         answer.release(plan.pin_dir)
-        build = compiler.identify_build(plan.max_connections, plan.answer)
-        generation = _take_over(plan, cgroup, build, log) or _load(plan, cgroup, build, lock, log)
+        store = _Store(plan, log, require_compiler)
+        build = store.sources.name_build(plan.answer)
+        generation = _take_over(plan, cgroup, build, log)
+        if generation is None:
+            store.prepare()
+            _replace(plan, build, log)
+            generation = _load(plan, cgroup, store, lock, log)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(plan.pin_dir)
@@ -321,29 +391,29 @@ def _describe(cgroup: Cgroup) -> str:
 
 
 def _take_over(plan: LoadPlan, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
-    """The generation that is pinned, if it is ours; another one is drained and removed."""
-    if not exists(plan.pin_dir):
-        return None
+    """The generation that is pinned, if it is ours."""
     pinned = _read_note(plan.pin_dir, "build")
     if pinned == build and _read_note(plan.pin_dir, "cgroup") == _describe(cgroup):
         with contextlib.suppress(libbpf.KernelError):
             generation = open_pinned(plan.pin_dir)
             log.info("generation_taken_over", build=build)
             return generation
-    left, _ = _drain_and_remove(plan.pin_dir, plan.drain_timeout)
-    log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
     return None
 
 
-def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
-    request = {
-        "pin_dir": plan.pin_dir,
-        "max_connections": plan.max_connections,
-        "answer": plan.answer,
-        "debug": plan.debug,
-    }
+def _replace(plan: LoadPlan, build: str, log: Logger) -> None:
+    """Drain and remove what is pinned."""
+    if exists(plan.pin_dir):
+        pinned = _read_note(plan.pin_dir, "build")
+        left, _ = _drain_and_remove(plan.pin_dir, plan.drain_timeout)
+        log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
+
+
+def _load(plan: LoadPlan, cgroup: Cgroup, store: _Store, lock: int, log: Logger) -> Generation:
+    build = store.sources.name_build(plan.answer)
+    request = {"pin_dir": plan.pin_dir, "answer": plan.answer, "debug": plan.debug}
     try:
-        missing = _run_compiler(request, lock, log)
+        missing = store.load(request, lock)
         if plan.answer:
             _answer(plan.pin_dir, missing)
         os.symlink(build, _path(plan.pin_dir, "build"))

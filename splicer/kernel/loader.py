@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load and pin the BPF programs; run as a short-lived child: `python -m splicer.kernel.loader`.
+
+It compiles them if it has to, and then maps LLVM, which is why it is not done by the daemon. The child reads
+one JSON object from stdin:
+
+    pin_dir, answer, debug
+    compiled      what was compiled earlier (see class Compiled); or, where there is nothing such,
+    text, flags   what to compile
+    parent        it dies with this process
+
+and prints one: {"ok": true, "missing": {program: why it does without}, "compiled": what it has compiled}, or
+{"ok": false, "error", "hint", "exit_code", "log"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+from splicer.kernel import compiler, libbpf
+from splicer.kernel.btf import Btf
+from splicer.kernel.compiled import Compiled
+from splicer.kernel.layout import ENLIST_SIZE, WATCH_REQUEST_SIZE
+from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, Program, explain_refusal
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+def _try_to_run(program: Program, fd: int) -> None:
+    """watch and enlist are run like this for ever; better know at once that they can be."""
+    try:
+        if program.name == "watch":
+            libbpf.TestRun(fd, WATCH_REQUEST_SIZE).run()
+        elif program.name == "enlist":
+            libbpf.PacketRun(fd, ENLIST_SIZE).run(1)
+    except libbpf.KernelError as error:
+        raise SplicerError(
+            f"the kernel loads the {program.name} program and does not run it: {error.strerror}",
+            hint=f"this kernel, or a security policy, lacks or forbids BPF_PROG_TEST_RUN; {KERNEL_HINT}",
+            exit_code=UNSUPPORTED,
+        ) from error
+
+
+class _Pins:
+    """What is pinned below a directory; taken away again if the context is left by an exception."""
+
+    def __init__(self, pin_dir: str) -> None:
+        self._pin_dir = pin_dir
+        self._pinned: list[str] = []
+
+    def __enter__(self) -> _Pins:
+        for directory in ("maps", "programs", "links"):
+            os.makedirs(os.path.join(self._pin_dir, directory), mode=0o700, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for path in self._pinned:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def pin(self, fd: int, directory: str, name: str) -> None:
+        path = os.path.join(self._pin_dir, directory, name)
+        libbpf.pin(fd, path)
+        self._pinned.append(path)
+
+
+def load(
+    compiled: Compiled, maps: Mapping[str, int], pin_dir: str, *, debug: bool, answer: bool
+) -> dict[str, str]:
+    """Load and pin everything below `pin_dir`, with what answers FIONREAD if `answer`; removes what it pinned
+    when it fails half-way. Returns which programs the kernel refused that splicer does without, and why."""
+    missing: dict[str, str] = {}
+    with contextlib.closing(Btf()) as btf, _Pins(pin_dir) as pins:
+        cast = btf.find_function("bpf_rdonly_cast")
+        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
+            code = compiler.link_cast(compiled.link(program.function, maps), cast)
+            try:
+                fd, log = libbpf.load_program(
+                    program.kind,
+                    program.name,
+                    code,
+                    attach_type=program.attach_type,
+                    btf_id=program.find_target(btf),
+                    verbose=debug,
+                )
+                if fd < 0:
+                    raise explain_refusal(program, -fd, log)
+                _try_to_run(program, fd)
+            except SplicerError as error:
+                if not program.is_optional:
+                    raise
+                missing[program.name] = error.message
+                continue
+            pins.pin(fd, "programs", program.name)
+            if program.name == "verdict":
+                libbpf.attach_program_to_map(fd, maps["spliced"])
+        for name in MAPS:
+            pins.pin(maps[name], "maps", name)
+    return missing
+
+
+@contextlib.contextmanager
+def _prepare(request: Mapping[str, Any]) -> Iterator[tuple[Compiled, dict[str, int]]]:
+    """What is to be loaded, and its maps."""
+    if request.get("compiled"):
+        compiled = Compiled.from_document(request["compiled"])
+        yield compiled, compiled.create_maps()
+    else:
+        sources = compiler.Sources(request["text"], tuple(request["flags"]))
+        compiled, module = compiler.compile_programs(sources)
+        yield compiled, compiler.find_maps(module)
+
+
+def _die_with(parent: int) -> None:
+    """Not outlive the daemon: the next one must not find us pinning beside its own loader."""
+    ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> int:
+    request = json.load(sys.stdin)
+    if "parent" in request:
+        _die_with(request["parent"])
+    try:
+        with _prepare(request) as (compiled, maps):
+            missing = load(
+                compiled,
+                maps,
+                request["pin_dir"],
+                debug=request.get("debug", False),
+                answer=request.get("answer", False),
+            )
+        kept = None if request.get("compiled") else compiled.to_document()
+        json.dump({"ok": True, "missing": missing, "compiled": kept}, sys.stdout)
+        return 0
+    except SplicerError as error:
+        reply = {
+            "ok": False,
+            "error": str(error),
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+            "log": getattr(error, "log", ""),
+        }
+    except OSError as error:
+        message = f"cannot load the BPF programs: {error.strerror}"
+        reply = {"ok": False, "error": message, "exit_code": FAILURE}
+    json.dump(reply, sys.stdout)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
