@@ -2,7 +2,8 @@
 """What was compiled, kept for the next start: one file for each kernel and each set of sources and settings.
 
 What is read here is loaded into the kernel. So the directory and the file must belong to whoever runs this,
-or to root, and nobody else may be able to write to them. A file is
+or to root, and nobody else may be able to write to them. Who can write to a directory above can put another
+one in its place, but none with such a file in it. A file is
 
     splicer-programs 1 SHA-256        of what follows; it finds damage, and is no proof of who wrote it
     {"name", "kernel", ...}           JSON; the rest is of class Compiled
@@ -54,7 +55,8 @@ class Cache:
     """A directory with what was compiled; "off" for none."""
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
+        # With a slash behind it a symbolic link would be followed.
+        self._directory = directory.rstrip("/") or "/"
 
     @property
     def is_off(self) -> bool:

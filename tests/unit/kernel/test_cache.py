@@ -211,7 +211,8 @@ def test_symbolic_links(cache: Cache, directory: Path, kept: Path, tmp_path: Pat
 
     directory.rename(tmp_path / "moved")
     directory.symlink_to(tmp_path / "moved")
-    assert refuse(cache) == "the directory is none, or a symbolic link"
+    for path in (str(directory), f"{directory}/"):
+        assert refuse(Cache(path)) == "the directory is none, or a symbolic link"
     with pytest.raises(CacheError, match="symbolic link"):
         cache.write(OTHER, make_compiled())
 
