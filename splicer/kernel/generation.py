@@ -14,31 +14,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from splicer.errors import FAILURE, SplicerError
+from splicer.errors import SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.kernel import answer, bpffs, compiler, libbpf
-from splicer.kernel.cache import OFF, Cache, CacheError
+from splicer.kernel.cache import OFF, Cache
 from splicer.kernel.census import Census, CensusReport
-from splicer.kernel.compiled import Compiled
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
 from splicer.kernel.settings import SettingsMap
+from splicer.kernel.store import Store
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 
 _CGROUP_LINKS = ("register", "guard")
 LINKS = (*_CGROUP_LINKS, "observe", "adopt")
-_LOAD_TIMEOUT_S = 120
 # The loader of a daemon that was killed holds the lock until it has died too.
 _LOCK_TIMEOUT_S = 3.0
 
@@ -233,95 +228,6 @@ def _open_optional(pin_dir: str, name: str) -> int | None:
     return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
-class _Store:
-    """The programs in the state in which they can be loaded: from the cache, or from the compiler."""
-
-    def __init__(self, plan: LoadPlan, log: Logger, require_compiler: Callable[[], None]) -> None:
-        """`require_compiler` raises SplicerError where nothing can be compiled."""
-        self.sources = compiler.collect(plan.max_connections)
-        self._cache = Cache(plan.cache_dir)
-        self._name = self.sources.name_compiled()
-        self._log = log
-        self._require_compiler = require_compiler
-        self._compiled: Compiled | None = None
-
-    def prepare(self) -> None:
-        """Make sure that there will be something to load. Raises SplicerError."""
-        try:
-            self._compiled = self._cache.read(self._name)
-        except CacheError as error:
-            self._reject(str(error))
-        if self._compiled is None:
-            self._require_compiler()
-
-    def _reject(self, why: str) -> None:
-        self._log.warning("cache_unusable", path=self._cache.locate(self._name), why=why)
-
-    def load(self, request: dict[str, Any], lock: int) -> dict[str, str]:
-        """Have them loaded and pinned. Returns which programs the kernel refused that splicer does without,
-        and why."""
-        if self._compiled is not None:
-            try:
-                reply = _run_loader({**request, "compiled": self._compiled.to_document()}, lock, self._log)
-                self._log.info("programs_from_cache", path=self._cache.locate(self._name))
-                return _read_missing(reply, self._log)
-            except SplicerError as error:
-                # Whatever it is: with what is compiled now it can only be better.
-                self._reject(error.message)
-                self._require_compiler()
-        self._log.info("compiling", note="this takes some seconds")
-        compiled = {"text": self.sources.text, "flags": self.sources.flags}
-        reply = _run_loader({**request, **compiled}, lock, self._log)
-        self._keep(Compiled.from_document(reply["compiled"]))
-        return _read_missing(reply, self._log)
-
-    def _keep(self, compiled: Compiled) -> None:
-        try:
-            self._cache.write(self._name, compiled)
-        except CacheError as error:
-            path = self._cache.locate(self._name)
-            if error.is_read_only:  # as a container's file system may well be
-                self._log.info("cache_not_written", path=path, why=str(error))
-            else:
-                self._log.warning("cache_not_written", path=path, why=str(error))
-
-
-def _run_loader(request: dict[str, Any], lock: int, log: Logger) -> dict[str, Any]:
-    """Have the child load and pin; raise what it reports. It holds the lock, too, for as long as it lives.
-    Returns what it replies."""
-    # -P keeps the working directory out of the child's module path.
-    child = subprocess.run(
-        [sys.executable, "-P", "-m", "splicer.kernel.loader"],
-        input=json.dumps({**request, "parent": os.getpid()}),
-        pass_fds=(lock,),
-        capture_output=True,
-        text=True,
-        timeout=_LOAD_TIMEOUT_S,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    try:
-        reply: dict[str, Any] = json.loads(child.stdout)
-    except ValueError:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SplicerError(f"the loader failed (exit code {child.returncode}): {last}") from None
-    if reply.get("log"):
-        log.debug("loader_log", text=reply["log"])
-    if not reply["ok"]:
-        raise SplicerError(
-            reply["error"], hint=reply.get("hint"), exit_code=int(reply.get("exit_code", FAILURE))
-        )
-    return reply
-
-
-def _read_missing(reply: Mapping[str, Any], log: Logger) -> dict[str, str]:
-    missing: dict[str, str] = reply["missing"]
-    for name, error in missing.items():
-        if name not in answer.NAMES:  # whether they are missed the class decides
-            log.warning("program_refused", program=name, error=error)
-    return missing
-
-
 def _attach(pin_dir: str, cgroup: Cgroup) -> None:
     target = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
     attach: dict[str, Callable[[int], int]] = {
@@ -368,7 +274,8 @@ def take_over_or_load(
     lock = _lock(plan.pin_dir)
     try:
         answer.release(plan.pin_dir)
-        store = _Store(plan, log, require_compiler)
+        sources = compiler.collect(plan.max_connections)
+        store = Store(sources, Cache(plan.cache_dir), log, require_compiler)
         build = store.sources.name_build(plan.answer)
         generation = _take_over(plan, cgroup, build, log)
         if generation is None:
@@ -409,7 +316,7 @@ def _replace(plan: LoadPlan, build: str, log: Logger) -> None:
         log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
 
 
-def _load(plan: LoadPlan, cgroup: Cgroup, store: _Store, lock: int, log: Logger) -> Generation:
+def _load(plan: LoadPlan, cgroup: Cgroup, store: Store, lock: int, log: Logger) -> Generation:
     build = store.sources.name_build(plan.answer)
     request = {"pin_dir": plan.pin_dir, "answer": plan.answer, "debug": plan.debug}
     try:
