@@ -59,7 +59,9 @@ class Splicer:
         ready = self._bed.directory / "ready"
         ready.unlink(missing_ok=True)
         log_path = self._bed.directory / "splicer.log"
-        command = [self._command, "run", "--cgroup", str(self._bed.cgroup), "--run-dir", str(self._run_dir)]
+        # By a variable, which versions of splicer leave alone that do not know it.
+        command = ["env", f"SPLICER_CACHE_DIR={self._bed.directory / 'cache'}", self._command, "run"]
+        command += ["--cgroup", str(self._bed.cgroup), "--run-dir", str(self._run_dir)]
         command += ["--pin-dir", str(self._bed.bpffs / "splicer"), "--ready-file", str(ready)]
         with log_path.open("wb") as log:
             daemon = self._bed.start([*command, *self._arguments, *options], stderr=log)

@@ -41,6 +41,7 @@ _PATHS = {
     "cgroup": "directory",
     "run_dir": "directory",
     "pin_dir": "directory",
+    "cache_dir": "directory",
     "config": "file",
     "ready_file": "file",
 }

@@ -196,12 +196,19 @@ def add(parser: options.Parser) -> None:
     options.add_run_dir(tuning)
     options.add_pin_dir(tuning)
     tuning.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where the compiled programs are kept for the next start; off: nowhere "
+        "(default: /var/cache/splicer)",
+    )
+    tuning.add_argument(
         "--log-format", metavar="FORMAT", help="auto, console or json (default: auto, console on a terminal)"
     )
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
-    """Check the host, cheapest and most likely first, then hand over to the daemon."""
+    """Check the host, cheapest and most likely first, then hand over to the daemon. Whether bcc is there is
+    looked at where it is needed: when nothing was compiled earlier."""
     resolved = options.resolve_settings(arguments, context)
     settings = resolved.settings
     if arguments.print_config:
@@ -209,7 +216,6 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         return OK
     prerequisites.require_privileges("run")
     cgroup = cgroups.find(settings.cgroup)
-    prerequisites.require_bcc()
     with instance.acquire(settings.run_dir, cgroup.path):
         from splicer import logs
         from splicer.daemon.loop import Daemon
@@ -223,4 +229,5 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         if cgroup.substituted:
             log.info("cgroup_substituted", requested=cgroup.requested, taken=cgroup.path)
         reread = lambda: options.resolve_settings(arguments, context).settings  # noqa: E731
-        return Daemon(settings, cgroup, log, reread=reread).run()
+        require = prerequisites.require_bcc
+        return Daemon(settings, cgroup, log, reread=reread, require_compiler=require).run()

@@ -26,7 +26,7 @@ from splicer.errors import SplicerError
 from splicer.host import cgroups, notify, process
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
-from splicer.host.process import Processes, sees_host_pids
+from splicer.host.process import Processes, read_own_age, read_peak, sees_host_pids
 from splicer.host.scopes import Scopes
 from splicer.kernel import answer, generation, libbpf, neighbours, probes, trials
 from splicer.kernel.btf import Btf
@@ -48,13 +48,21 @@ class Daemon:
     """Owns one generation for the lifetime of `splicer run`."""
 
     def __init__(
-        self, settings: Settings, cgroup: Cgroup, log: Logger, *, reread: Callable[[], Settings] | None = None
+        self,
+        settings: Settings,
+        cgroup: Cgroup,
+        log: Logger,
+        *,
+        reread: Callable[[], Settings] | None = None,
+        require_compiler: Callable[[], None] = lambda: None,
     ) -> None:
-        """`reread` gives the settings anew when SIGHUP asks for that; raises SplicerError."""
+        """`reread` gives the settings anew when SIGHUP asks for that; raises SplicerError. So does
+        `require_compiler`, where nothing can be compiled."""
         self._settings = settings
         self._cgroup = cgroup
         self._log = log
         self._reread = reread or (lambda: settings)
+        self._require_compiler = require_compiler
         self._generation: generation.Generation
         self._sweeper: Sweeper
         self._queues: SweepQueues
@@ -87,8 +95,11 @@ class Daemon:
                 settings.stop_timeout,
                 settings.debug,
                 answer=may_answer and kernel.name != "C",
+                cache_dir=settings.cache_dir,
             )
-            self._generation = generation.take_over_or_load(plan, self._cgroup, self._log)
+            self._generation = generation.take_over_or_load(
+                plan, self._cgroup, self._log, self._require_compiler
+            )
             fionread = self._find_who_answers(kernel, plan)
             self._sweeper = self._generation.sweeper()
             self._queues = SweepQueues(self._sweeper)
@@ -207,6 +218,8 @@ class Daemon:
                     mode=self._settings.mode,
                     kernel_class=kernel_class,
                     fionread=fionread,
+                    start_seconds=round(read_own_age(), 2),
+                    peak_mib=round(read_peak() / (1 << 20)),
                 )
                 notify.tell(os.environ, "READY=1")
                 self._serve()

@@ -15,9 +15,9 @@ from splicer.doctor import prerequisites
 from splicer.errors import SplicerError
 from splicer.host import cgroups
 from splicer.host.cgroups import Cgroup
-from splicer.kernel import answer, loader, neighbours, probes
-from splicer.kernel.loader import Rehearsal
+from splicer.kernel import answer, neighbours, probes, store
 from splicer.kernel.probes import KernelClass
+from splicer.kernel.store import Rehearsal
 from splicer.model import Neighbour, Neighbourhood
 from splicer.policy.config import Settings
 
@@ -85,7 +85,7 @@ class Surroundings:
         try:
             if self.why_no_bcc is not None:
                 raise self.why_no_bcc
-            return loader.rehearse(self.settings.max_connections, answer=self._wants_answer())
+            return store.rehearse(self.settings.max_connections, answer=self._wants_answer())
         except SplicerError as error:
             self._why_not_rehearsed = error  # it takes seconds, and would end in the same way
             raise

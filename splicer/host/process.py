@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -110,3 +112,21 @@ def read_own_usage() -> Usage:
     with own.oneshot():
         times = own.cpu_times()
         return Usage(own.memory_info().rss, round(times.user + times.system, 3), own.num_fds())
+
+
+def read_own_age() -> float:
+    """Seconds since this process was started."""
+    with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def read_peak() -> int:
+    """Bytes of memory that this process, or a child of it that has ended, has had at most.
+
+    Not getrusage(2) for the process itself: that counts what its parent had when it called execve(2).
+    """
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        own = re.search(r"^VmHWM:\s+(\d+) kB$", file.read(), re.M)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * max(children, int(own[1]) if own else 0)

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile, load and pin the BPF programs; run as a short-lived child: `python -m splicer.kernel.compiler`.
+"""Compile the BPF programs, for the kernel that runs.
 
-bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits. The child
-reads one JSON object from stdin ({pin_dir, max_connections, answer, debug, parent}; it dies with the process
-parent) and prints one: {"ok": true, "missing": {program: why it does without}, ...} or {"ok": false, "error",
-"hint", "exit_code", "log"}. With {"rehearse": true} it pins nothing; see loader.py for what it says then.
-
+bcc brings LLVM along (about 120 MB resident), so the daemon has this done by a child that exits (loader.py).
 This is the only module that imports bcc.
 """
 
@@ -13,35 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as ct
+import dataclasses
 import hashlib
-import json
+import importlib.util
 import os
 import platform
-import signal
+import re
 import struct
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+from splicer.errors import UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
-from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, WATCH_REQUEST_SIZE
-from splicer.kernel.programs import (
-    ANSWERS,
-    KERNEL_HINT,
-    MAPS,
-    PROGRAMS,
-    LoadError,
-    Program,
-    explain_refusal,
-)
+from splicer.kernel.compiled import Compiled, find_references
+from splicer.kernel.programs import ANSWERS, KERNEL_HINT, PROGRAMS, LoadError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 # Joined into one text in this order: bcc rewrites map methods in the main text only.
 SOURCES = (
@@ -141,6 +127,7 @@ FIELDS = {
 RDONLY_CAST = 0x7FFE0001  # no helper has such a number
 SOCKET_FLAGS = ("SOCK_ZEROCOPY", "SOCK_RCVTSTAMP", "SOCK_URGINLINE", "SOCK_DONE")
 OPTIONAL_FIELDS = {"tcp_sock_is_mptcp": "tcp_sock.is_mptcp"}
+_CFLAGS = ("-Wno-macro-redefined",)
 
 
 @dataclass(frozen=True)
@@ -251,11 +238,37 @@ def collect_macros(max_connections: int) -> list[str]:
     return flags
 
 
-def identify_build(max_connections: int, answer: bool) -> str:
-    """Names what would be loaded: same sources, kernel layout, sizes and programs give the same name."""
-    text = join_sources(find_sources()) + "\0".join(collect_macros(max_connections))
-    text += "\0answer" if answer else ""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Sources:
+    """All that goes into the compiler: one text, and its flags."""
+
+    text: str
+    flags: tuple[str, ...]
+
+    def name_build(self, answer: bool) -> str:
+        """Names what would be loaded: same sources, kernel layout, sizes and programs give the same name."""
+        text = self.text + "\0".join(self.flags)
+        text += "\0answer" if answer else ""
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def name_compiled(self) -> str:
+        """Names what would come out of the compiler. It looks at the kernel and at the headers as well."""
+        parts = [*describe_kernel(), *_CFLAGS, *self.flags, self.text]
+        include = find_sources() / "kernel"
+        for path in sorted(include.rglob("*.h")):
+            parts += [str(path.relative_to(include)), path.read_text()]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def collect(max_connections: int) -> Sources:
+    """What is compiled for so many connections. Raises SplicerError if the kernel lacks something."""
+    return Sources(join_sources(find_sources()), tuple(collect_macros(max_connections)))
+
+
+def describe_kernel() -> tuple[str, str, str]:
+    """Release, version and machine of the kernel that runs."""
+    kernel = os.uname()
+    return kernel.release, kernel.version, kernel.machine
 
 
 def link_cast(code: bytes, function: int) -> bytes:
@@ -281,7 +294,8 @@ def _stderr_captured() -> Iterator[list[str]]:
             lines += sink.read().decode(errors="replace").splitlines()
 
 
-def _compile(flags: list[str]) -> Any:
+def compile_programs(sources: Sources) -> tuple[Compiled, Any]:
+    """What comes of it, and the module of bcc, which has made the maps and holds their descriptors."""
     try:
         import bcc
     except ImportError as error:
@@ -294,185 +308,80 @@ def _compile(flags: list[str]) -> Any:
             hint="pip uninstall bcc; apt-get install python3-bpfcc",
             exit_code=UNSUPPORTED,
         )
-    root = find_sources()
-    os.environ["BCC_KERNEL_SOURCE"] = str(root / "kernel")
+    os.environ["BCC_KERNEL_SOURCE"] = str(find_sources() / "kernel")
     with _stderr_captured() as said:
         try:
-            module = bcc.BPF(text=join_sources(root), cflags=[*flags, "-Wno-macro-redefined"])
+            module = bcc.BPF(text=sources.text, cflags=[*sources.flags, *_CFLAGS])
         except Exception:
             module = None
     if module is None:
         first = next((line for line in said if "error:" in line), said[-1] if said else "no message")
         raise LoadError(f"the BPF programs do not compile: {first}", "\n".join(said))
-    return module
+    return _record(module, bcc.__file__), module
 
 
-def _read_code(module: Any, program: Program) -> bytes:
-    """The instructions of a program as clang made them."""
+def find_maps(module: Any) -> dict[str, int]:
+    """The descriptors of a module's maps by name, in the order in which it has them."""
     from bcc.libbcc import lib
 
-    function = program.function.encode()
-    start = lib.bpf_function_start(module.module, function)
-    return ct.string_at(start, lib.bpf_function_size(module.module, function))
+    lib.bpf_num_tables.restype = ct.c_size_t
+    lib.bpf_num_tables.argtypes = [ct.c_void_p]
+    lib.bpf_table_name.restype = ct.c_char_p
+    lib.bpf_table_name.argtypes = [ct.c_void_p, ct.c_size_t]
+    numbers = range(lib.bpf_num_tables(module.module))
+    names = [lib.bpf_table_name(module.module, number) for number in numbers]
+    return {name.decode(): lib.bpf_table_fd(module.module, name) for name in names}
 
 
-def _try_to_run(program: Program, fd: int) -> None:
-    """watch, measure and enlist are run like this for ever; better know at once that they can be."""
-    try:
-        if program.name == "watch":
-            libbpf.TestRun(fd, WATCH_REQUEST_SIZE).run()
-        elif program.name == "measure":
-            libbpf.TestRun(fd, MEASURE_REQUEST.size).run()
-        elif program.name == "enlist":
-            libbpf.PacketRun(fd, ENLIST_SIZE).run(1)
-    except libbpf.KernelError as error:
-        raise SplicerError(
-            f"the kernel loads the {program.name} program and does not run it: {error.strerror}",
-            hint=f"this kernel, or a security policy, lacks or forbids BPF_PROG_TEST_RUN; {KERNEL_HINT}",
-            exit_code=UNSUPPORTED,
-        ) from error
+def _record(module: Any, package: str) -> Compiled:
+    """What bcc has made of the sources, with maps by their numbers instead of their descriptors."""
+    from bcc.libbcc import lib
 
-
-class _Loader:
-    """Has everything compiled, and loads the programs one by one."""
-
-    def __init__(self, max_connections: int, debug: bool) -> None:
-        self._module = _compile(collect_macros(max_connections))
-        self._debug = debug
-        self._btf = Btf()
-        self._cast = self._btf.find_function("bpf_rdonly_cast")
-        self.logs: dict[str, str] = {}
-
-    def close(self) -> None:
-        self._btf.close()
-
-    def load(self, program: Program) -> int:
-        """Its descriptor. Raises SplicerError if the kernel refuses it, or does not run it."""
-        fd, log = libbpf.load_program(
-            program.kind,
-            program.name,
-            link_cast(_read_code(self._module, program), self._cast),
-            attach_type=program.attach_type,
-            btf_id=program.find_target(self._btf),
-            verbose=self._debug,
+    maps = find_maps(module)
+    numbers = {fd: number for number, fd in enumerate(maps.values())}
+    # The kernel cuts names.
+    shapes = {name: libbpf.read_shape(fd) for name, fd in maps.items()}
+    code = {}
+    for program in (*PROGRAMS, *ANSWERS):
+        function = program.function.encode()
+        start, size = (
+            call(module.module, function) for call in (lib.bpf_function_start, lib.bpf_function_size)
         )
-        self.logs[program.name] = log
-        if fd < 0:
-            raise explain_refusal(program, -fd, log)
-        _try_to_run(program, fd)
-        return fd
+        instructions = bytearray(ct.string_at(start, size))
+        for place in find_references(instructions):
+            (fd,) = struct.unpack_from("=i", instructions, place)
+            struct.pack_into("=i", instructions, place, numbers[fd])
+        code[program.function] = bytes(instructions)
+    types = {shape.types for shape in shapes.values() if shape.types}
+    return Compiled(
+        tuple(dataclasses.replace(shape, name=name) for name, shape in shapes.items()),
+        {number: libbpf.read_types(number) for number in types},
+        code,
+        _describe_compiler(package),
+    )
 
-    def find_map(self, name: str) -> int:
-        """The descriptor of a map."""
-        from bcc.libbcc import lib
 
-        return int(lib.bpf_table_fd(self._module.module, name.encode()))
+def _describe_compiler(package: str) -> dict[str, str]:
+    """The files that the compiler was made of, each with what tells it from another one."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as mapped:
+        paths = set(re.findall(r"/\S*/lib(?:bcc|clang|LLVM)\S*\.so\S*$", mapped.read(), re.M))
+    return {path: _describe_file(path) for path in sorted({package, *paths})}
 
 
-def build(pin_dir: str, max_connections: int, debug: bool, answer: bool) -> dict[str, Any]:
-    """Compile, load and pin everything below `pin_dir`, with what answers FIONREAD if `answer`; removes what
-    it pinned when it fails half-way."""
-    loader = _Loader(max_connections, debug)
-    pinned: list[str] = []
-    missing: dict[str, str] = {}
-
-    def pin(fd: int, directory: str, name: str) -> None:
-        path = os.path.join(pin_dir, directory, name)
-        libbpf.pin(fd, path)
-        pinned.append(path)
-
+def _describe_file(path: str) -> str:
+    """Empty if there is none."""
     try:
-        for directory in ("maps", "programs", "links"):
-            os.makedirs(os.path.join(pin_dir, directory), mode=0o700, exist_ok=True)
-        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
-            try:
-                fd = loader.load(program)
-            except SplicerError as error:
-                if not program.is_optional:
-                    raise
-                missing[program.name] = error.message
-                continue
-            pin(fd, "programs", program.name)
-            if program.name == "verdict":
-                libbpf.attach_program_to_map(fd, loader.find_map("spliced"))
-        for name in MAPS:
-            pin(loader.find_map(name), "maps", name)
-    except BaseException:
-        for path in pinned:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        raise
-    finally:
-        loader.close()
-    return {"programs": loader.logs if debug else {}, "maps": list(MAPS), "missing": missing}
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_size} bytes of {int(found.st_mtime)}"
 
 
-def rehearse(max_connections: int, debug: bool, answer: bool) -> dict[str, Any]:
-    """Compile and load everything, and say what the kernel refuses. What answers FIONREAD is attached as
-    well, until this process ends, which is at once: see class Rehearsal."""
-    loader = _Loader(max_connections, debug)
-    refused: dict[str, tuple[str, str | None]] = {}
-    loaded: dict[str, int] = {}
+def is_same_compiler(made_by: Mapping[str, str]) -> bool:
+    """Would it be compiled by the same compiler? Where there is none, what there is has to do."""
     try:
-        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
-            try:
-                loaded[program.name] = loader.load(program)
-            except SplicerError as error:
-                refused[program.name] = (error.message, error.hint)
-        answered, unanswered = "", ""
-        if answer:
-            answered, unanswered = _rehearse_answer(loader, loaded, refused)
-    finally:
-        loader.close()
-    return {"refused": refused, "answered": answered, "unanswered": unanswered}
-
-
-def _rehearse_answer(
-    loader: _Loader, loaded: dict[str, int], refused: dict[str, tuple[str, str | None]]
-) -> tuple[str, str]:
-    """The class that a socket of ours sees with the answers attached, or why there are none."""
-    names = [program.name for program in ANSWERS]
-    for name in names:
-        if name in refused:
-            return "", refused[name][0]
-    try:
-        for name in names:
-            libbpf.link_function(loaded[name])
-        return probes.find_class(libbpf.Map(os.dup(loader.find_map("ends")))).name, ""
-    except libbpf.KernelError as error:
-        return "", str(error.strerror)
-
-
-def _die_with(parent: int) -> None:
-    """Not outlive the daemon: the next one must not find us pinning beside its own loader."""
-    ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def main() -> int:
-    request = json.load(sys.stdin)
-    if "parent" in request:
-        _die_with(request["parent"])
-    try:
-        what = (request["max_connections"], request.get("debug", False), request.get("answer", False))
-        done = rehearse(*what) if request.get("rehearse") else build(request["pin_dir"], *what)
-        json.dump({"ok": True, **done}, sys.stdout)
-        return 0
-    except SplicerError as error:
-        reply = {
-            "ok": False,
-            "error": str(error),
-            "hint": error.hint,
-            "exit_code": error.exit_code,
-            "log": getattr(error, "log", ""),
-        }
-    except OSError as error:
-        message = f"cannot load the BPF programs: {error.strerror}"
-        reply = {"ok": False, "error": message, "exit_code": FAILURE}
-    json.dump(reply, sys.stdout)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if importlib.util.find_spec("bcc") is None:
+            return True
+    except (ImportError, ValueError):
+        return True
+    return all(_describe_file(path) == said for path, said in made_by.items())

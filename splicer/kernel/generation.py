@@ -18,17 +18,18 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from splicer.errors import SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
-from splicer.kernel import answer, bpffs, compiler, libbpf, loader
+from splicer.kernel import answer, bpffs, compiler, libbpf
+from splicer.kernel.cache import OFF, Cache
 from splicer.kernel.census import Census, CensusReport
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.gauge import Gauge
 from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
 from splicer.kernel.settings import SettingsMap
+from splicer.kernel.store import Store
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 
@@ -42,13 +43,15 @@ _LOCK_TIMEOUT_S = 3.0
 class LoadPlan:
     """What to load and where to pin it: `pin_dir` on a bpffs, room for `max_connections`. The generation of
     another build is given `drain_timeout` seconds to drain. `debug` logs all that the verifier says.
-    `answer`: FIONREAD shall be answered if the kernel lets it."""
+    `answer`: FIONREAD shall be answered if the kernel lets it. `cache_dir`: where what was compiled is kept
+    (see cache.py)."""
 
     pin_dir: str
     max_connections: int
     drain_timeout: float
     debug: bool = False
     answer: bool = False
+    cache_dir: str = OFF
 
 
 @dataclass
@@ -245,20 +248,6 @@ def _open_optional(pin_dir: str, name: str) -> int | None:
     return libbpf.open_pin(path) if os.path.exists(path) else None
 
 
-def _run_loader(request: dict[str, Any], lock: int, log: Logger) -> dict[str, str]:
-    """Have the child load and pin. It holds the lock, too, for as long as it lives. Returns which programs
-    the kernel refused that splicer does without, and why."""
-    reply = loader.call(request, lock)
-    if reply.get("log"):
-        log.debug("loader_log", text=reply["log"])
-    loader.check(reply)
-    missing: dict[str, str] = reply.get("missing", {})
-    for name, error in missing.items():
-        if name not in answer.NAMES:  # whether they are missed the class decides
-            log.warning("program_refused", program=name, error=error)
-    return missing
-
-
 def _attach(pin_dir: str, cgroup: Cgroup) -> None:
     target = os.open(cgroup.path, os.O_RDONLY | os.O_DIRECTORY)
     attach: dict[str, Callable[[int], int]] = {
@@ -290,10 +279,14 @@ def _explain_failure(name: str, cgroup: Cgroup, error: libbpf.KernelError) -> Sp
     return SplicerError(f"cannot attach the {name} program ({cgroup.path}): {error.strerror}", hint=hint)
 
 
-def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation:
+def take_over_or_load(
+    plan: LoadPlan, cgroup: Cgroup, log: Logger, require_compiler: Callable[[], None] = lambda: None
+) -> Generation:
     """Take over what a dead daemon left if it is the same build on the same cgroup, else load anew.
 
-    A different build is drained and removed first. Raises SplicerError; nothing is left behind then.
+    A different build is drained and removed first. Before that `require_compiler` is called, which raises
+    SplicerError where nothing can be compiled, unless it was compiled earlier. Raises SplicerError; nothing
+    is left behind then.
     """
     mounted = bpffs.prepare(plan.pin_dir)
     if mounted:
@@ -301,8 +294,14 @@ def take_over_or_load(plan: LoadPlan, cgroup: Cgroup, log: Logger) -> Generation
     lock = _lock(plan.pin_dir)
     try:
         answer.release(plan.pin_dir)
-        build = compiler.identify_build(plan.max_connections, plan.answer)
-        generation = _take_over(plan, cgroup, build, log) or _load(plan, cgroup, build, lock, log)
+        sources = compiler.collect(plan.max_connections)
+        store = Store(sources, Cache(plan.cache_dir), log, require_compiler)
+        build = store.sources.name_build(plan.answer)
+        generation = _take_over(plan, cgroup, build, log)
+        if generation is None:
+            store.prepare()
+            _replace(plan, build, log)
+            generation = _load(plan, cgroup, store, lock, log)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(plan.pin_dir)
@@ -319,29 +318,29 @@ def _describe(cgroup: Cgroup) -> str:
 
 
 def _take_over(plan: LoadPlan, cgroup: Cgroup, build: str, log: Logger) -> Generation | None:
-    """The generation that is pinned, if it is ours; another one is drained and removed."""
-    if not exists(plan.pin_dir):
-        return None
+    """The generation that is pinned, if it is ours."""
     pinned = _read_note(plan.pin_dir, "build")
     if pinned == build and _read_note(plan.pin_dir, "cgroup") == _describe(cgroup):
         with contextlib.suppress(libbpf.KernelError):
             generation = open_pinned(plan.pin_dir)
             log.info("generation_taken_over", build=build)
             return generation
-    left, _ = _drain_and_remove(plan.pin_dir, plan.drain_timeout)
-    log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
     return None
 
 
-def _load(plan: LoadPlan, cgroup: Cgroup, build: str, lock: int, log: Logger) -> Generation:
-    request = {
-        "pin_dir": plan.pin_dir,
-        "max_connections": plan.max_connections,
-        "answer": plan.answer,
-        "debug": plan.debug,
-    }
+def _replace(plan: LoadPlan, build: str, log: Logger) -> None:
+    """Drain and remove what is pinned."""
+    if exists(plan.pin_dir):
+        pinned = _read_note(plan.pin_dir, "build")
+        left, _ = _drain_and_remove(plan.pin_dir, plan.drain_timeout)
+        log.info("generation_replaced", old=pinned, new=build, unread_connections=left)
+
+
+def _load(plan: LoadPlan, cgroup: Cgroup, store: Store, lock: int, log: Logger) -> Generation:
+    build = store.sources.name_build(plan.answer)
+    request = {"pin_dir": plan.pin_dir, "answer": plan.answer, "debug": plan.debug}
     try:
-        missing = _run_loader(request, lock, log)
+        missing = store.load(request, lock)
         if plan.answer:
             _answer(plan.pin_dir, missing)
         os.symlink(build, _path(plan.pin_dir, "build"))

@@ -12,6 +12,7 @@ import ctypes.util
 import errno
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from splicer.errors import UNSUPPORTED, SplicerError
@@ -32,6 +33,10 @@ BPF_PROG_TYPE_RAW_TRACEPOINT = 17
 BPF_PROG_TYPE_CGROUP_SOCKOPT = 25
 BPF_PROG_TYPE_TRACING = 26
 
+# A load of 64 bits, which takes two places: its code, and its source register where it is a map's address, or
+# that of a value in a map.
+LD_IMM64 = 0x18
+PSEUDO_MAP_FD, PSEUDO_MAP_VALUE = 1, 2
 # A call instruction: its code, and its source register where a kernel function is called by BTF id.
 CALL = 0x85
 PSEUDO_KFUNC_CALL = 2
@@ -40,6 +45,7 @@ BPF_MAP_TYPE_ARRAY = 2
 BPF_MAP_TYPE_SOCKHASH = 18
 BPF_ANY = 0
 ENOTSUPP = 524  # include/linux/errno.h, not for user space and seen there all the same
+NAME_LENGTH = 15  # BPF_OBJ_NAME_LEN, without the zero at the end
 BATCH = 4096
 _ITERATOR_READ = 65536
 
@@ -103,6 +109,23 @@ class _RunOptions(ct.Structure):
     ]
 
 
+class _MapOptions(ct.Structure):
+    """struct bpf_map_create_opts as of libbpf 0.6; later fields are told apart by `size`."""
+
+    _fields_ = [
+        ("size", ct.c_size_t),
+        ("btf_fd", ct.c_uint32),
+        ("btf_key_type_id", ct.c_uint32),
+        ("btf_value_type_id", ct.c_uint32),
+        ("btf_vmlinux_value_type_id", ct.c_uint32),
+        ("inner_map_fd", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("map_extra", ct.c_uint64),
+        ("numa_node", ct.c_uint32),
+        ("map_ifindex", ct.c_uint32),
+    ]
+
+
 class _MapInfo(ct.Structure):
     """First fields of struct bpf_map_info."""
 
@@ -114,6 +137,26 @@ class _MapInfo(ct.Structure):
         ("max_entries", ct.c_uint32),
         ("map_flags", ct.c_uint32),
         ("name", ct.c_char * 16),
+        ("ifindex", ct.c_uint32),
+        ("btf_vmlinux_value_type_id", ct.c_uint32),
+        ("netns_dev", ct.c_uint64),
+        ("netns_ino", ct.c_uint64),
+        ("btf_id", ct.c_uint32),
+        ("btf_key_type_id", ct.c_uint32),
+        ("btf_value_type_id", ct.c_uint32),
+    ]
+
+
+class _TypesInfo(ct.Structure):
+    """struct bpf_btf_info."""
+
+    _fields_ = [
+        ("btf", ct.c_uint64),
+        ("btf_size", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("name", ct.c_uint64),
+        ("name_len", ct.c_uint32),
+        ("kernel_btf", ct.c_uint32),
     ]
 
 
@@ -303,10 +346,84 @@ class Walk:
         return keys[: count.value * self._map.key_size], values[: count.value * self._map.value_size]
 
 
+@dataclass(frozen=True)
+class MapShape:
+    """What a map is made from: enum bpf_map_type, sizes in bytes, the kernel's flags; and the BTF that
+    describes it, by id (0: none), with its types of key and value."""
+
+    name: str
+    kind: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int = 0
+    types: int = 0
+    key_type: int = 0
+    value_type: int = 0
+
+
 def create_map(kind: int, name: str, key_size: int, value_size: int, max_entries: int) -> int:
     """File descriptor of a new map; sizes in bytes."""
-    fd = get_library().bpf_map_create(kind, name.encode(), key_size, value_size, max_entries, None)
-    return check(fd, f"create map {name}")
+    return create_like(MapShape(name, kind, key_size, value_size, max_entries))
+
+
+def create_like(shape: MapShape, types_fd: int = 0) -> int:
+    """File descriptor of a new map of this shape. `types_fd`: descriptor of the BTF that describes it."""
+    options = _MapOptions()
+    options.size = ct.sizeof(_MapOptions)
+    options.map_flags = shape.flags
+    if types_fd:
+        options.btf_fd = types_fd
+        options.btf_key_type_id = shape.key_type
+        options.btf_value_type_id = shape.value_type
+    fd = get_library().bpf_map_create(
+        shape.kind,
+        shape.name.encode(),
+        shape.key_size,
+        shape.value_size,
+        shape.max_entries,
+        ct.byref(options),
+    )
+    return check(fd, f"create map {shape.name}")
+
+
+def read_shape(fd: int) -> MapShape:
+    """What would make a map like this one."""
+    info = _MapInfo()
+    size = ct.c_uint32(ct.sizeof(info))
+    check(get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "map info")
+    return MapShape(
+        info.name.decode(),
+        info.type,
+        info.key_size,
+        info.value_size,
+        info.max_entries,
+        info.map_flags,
+        info.btf_id,
+        info.btf_key_type_id,
+        info.btf_value_type_id,
+    )
+
+
+def read_types(number: int) -> bytes:
+    """The BTF with this id."""
+    library = get_library()
+    fd = check(library.bpf_btf_get_fd_by_id(ct.c_uint32(number)), "open BTF")
+    try:
+        info = _TypesInfo()
+        size = ct.c_uint32(ct.sizeof(info))
+        check(library.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "BTF info")
+        room = ct.create_string_buffer(info.btf_size)
+        wanted = _TypesInfo(btf=ct.addressof(room), btf_size=len(room))
+        check(library.bpf_obj_get_info_by_fd(fd, ct.byref(wanted), ct.byref(size)), "read BTF")
+        return room.raw
+    finally:
+        os.close(fd)
+
+
+def load_types(data: bytes) -> int:
+    """File descriptor of this BTF."""
+    return check(get_library().bpf_btf_load(data, ct.c_size_t(len(data)), None), "load BTF")
 
 
 def load_program(

@@ -26,6 +26,7 @@ from splicer.policy.values import (
     check_value,
     choice,
     integer,
+    is_text,
     refuse,
     refuse_key,
     render_value,
@@ -64,6 +65,7 @@ class Settings:
     max_connections: int = 65536
     run_dir: str = "/run/splicer"
     pin_dir: str = "/sys/fs/bpf/splicer"
+    cache_dir: str = "/var/cache/splicer"
     hot_reads: int = 16
     census: bool = True
     lease: float = 240.0
@@ -107,6 +109,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "max_connections": integer(16, 1_048_576),
     "run_dir": PATH,
     "pin_dir": PATH,
+    "cache_dir": ValueType("a path, or off", is_text),
     "hot_reads": integer(1, 65535),
     "census": SWITCH,
     "lease": seconds(0, 86400),

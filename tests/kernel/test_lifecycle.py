@@ -349,7 +349,7 @@ def test_wrong_bcc(module: str, tmp_path: Path) -> None:
     (tmp_path / "bcc" / "__init__.py").write_text(MODULES[module] + "\n")
     path = f"{tmp_path}:{environment()['PYTHONPATH']}"
     with Host(start=False) as host:
-        message, hint = _refusal(_run(host, PYTHONPATH=path), UNSUPPORTED)
+        message, hint = _refusal(_run(host, "--cache-dir=off", PYTHONPATH=path), UNSUPPORTED)
         assert "bcc" in message
         assert "python3-bpfcc" in hint
 

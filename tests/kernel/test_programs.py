@@ -56,10 +56,9 @@ def test_the_verifier_has_patience_left(host: Host) -> None:
 
 
 READ_CODE = """
-from splicer.kernel import compiler, programs
-module = compiler._compile(compiler.collect_macros(1024))
-program = next(each for each in programs.PROGRAMS if each.name == "verdict")
-print(compiler._read_code(module, program).hex())
+from splicer.kernel import compiler
+compiled, _ = compiler.compile_programs(compiler.collect(1024))
+print(compiled.code["verdict"].hex())
 """
 # Helpers by number, include/uapi/linux/bpf.h.
 LOOKUP, APPLY_BYTES, REDIRECT, READ_KERNEL, TO_TCP_SOCK = 1, 61, 71, 113, 137

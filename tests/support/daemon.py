@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,8 @@ from typing import Any
 
 from support.pauses import SLOWNESS, Stopwatch
 
+# A directory that outlives this run, for those who start many.
+CACHE_VARIABLE = "SPLICER_TEST_CACHE"
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 60.0 * SLOWNESS  # seconds
 STOP_TIMEOUT = 15.0 * SLOWNESS  # seconds
@@ -27,11 +33,30 @@ def command_line(*arguments: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a call: ours without SPLICER_* variables, with the source tree importable."""
+    """The environment of a call: ours without SPLICER_* variables, with the source tree importable, and with
+    what this run has compiled."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPLICER_")}
+    kept["SPLICER_CACHE_DIR"] = find_cache()
     inherited = kept.get("PYTHONPATH")
     kept["PYTHONPATH"] = f"{REPOSITORY}:{inherited}" if inherited else str(REPOSITORY)
     return kept | changes
+
+
+@functools.cache
+def find_cache() -> str:
+    """Where splicer keeps what it compiles in this test run, so that each program is compiled once and not at
+    each start. It goes when the run ends; support/leftovers.py finds that of one that was killed."""
+    if kept := os.environ.get(CACHE_VARIABLE):
+        return kept
+    directory = tempfile.mkdtemp(prefix=f"splicer-test-{os.getpid()}-cache-")
+    owner = os.getpid()  # a fork has the same exit handlers
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(remove)
+    return directory
 
 
 @dataclass(frozen=True)

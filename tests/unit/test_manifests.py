@@ -198,3 +198,4 @@ def test_the_unit_calls_splicer_with_options_it_has() -> None:
     assert _command_is_valid(arguments)
     assert UNIT["Type"] == "notify"
     assert f"/run/{UNIT['RuntimeDirectory']}" == Settings.run_dir
+    assert f"/var/cache/{UNIT['CacheDirectory']}" == Settings.cache_dir

@@ -158,7 +158,7 @@ COMPILE = """
 import sys
 from splicer.kernel import compiler
 from splicer.policy.config import Settings
-compiler._compile(compiler.collect_macros(Settings().max_connections))
+compiler.compile_programs(compiler.collect(Settings().max_connections))
 """
 
 

@@ -34,13 +34,21 @@ class FakeDaemon:
 
     made: list[tuple[Settings, Cgroup]]
     reread: Callable[[], Settings]
+    require_compiler: Callable[[], None]
     code = 0
 
     def __init__(
-        self, settings: Settings, cgroup: Cgroup, log: Logger, *, reread: Callable[[], Settings]
+        self,
+        settings: Settings,
+        cgroup: Cgroup,
+        log: Logger,
+        *,
+        reread: Callable[[], Settings],
+        require_compiler: Callable[[], None],
     ) -> None:
         self.made.append((settings, cgroup))
         type(self).reread = staticmethod(reread)
+        type(self).require_compiler = staticmethod(require_compiler)
         self.settings = settings
         log.info("daemon_made")
 
@@ -142,8 +150,13 @@ def test_the_order_of_the_checks(
         assert invoke("run", "--mode", "x", "--run-dir", run_dir).code == 2
         assert steps == []
         assert invoke("run", "--run-dir", run_dir).code == 1
-    assert steps == ["privileges", "cgroup", "bcc"]
+    assert steps == ["privileges", "cgroup"]
     assert daemon.made == []
+    # Where nothing has to be compiled nobody asks for bcc, which costs a second.
+    assert invoke("run", "--run-dir", run_dir).code == 0
+    assert steps[2:] == ["privileges", "cgroup"]
+    daemon.require_compiler()
+    assert steps[4:] == ["bcc"]
 
 
 class TestPrivileges:

@@ -15,9 +15,9 @@ from splicer.doctor.surroundings import Surroundings
 from splicer.errors import SplicerError
 from splicer.host import cgroups, process
 from splicer.host.cgroups import Cgroup
-from splicer.kernel import bpffs, libbpf, loader, neighbours, probes, trials
-from splicer.kernel.loader import Rehearsal
+from splicer.kernel import bpffs, libbpf, neighbours, probes, store, trials
 from splicer.kernel.probes import KernelClass
+from splicer.kernel.store import Rehearsal
 from splicer.kernel.trials import Finding
 from splicer.model import Neighbourhood
 from splicer.policy.config import Settings
@@ -93,7 +93,7 @@ class World:
                 raise outcome
             return outcome if answer else replace(outcome, answered="", unanswered="")
 
-        self.patch(loader, "rehearse", rehearse)
+        self.patch(store, "rehearse", rehearse)
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from splicer.host import cgroups, process
 from splicer.host.cgroups import Cgroup
 from splicer.kernel import bpffs, generation, libbpf, probes, scratch, trials
 from splicer.kernel.libbpf import KernelError
-from splicer.kernel.loader import Rehearsal
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.programs import PROGRAMS
+from splicer.kernel.store import Rehearsal
 from splicer.model import Neighbour, Neighbourhood
 
 from .conftest import ALL, World, raiser
@@ -350,9 +350,9 @@ def test_the_programs_are_loaded_once(world: World) -> None:
 
     world.patch(kernel.trials, "PROPERTIES", ())
     world.patch(check, "AS_ROOT", "x")
-    from splicer.kernel import loader
+    from splicer.kernel import store
 
-    world.patch(loader, "rehearse", rehearse)
+    world.patch(store, "rehearse", rehearse)
     look(world)
     assert count == [False]
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from splicer.host import process
-from splicer.host.process import UNKNOWN, Process, Processes, read_own_usage
+from splicer.host.process import UNKNOWN, Process, Processes, read_own_age, read_own_usage, read_peak
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_living_process(sleeper: subprocess.Popen[bytes]) -> None:
@@ -154,3 +157,23 @@ def test_the_hosts_pid_namespace_is_told_from_others(tmp_path: Path) -> None:
         (tmp_path / name / "ns").mkdir(parents=True)
         (tmp_path / name / "ns" / "pid").touch()
         assert not process.sees_host_pids(str(tmp_path))
+
+
+def test_how_long_this_process_has_been_there() -> None:
+    """In steps of a hundredth of a second."""
+    source = "from splicer.host.process import read_own_age; print(read_own_age())"
+    begun = time.monotonic()
+    child = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 0 < float(child.stdout) < time.monotonic() - begun + 0.02
+    assert read_own_age() > float(child.stdout)
+
+
+def test_the_most_memory_that_there_was() -> None:
+    """Of this process, and of a child that has ended."""
+    before = read_peak()
+    assert before >= read_own_usage().rss_bytes * 0.9
+    size = before + (64 << 20)
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+    assert size <= read_peak() < size + (64 << 20)

@@ -51,6 +51,14 @@ class _Library:
         return len(module.code[name.decode()])
 
     @staticmethod
+    def bpf_num_tables(module: Module) -> int:
+        return len(module.fds)
+
+    @staticmethod
+    def bpf_table_name(module: Module, number: int) -> bytes:
+        return list(module.fds)[number].encode()
+
+    @staticmethod
     def bpf_table_fd(module: Module, name: bytes) -> int:
         return module.fds[name.decode()]
 
