@@ -346,5 +346,5 @@ def _tell(report: Report, name: str) -> str:
     plain, spliced = report.plain[name], report.spliced[name]
     if plain.words == spliced.words:
         # That a RST breaks something off is no news.
-        return SAME if plain.words == ANSWERED or name == "reset" else f"{SAME}: {plain.words}"
+        return SAME if plain.words == ANSWERED or name == "reset" else f"{SAME} ({plain.words})"
     return spliced.words if plain.words == ANSWERED else f"{spliced.words} (plain: {plain.words})"

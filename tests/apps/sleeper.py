@@ -148,10 +148,17 @@ def attach(sleeper: Sleeper) -> None:
     command = ["strace", "-qq", "-o", "/dev/null", "-p", str(sleeper.tid)]
     tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for("strace is there", lambda: sleeper.status["TracerPid"] != "0")
+        wait_for("strace is there", lambda: _is_traced(sleeper))
     finally:
         tracer.send_signal(signal.SIGINT)
         tracer.wait()
+
+
+def _is_traced(sleeper: Sleeper) -> bool:
+    try:
+        return sleeper.status["TracerPid"] != "0"
+    except FileNotFoundError:
+        return True  # it has ended of it
 
 
 def _is_pending(sleeper: Sleeper, number: int) -> bool:
