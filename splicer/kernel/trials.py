@@ -57,8 +57,8 @@ class Property:
     hint: str = f"splicer needs {KERNELS}"
 
     def find(self) -> Finding:
-        """Try it. Raises SplicerError (exit code 4) if splicer refuses this host for want of something that the
-        trial takes, such as BTF."""
+        """Try it. Raises SplicerError (exit code 4) if splicer refuses this host for want of something that
+        the trial takes, such as BTF."""
         try:
             return self.attempt()
         except RefusedError as error:
