@@ -336,6 +336,7 @@ PROPERTIES = (
         try_callback_flags,
         is_needed=False,
         otherwise="connections that are older than splicer stay plain TCP",
+        hint="Linux 6.12 and newer let it",
     ),
 )
 
