@@ -100,7 +100,9 @@ def _check_program(program: Program, surroundings: Surroundings) -> Outcome:
 
 
 def _check_fionread(surroundings: Surroundings) -> Outcome:
-    name = surroundings.kernel.name
+    name = surroundings.find_class()
+    if not name:
+        return unknown("not known without its class: see redirection")
     if name == "C":
         return ok("class C: the kernel's answer is right")
     if surroundings.settings.fionread == "auto" and surroundings.why_no_bcc is not None:
@@ -115,7 +117,10 @@ def _check_fionread(surroundings: Surroundings) -> Outcome:
 
 def _check_log(surroundings: Surroundings) -> Outcome:
     """A kernel before 6.14 says of what answers FIONREAD that it may corrupt memory."""
-    if surroundings.kernel.name == "C" or surroundings.find_why_unanswered():
+    answerer = surroundings.find_who_answers()
+    if not answerer:
+        return unknown("not known without who answers: see fionread")
+    if answerer != "splicer":
         return ok("splicer loads nothing that the kernel warns of")
     return ok("before 6.14 it warns of bpf_probe_write_user: ours")
 

@@ -242,7 +242,10 @@ def _talk(stage: _Stage, talker: _Talker) -> Iterator[Result]:
 
 
 def _compare_bytes(spliced: Mapping[str, Any], redirected: int) -> Outcome:
+    """The kernel counts what went through TCP, splicer's programs what did not."""
     there, back = spliced["there"], spliced["back"]
+    if spliced["through_tcp"]:
+        return fail(f"{spliced['through_tcp']} of {there + back} bytes went through TCP")
     if redirected != there + back:
         return fail(f"{redirected} of {there + back} bytes were redirected")
     return ok(f"{there} there and {back} back, all redirected")

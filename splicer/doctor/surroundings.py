@@ -65,8 +65,9 @@ class Surroundings:
 
     @cached_property
     def kernel(self) -> KernelClass:
-        """As it is by itself. Raises SplicerError where splicer could not keep its promises."""
-        return probes.require_class(may_answer=self.settings.fionread == "auto")
+        """As it is by itself. Raises SplicerError where splicer could not keep its promises, whoever answers
+        FIONREAD."""
+        return probes.require_class(may_answer=True)
 
     @cached_property
     def why_no_bcc(self) -> SplicerError | None:

@@ -57,7 +57,8 @@ class Property:
     hint: str = f"splicer needs {KERNELS}"
 
     def find(self) -> Finding:
-        """Try it. Raises nothing that a kernel, or a lack of something on this host, can be the reason of."""
+        """Try it. Raises SplicerError (exit code 4) if splicer refuses this host for want of something that
+        the trial takes, such as BTF."""
         try:
             return self.attempt()
         except RefusedError as error:
@@ -69,6 +70,8 @@ class Property:
         except OSError as error:
             return Finding(None, str(error.strerror or error))
         except SplicerError as error:
+            if error.exit_code == UNSUPPORTED:
+                raise
             return Finding(None, error.message)
 
 
@@ -333,6 +336,7 @@ PROPERTIES = (
         try_callback_flags,
         is_needed=False,
         otherwise="connections that are older than splicer stay plain TCP",
+        hint="Linux 6.12 and newer let it",
     ),
 )
 

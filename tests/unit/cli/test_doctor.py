@@ -152,10 +152,12 @@ class TestLive:
         assert outcome.code == (UNSUPPORTED if chosen is BAD else FAILURE)
 
     def test_bytes_that_took_the_other_way(self) -> None:
-        measured = {"there": 100, "back": 300}
+        measured = {"there": 100, "back": 300, "through_tcp": 0}
         assert live._compare_bytes(measured, 400).state is State.OK
         missing = live._compare_bytes(measured, 300)
         assert (missing.state, missing.text) == (State.FAIL, "300 of 400 bytes were redirected")
+        astray = live._compare_bytes(measured | {"through_tcp": 100}, 400)
+        assert (astray.state, astray.text) == (State.FAIL, "100 of 400 bytes went through TCP")
 
 
 def test_a_mistake_in_the_configuration(invoke: Invoke) -> None:

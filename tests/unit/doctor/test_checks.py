@@ -103,6 +103,10 @@ def answered_wrong(world: World) -> None:
     world.rehearse(Rehearsal({}, answered="B"))
 
 
+def lose_class(world: World) -> None:
+    world.set_class(KernelError(errno.EINVAL, "create map probe"))
+
+
 def lose_bcc(world: World) -> None:
     world.patch(
         prerequisites, "require_bcc", raiser(SplicerError("python module bcc is missing", hint="apt-get x"))
@@ -255,6 +259,9 @@ CASES = [
     Case("fionread", unanswered("A", "EPERM"), State.FAIL, "splicer does not answer it: EPERM", "fexit"),
     Case("fionread", answered_wrong, State.FAIL, "it is still of class B when splicer answers", "fexit"),
     Case("fionread", lose_bcc_on_class_b, State.UNKNOWN, "it takes bcc"),
+    Case("fionread", lose_class, State.UNKNOWN, "see redirection"),
+    Case("kernel_log", lose_class, State.UNKNOWN, "see fionread"),
+    Case("kernel_log", lose_bcc_on_class_b, State.UNKNOWN, "see fionread"),
     Case("leftovers", leave_pins, State.WARN, "programs of a daemon that is gone", "splicer unload"),
     Case("leftovers", leave_ends, State.WARN, "that are still open", "splicer unload"),
     Case("neighbours", lambda world: world.meet(Neighbourhood((IN_MAP,))), State.WARN, "keeps these plain"),

@@ -140,6 +140,7 @@ def test_what_is_said_arrives() -> None:
     with contextlib.ExitStack() as stack:
         measured = Talk(stack, plain=True).measure()
     assert (measured["there"], measured["back"]) == (100 * ROUNDS, 300 * ROUNDS)
+    assert measured["through_tcp"] == 400 * ROUNDS  # as nobody splices it here
     assert measured["microseconds"] > 0
 
 

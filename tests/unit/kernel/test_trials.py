@@ -49,7 +49,7 @@ WANTED = Property("x", "this kernel has no x", found(True))
         (KernelError(errno.EPERM, "create map x"), None, "Operation not permitted"),
         (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), None, "Connection timed out"),
         (TimeoutError("timed out"), None, "timed out"),
-        (SplicerError("libbpf is not installed"), None, "libbpf is not installed"),
+        (SplicerError("who knows"), None, "who knows"),
     ],
 )
 def test_what_a_failure_says_of_the_kernel(error: Exception, answer: bool | None, evidence: str) -> None:
@@ -57,6 +57,13 @@ def test_what_a_failure_says_of_the_kernel(error: Exception, answer: bool | None
     seen = replace(WANTED, attempt=raised(error)).find()
     assert seen.answer is answer
     assert evidence in seen.evidence
+
+
+def test_what_a_trial_takes_may_be_a_reason_to_refuse() -> None:
+    refusal = SplicerError("the kernel has no BTF type information", exit_code=UNSUPPORTED)
+    with pytest.raises(SplicerError) as caught:
+        trials.require(replace(WANTED, attempt=raised(refusal)))
+    assert caught.value is refusal
 
 
 def test_what_is_needed_and_missing_is_refused() -> None:
