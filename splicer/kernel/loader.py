@@ -11,7 +11,8 @@ one JSON object from stdin:
     parent        it dies with this process
 
 and prints one: {"ok": true, "missing": {program: why it does without}, "compiled": what it has compiled}, or
-{"ok": false, "error", "hint", "exit_code", "log"}. Of a rehearsal it says what class Rehearsal has (store.py).
+{"ok": false, "error", "hint", "exit_code", "log"}. What it says of a rehearsal is in class Rehearsal, in
+store.py.
 """
 
 from __future__ import annotations
