@@ -125,7 +125,9 @@ def test_live_by_a_daemon_of_its_own() -> None:
     assert checks["live_bytes"]["text"] == "100000 there and 300000 back, all redirected"
     assert "times as fast" in checks["live_latency"]["text"]
     assert {each["state"] for name, each in checks.items() if name.startswith("live")} == {"ok"}
-    assert not [each for each in found["neighbours"] if each["where"] in ("spliced", "probe")]
+    # The kernel may still be letting go of what an earlier test had.
+    ours = [each for each in found["neighbours"] if each["where"] in ("spliced", "probe")]
+    assert not [each for each in ours if ("prog", each["id"]) not in host.before]
 
 
 def test_beside_a_daemon(host: Host) -> None:
