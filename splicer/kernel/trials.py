@@ -345,7 +345,8 @@ def require(wanted: Property) -> Finding:
     """Yes or don't know, or no where splicer does without it. Raises SplicerError (exit code 4) where not."""
     found = wanted.find()
     if found.answer is False and wanted.is_needed:
-        raise SplicerError(f"{wanted.lacks}: {found.evidence}", hint=wanted.hint, exit_code=UNSUPPORTED)
+        said = found.evidence if found.evidence == wanted.lacks else f"{wanted.lacks}: {found.evidence}"
+        raise SplicerError(said, hint=wanted.hint, exit_code=UNSUPPORTED)
     if found.answer is False and wanted.otherwise:
         return replace(found, evidence=f"{wanted.otherwise} ({found.evidence})")
     return found

@@ -73,6 +73,12 @@ def test_what_is_needed_and_missing_is_refused() -> None:
     assert (caught.value.hint, caught.value.exit_code) == ("another one", UNSUPPORTED)
 
 
+def test_nothing_is_said_twice() -> None:
+    with pytest.raises(SplicerError) as caught:
+        trials.require(replace(WANTED, attempt=found(False, WANTED.lacks)))
+    assert caught.value.message == WANTED.lacks
+
+
 def test_what_is_not_needed_is_not() -> None:
     wanted = replace(WANTED, attempt=found(False, "errno 5"), is_needed=False, otherwise="it is slow")
     assert trials.require(wanted) == Finding(False, "it is slow (errno 5)")
