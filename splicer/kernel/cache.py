@@ -134,9 +134,8 @@ def _read_file(directory: int, name: str) -> bytes:
         if found.st_size > _LARGEST:
             raise CacheError(f"it is too large ({found.st_size} bytes)")
         text = file.read(_LARGEST)
-        with contextlib.suppress(
-            OSError
-        ):  # on a file system that is read-only; then nothing is removed either
+        # Not on a file system that is read-only, where nothing is removed either.
+        with contextlib.suppress(OSError):
             os.utime(fd)
         return text
 
