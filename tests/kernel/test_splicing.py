@@ -37,6 +37,8 @@ FLOW_KEYS = {
     "age_seconds",
     "client",
     "server",
+    "client_unread",
+    "server_unread",
 }
 PARTY_KEYS = {"container", "service", "project", "pod", "process", "pid", "command", "cgroup"}
 
