@@ -15,6 +15,7 @@ from typing import Any
 
 import adopting
 import census
+import connecting
 import services
 import stack
 import watching
@@ -42,6 +43,8 @@ GROUPS = {
     "relays": "Varnish, lighttpd and socat in front of nginx, which splicer may leave plain",
     "lives": "nginx proxying to nginx, connections that end after some requests",
 }
+# What is measured by itself, and is no workload.
+ALONE = ("watch", "census", "adoption", "connecting", "stack")
 # A line for each workload.
 TABLES = ("matrix", "streams")
 
@@ -81,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--watch", action="store_true", help="what looking after spliced connections costs the daemon")
     add("--census", action="store_true", help="how soon older connections are found, and what they notice")
     add("--adoption", action="store_true", help="how soon busy connections are spliced")
+    add("--connecting", action="store_true", help="what a connection of one request pays for being seen")
     add(
         "--stack",
         action="store_true",
@@ -107,7 +111,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.programs and options.baseline:
         parser.error("--programs is not for --baseline, which loads none")
     groups = [name for name in GROUPS if getattr(options, name)]
-    alone = [name for name in ("watch", "census", "adoption", "stack") if getattr(options, name)]
+    alone = [
+        name for name in ("watch", "census", "adoption", "connecting", "stack") if getattr(options, name)
+    ]
     if alone and (groups or options.baseline or options.only or len(alone) > 1):
         parser.error(f"--{alone[0]} is measured by itself")
     if len(groups) > 1:
@@ -187,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
         return run_census(options)
     if options.adoption:
         return run_adoption(options)
+    if options.connecting:
+        return run_connecting(options)
     if options.stack:
         return run_stack(options)
     as_table = options.group in TABLES
@@ -275,6 +283,17 @@ def run_adoption(options: argparse.Namespace) -> int:
                 print(row.to_line(), flush=True)
     if options.json:
         print(json.dumps({"schema": 1, "machine": describe_machine(), "adoption": rows}, indent=2))
+    return report_failures(splicer.failures)
+
+
+def run_connecting(options: argparse.Namespace) -> int:
+    rounds = options.alternations * connecting.ROUNDS
+    with Testbed() as bed:
+        command = find_splicer(options.splicer)
+        refuse_company(command)
+        splicer = Splicer(bed, command, ["--mode", options.mode] if options.mode else [], timed=False)
+        rows = [connecting.measure(splicer, bed, *row, rounds) for row in connecting.ROWS]
+    print(connecting.report(rows, options.json))
     return report_failures(splicer.failures)
 
 

@@ -157,3 +157,10 @@ def test_how_soon_connections_are_spliced() -> None:
     for row in found["adoption"]:
         assert row["shares"][-1] > 0, row
         assert len(row["times_ms"]) == round(row["shares"][-1] * row["connections"]), row
+
+
+@thorough("what register does is in test_costs.py and above; this shows that the table says something")
+def test_what_connecting_costs() -> None:
+    found = _measure("--connecting", "--alternations=1", patience=160)["connecting"]
+    assert [row["name"] for row in found] == ["as it is", "--default off"]
+    assert all(0 < value < 100 for row in found for name in ("ratio", "noise") for value in row[name])
