@@ -7,6 +7,7 @@ loads bcc and the LLVM behind it. Functions raise KernelError, an OSError that n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 import ctypes.util
 import errno
@@ -126,7 +127,7 @@ class _MapOptions(ct.Structure):
     ]
 
 
-class _MapInfo(ct.Structure):
+class MapInfo(ct.Structure):
     """First fields of struct bpf_map_info."""
 
     _fields_ = [
@@ -160,7 +161,7 @@ class _TypesInfo(ct.Structure):
     ]
 
 
-class _ProgramInfo(ct.Structure):
+class ProgramInfo(ct.Structure):
     """First fields of struct bpf_prog_info."""
 
     _fields_ = [
@@ -168,6 +169,14 @@ class _ProgramInfo(ct.Structure):
         ("id", ct.c_uint32),
         ("tag", ct.c_uint8 * 8),
         ("jited_prog_len", ct.c_uint32),
+        ("xlated_prog_len", ct.c_uint32),
+        ("jited_prog_insns", ct.c_uint64),
+        ("xlated_prog_insns", ct.c_uint64),
+        ("load_time", ct.c_uint64),
+        ("created_by_uid", ct.c_uint32),
+        ("nr_map_ids", ct.c_uint32),
+        ("map_ids", ct.c_uint64),
+        ("name", ct.c_char * 16),
     ]
 
 
@@ -208,6 +217,12 @@ def check(result: int, operation: str) -> int:
     raise KernelError(ct.get_errno() or -result, operation)
 
 
+def read_info(fd: int, info: ct.Structure, what: str = "object info") -> None:
+    """Have the kernel fill in what it knows of an object."""
+    size = ct.c_uint32(ct.sizeof(info))
+    check(get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), what)
+
+
 def pin(fd: int, path: str) -> None:
     check(get_library().bpf_obj_pin(fd, path.encode()), f"pin {path}")
 
@@ -222,9 +237,8 @@ class Map:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        info = _MapInfo()
-        size = ct.c_uint32(ct.sizeof(info))
-        check(get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "map info")
+        info = MapInfo()
+        read_info(fd, info, "map info")
         self.key_size: int = info.key_size
         self.max_entries: int = info.max_entries
         self.name: str = info.name.decode()
@@ -389,9 +403,8 @@ def create_like(shape: MapShape, types_fd: int = 0) -> int:
 
 def read_shape(fd: int) -> MapShape:
     """What would make a map like this one."""
-    info = _MapInfo()
-    size = ct.c_uint32(ct.sizeof(info))
-    check(get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "map info")
+    info = MapInfo()
+    read_info(fd, info, "map info")
     return MapShape(
         info.name.decode(),
         info.type,
@@ -411,11 +424,10 @@ def read_types(number: int) -> bytes:
     fd = check(library.bpf_btf_get_fd_by_id(ct.c_uint32(number)), "open BTF")
     try:
         info = _TypesInfo()
-        size = ct.c_uint32(ct.sizeof(info))
-        check(library.bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "BTF info")
+        read_info(fd, info, "BTF info")
         room = ct.create_string_buffer(info.btf_size)
         wanted = _TypesInfo(btf=ct.addressof(room), btf_size=len(room))
-        check(library.bpf_obj_get_info_by_fd(fd, ct.byref(wanted), ct.byref(size)), "read BTF")
+        read_info(fd, wanted, "read BTF")
         return room.raw
     finally:
         os.close(fd)
@@ -551,11 +563,11 @@ class PacketRun:
             check(result, "run a program")
 
 
-def _read_program_info(fd: int) -> _ProgramInfo:
+def _read_program_info(fd: int) -> ProgramInfo:
     """All zero if the descriptor is not of a program."""
-    info = _ProgramInfo()
-    size = ct.c_uint32(ct.sizeof(info))
-    get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size))
+    info = ProgramInfo()
+    with contextlib.suppress(KernelError):
+        read_info(fd, info)
     return info
 
 

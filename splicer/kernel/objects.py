@@ -20,39 +20,6 @@ _Info = TypeVar("_Info")
 _MOST_ATTACHED = 64  # BPF_CGROUP_MAX_PROGS, kernel/bpf/cgroup.c
 
 
-class _ProgramInfo(ct.Structure):
-    """First fields of struct bpf_prog_info."""
-
-    _fields_ = [
-        ("type", ct.c_uint32),
-        ("id", ct.c_uint32),
-        ("tag", ct.c_uint8 * 8),
-        ("jited_prog_len", ct.c_uint32),
-        ("xlated_prog_len", ct.c_uint32),
-        ("jited_prog_insns", ct.c_uint64),
-        ("xlated_prog_insns", ct.c_uint64),
-        ("load_time", ct.c_uint64),
-        ("created_by_uid", ct.c_uint32),
-        ("nr_map_ids", ct.c_uint32),
-        ("map_ids", ct.c_uint64),
-        ("name", ct.c_char * 16),
-    ]
-
-
-class _MapInfo(ct.Structure):
-    """First fields of struct bpf_map_info."""
-
-    _fields_ = [
-        ("type", ct.c_uint32),
-        ("id", ct.c_uint32),
-        ("key_size", ct.c_uint32),
-        ("value_size", ct.c_uint32),
-        ("max_entries", ct.c_uint32),
-        ("map_flags", ct.c_uint32),
-        ("name", ct.c_char * 16),
-    ]
-
-
 class _LinkInfo(ct.Structure):
     """First fields of struct bpf_link_info, of a link to a network namespace."""
 
@@ -97,28 +64,21 @@ class Link:
     attach_type: int
 
 
-def _fill(fd: int, info: ct.Structure) -> None:
-    size = ct.c_uint32(ct.sizeof(info))
-    libbpf.check(
-        libbpf.get_library().bpf_obj_get_info_by_fd(fd, ct.byref(info), ct.byref(size)), "object info"
-    )
-
-
 def read_program(fd: int) -> Program:
-    info = _ProgramInfo()
-    _fill(fd, info)
+    info = libbpf.ProgramInfo()
+    libbpf.read_info(fd, info)
     return Program(info.id, info.type, info.name.decode(errors="replace"))
 
 
 def read_map(fd: int) -> Table:
-    info = _MapInfo()
-    _fill(fd, info)
+    info = libbpf.MapInfo()
+    libbpf.read_info(fd, info)
     return Table(info.id, info.type, info.name.decode(errors="replace"))
 
 
 def read_link(fd: int) -> Link:
     info = _LinkInfo()
-    _fill(fd, info)
+    libbpf.read_info(fd, info)
     return Link(info.id, info.type, info.prog_id, info.netns_ino, info.attach_type)
 
 
