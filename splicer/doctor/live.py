@@ -134,7 +134,8 @@ def _daemon(surroundings: Surroundings, cgroup: str) -> Iterator[str]:
         *(sys.executable, "-P", "-m", "splicer", "run", f"--cgroup={cgroup}", f"--run-dir={run_dir}"),
         f"--pin-dir={os.path.join(os.path.dirname(settings.pin_dir), f'{_NAME}{os.getpid()}')}",
         *(f"--ready-file={ready}", "--docker=off", "--no-census", f"--fionread={settings.fionread}"),
-        *(f"--max-connections={settings.max_connections}", "--log-format=json"),
+        # What is kept for later starts stays as it is.
+        *(f"--max-connections={settings.max_connections}", "--log-format=json", "--cache-dir=off"),
     ]
     log = os.path.join(place, "log")
     try:

@@ -22,6 +22,7 @@ from splicer.kernel import libbpf, trials
 from splicer.kernel.programs import PROGRAMS
 from splicer.kernel.scratch import instruction
 from splicer.kernel.trials import PROPERTIES, Finding, Property
+from splicer.policy.config import Settings
 
 TIMEOUT = 80.0  # seconds; it compiles, and with --live twice
 SOL_SOCKET, SO_PRIORITY = 1, 12
@@ -48,6 +49,11 @@ def list_scratch(host: Host) -> list[Path]:
     """What --live makes, and takes away again."""
     places = (host.cgroup.path, host.pin_dir.parent, Path(tempfile.gettempdir()))
     return [path for place in places for path in place.glob("splicer-doctor-*")]
+
+
+def list_kept() -> dict[Path, int]:
+    """What starts have compiled and kept where they keep it by default, with the time of its last use."""
+    return {path: path.stat().st_mtime_ns for path in Path(Settings().cache_dir).glob("*")}
 
 
 @pytest.mark.parametrize("wanted", PROPERTIES, ids=lambda each: each.name)
@@ -114,9 +120,11 @@ def test_a_program_that_is_refused(tmp_path: Path) -> None:
 
 def test_live_by_a_daemon_of_its_own() -> None:
     """A connection is spliced, all its bytes are redirected both ways, and then there is nothing left."""
+    kept = list_kept()
     with Host(start=False) as host:
         code, found = ask(host, "--live")
         assert list_scratch(host) == []
+        assert list_kept() == kept
         assert host.bpffs.pins() == []
     checks = by_name(found)
     assert code == 0, found
