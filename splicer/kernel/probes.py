@@ -211,12 +211,7 @@ def _assemble_note(map_fd: int, port: int, port_offset: int, flags_offset: int) 
             instruction(0x55, dst=1, offset=13, immediate=port),  # if r1 != port: exit
             instruction(libbpf.CALL, immediate=158),  # call get_current_task_btf
             instruction(0x61, dst=7, src=0, offset=flags_offset),  # r7 = *(u32 *)(r0 + flags_offset)
-            instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
-            instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
-            instruction(0),
-            instruction(0xBF, dst=2, src=10),  # r2 = fp
-            instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
-            instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
+            scratch.find_first(map_fd),  # r0 = its only element
             instruction(0x15, dst=0, offset=4),  # if r0 == 0: exit
             instruction(0x63, dst=0, src=7),  # *(u32 *)r0 = r7
             instruction(0x61, dst=1, src=0, offset=4),  # r1 = *(u32 *)(r0 + 4)

@@ -32,6 +32,20 @@ def instruction(code: int, dst: int = 0, src: int = 0, offset: int = 0, immediat
     return struct.pack("=BBhi", code, src << 4 | dst, offset, immediate)
 
 
+def find_first(map_fd: int) -> bytes:
+    """Leaves the address of an array's first element in r0, or 0; uses r1, r2 and fp - 4."""
+    return b"".join(
+        (
+            instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
+            instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
+            instruction(0),
+            instruction(0xBF, dst=2, src=10),  # r2 = fp
+            instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
+            instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
+        )
+    )
+
+
 def load(
     stack: contextlib.ExitStack, what: str, kind: int, code: bytes, *, attach_type: int = 0, btf_id: int = 0
 ) -> int:

@@ -85,12 +85,7 @@ def _assemble_visit(call: bytes, port: int, offsets: tuple[int, int], map_fd: in
     note = b"".join(
         (
             instruction(0xBF, dst=7, src=0),  # r7 = r0
-            instruction(0x62, dst=10, offset=-4),  # *(u32 *)(fp - 4) = 0
-            instruction(0x18, dst=1, src=1, immediate=map_fd),  # r1 = map
-            instruction(0),
-            instruction(0xBF, dst=2, src=10),  # r2 = fp
-            instruction(0x07, dst=2, immediate=-4),  # r2 -= 4
-            instruction(libbpf.CALL, immediate=1),  # call map_lookup_elem
+            scratch.find_first(map_fd),  # r0 = its only element
             instruction(0x15, dst=0, offset=1),  # if r0 == 0: exit
             instruction(0x63, dst=0, src=7),  # *(u32 *)r0 = r7
         )
