@@ -268,13 +268,25 @@ forget_end(void *sk, void *tp, struct pair_id *id, struct end *e)
 	e->flags = (e->flags & ~END_IN_MAP) | END_LEFT;
 }
 
+/*
+ * The other end's reader does not see redirected bytes. While some wait for it our sends
+ * have to go behind them (see must_follow() in verdict.c), so we stay in.
+ */
+static __always_inline int has_to_stay(void *tp, struct end *peer, struct direction *outbound)
+{
+	if (outbound->fit != FIT_BLIND || !is_still_in(peer))
+		return 0;
+	return !is_psock_empty(psock_of(peer->sk)) ||
+	       !(READ_ONCE(outbound->settled) || is_unused(own_psock(tp), 1, 0));
+}
+
 static __always_inline void
 try_take_out(void *sk, void *tp, struct pair_id *id, struct pair *p, struct end *e,
-	     struct end *peer, struct direction *inbound)
+	     struct end *peer, struct direction *inbound, struct direction *outbound)
 {
 	if (!(e->flags & END_IN_MAP))
 		return;
-	if (!has_arrived(tp, p, peer, inbound) ||
+	if (!has_arrived(tp, p, peer, inbound) || has_to_stay(tp, peer, outbound) ||
 	    !(is_psock_empty(own_psock(tp)) || is_taken_over((u64)tp))) {
 		count_sweep(SWEEP_TO_DRAIN);
 		return;
@@ -447,7 +459,8 @@ int bpf_iter__tcp(struct bpf_iter__tcp *ctx)
 		try_leave(sk, tp, &id, p, e, peer);
 	else if (p->state == STATE_DRAINING)
 		try_take_out(sk, tp, &id, p, e, peer,
-			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
+			     side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT],
+			     side == CLIENT ? &p->dir[CLIENT] : &p->dir[SERVER]);
 	else if (p->state == STATE_PAIRED && p->reason == REASON_PENDING && s->splicing &&
 		 !s->stopping && (p->announced == ANNOUNCED_BY_WALK || (p->announced && s->walking)))
 		try_adopt(sk, tp, s, &id, p, e, peer);

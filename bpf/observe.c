@@ -264,6 +264,8 @@ look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader r
 	    (!(e->flags & END_SLEEPLESS) || reader == READER_WAITALL))
 		reason = REASON_BLOCKING;
 	if (reason) {
+		if (reason != REASON_BLOCKING && reason != REASON_WAITALL)
+			blind(p, side == CLIENT ? &p->dir[SERVER] : &p->dir[CLIENT]);
 		start_draining(p, reason);
 		return;
 	}

@@ -250,6 +250,16 @@ static __always_inline void forget_findings(struct pair *p)
 	p->end[SERVER].flags &= ~(END_FIT | END_RESTED);
 }
 
+/*
+ * The end that a direction leads to was read by a call that does not see redirected bytes. Said
+ * before the pair drains: a verdict that finds it draining knows why (must_follow() in verdict.c).
+ */
+static __always_inline void blind(struct pair *p, struct direction *inbound)
+{
+	WRITE_ONCE(inbound->fit, FIT_BLIND);
+	__sync_fetch_and_add(&p->half, 1);	/* a full barrier */
+}
+
 static __always_inline void tell_orphan(struct end_key *key)
 {
 	struct event e = {

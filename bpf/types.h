@@ -129,6 +129,7 @@ enum fit {
 	FIT_UNKNOWN,		/* eager: it went in unseen */
 	FIT,			/* passed every check */
 	FIT_AWAKE,		/* the same, as long as it does not sleep in a read */
+	FIT_BLIND,		/* draining: it was read by a call that does not see redirected bytes */
 };
 
 struct end {

@@ -2,7 +2,8 @@
 /*
  * verdict: SK_MSG on the SOCKHASH, once per message, with the sender's socket
  * locked. Redirects a message into the peer's receive queue, or passes it to
- * TCP. It never drops: the application would see EACCES.
+ * TCP. It drops only where anything else would change the order of the bytes: the
+ * application sees EACCES then.
  */
 
 /* What the peer has read, and what waits at it. */
@@ -121,26 +122,32 @@ enum way {
 	WAY_TCP,
 	WAY_TCP_WATCHED,	/* and have the watch look whether it is read */
 	WAY_REDIRECT,
+	WAY_REFUSE,
 };
+
+/*
+ * After shutdown(SHUT_WR) it is TCP that has to say EPIPE. kTLS hands plaintext to the
+ * verdict.
+ */
+static __always_inline int is_open(void *tp)
+{
+	u32 state = FIELD(tp, u8, sock_skc_state);
+
+	return TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT)) &&
+	       !FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops);
+}
 
 /* Does the state of the pair, of splicer and of the sender allow it? */
 static __always_inline int
 may_redirect(struct settings *s, struct pair *p, u32 progress, struct direction *d, void *tp)
 {
-	u32 state;
-
 	if (!s || !is_redirecting(progress) ||
 	    (!s->splicing && progress != STATE_LEAVING)) {
 		if (progress == STATE_DRAINING)
 			note_settled(d, tp, 1);
 		return 0;
 	}
-	/* After shutdown(SHUT_WR) it is TCP that has to say EPIPE. */
-	state = FIELD(tp, u8, sock_skc_state);
-	if (!(TCPF(state) & (TCPF(BPF_TCP_ESTABLISHED) | TCPF(BPF_TCP_CLOSE_WAIT))))
-		return 0;
-	/* kTLS hands plaintext to the verdict. */
-	return !FIELD(tp, u64, inet_connection_sock_icsk_ulp_ops);
+	return is_open(tp);
 }
 
 /*
@@ -163,10 +170,24 @@ static __always_inline int look_at_receiver(struct end *peer, struct receiver *r
 	return cookie == peer->cookie && !(shutdown & RCV_SHUTDOWN);
 }
 
+/*
+ * The pair drains, or is about to: the peer was read by a call that does not see redirected
+ * bytes, splice(2) for instance. Where some wait, TCP bytes would overtake them. So what
+ * follows goes behind them, for as long as it takes somebody who sees them to read them all.
+ * While TCP bytes wait as well it is too late.
+ */
+static __always_inline int
+must_follow(struct end *peer, struct receiver *receiver, void *tp)
+{
+	return is_open(tp) && look_at_receiver(peer, receiver) &&
+	       receiver->copied_seq == FIELD(tp, u32, tcp_sock_write_seq) &&
+	       !is_psock_empty(psock_of(peer->sk));
+}
+
 /* Can the peer's reader see a redirected message now, and would it come in order? */
 static __always_inline enum way
-check_reader(struct pair *p, struct direction *d, struct end *peer, struct receiver *receiver,
-	     void *tp)
+check_reader(struct pair *p, struct direction *d, u32 fit, struct end *peer,
+	     struct receiver *receiver, void *tp)
 {
 	u32 reason;
 
@@ -194,10 +215,10 @@ check_reader(struct pair *p, struct direction *d, struct end *peer, struct recei
 	 */
 	if (p->allow_blocking && !d->primed)
 		return WAY_TCP_WATCHED;
-	if (d->fit == FIT)
+	if (fit == FIT)
 		return WAY_REDIRECT;
 	/* It polls before it reads, or asks not to wait. Once it sleeps it goes back: TCP bytes wake it. */
-	if (d->fit == FIT_AWAKE) {
+	if (fit == FIT_AWAKE) {
 		if (p->allow_blocking || !is_asleep(peer))
 			return WAY_REDIRECT;
 		remember_sleeper(peer);
@@ -242,11 +263,23 @@ choose_way(struct sk_msg_md *msg, void *tp, struct pair *p, struct direction *d,
 	u32 progress = READ_ONCE(p->state);
 	struct settings *s = get_settings();
 	struct receiver receiver = {};
+	u32 fit;
 	enum way way;
 
+	if (progress == STATE_DRAINING)
+		__sync_fetch_and_add(&d->burst, 1);	/* a full barrier: see blind() */
+	fit = READ_ONCE(d->fit);
+	if (fit == FIT_BLIND && progress != STATE_PAIRED) {
+		if (s && must_follow(peer, &receiver, tp)) {
+			*size = take_one_element(msg);
+			return !*size || is_overfull(s, d, receiver.queued, *size) ?
+			       WAY_REFUSE : WAY_REDIRECT;
+		}
+		progress = STATE_DRAINING;
+	}
 	if (!may_redirect(s, p, progress, d, tp) || !look_at_receiver(peer, &receiver))
 		return WAY_TCP;
-	way = check_reader(p, d, peer, &receiver, tp);
+	way = check_reader(p, d, fit, peer, &receiver, tp);
 	if (way != WAY_REDIRECT)
 		return way;
 	*size = take_one_element(msg);
@@ -319,6 +352,11 @@ int verdict(struct sk_msg_md *msg)
 		count(COUNT_REDIRECTED_BYTES, size);
 		count(COUNT_REDIRECTED_MESSAGES, 1);
 		return SK_PASS;
+	}
+	if (way == WAY_REFUSE) {
+		/* All of it: of a part alone, the kernel would forget the pages of the rest. */
+		bpf_msg_apply_bytes(msg, 0);
+		return SK_DROP;
 	}
 	if (way == WAY_TCP_WATCHED)
 		ask_for_watch(p);

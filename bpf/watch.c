@@ -210,6 +210,8 @@ static __always_inline u32 look_at_end(struct pair *p, struct end *e, struct dir
 		remember_sleeper(e);
 	if (reason == REASON_FOREIGN_PSOCK)
 		remember_taken_over(e);
+	if (reason == REASON_SPLICE)
+		blind(p, inbound);
 	/* By way of memory the verifier forgets which it was, and walks on once and not once for each. */
 	WRITE_ONCE(p->reason, reason);
 	reason = READ_ONCE(p->reason);

@@ -19,6 +19,7 @@ from support.players import QUIRKS, Pair, Peer
 from support.wire import Wire
 
 from splicer.kernel import libbpf
+from splicer.policy.reconciler import QUEUE_BYTES
 
 HOT_READS = 16
 TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE = 19, -1
@@ -157,6 +158,50 @@ def test_splice_on_several_connections_at_once(host: Host, lab: Lab) -> None:
     """A known difference: on each connection on which a process splices before the watch has come,
     redirected bytes that wait stay unseen until recv(2) gets them. What comes afterwards is seen."""
     pairs = _hot_pairs(host, lab, host.peer(lab, "a"), 4)
+    _leave_unseen(host, pairs)
+    for pair in pairs:
+        assert pair.server.attempt("splice_nothing") == "EAGAIN"
+        assert pair.server.recv(1000) == 1000
+    for pair in pairs:
+        host.wait_flow(pair, "paired", "splice_reader")
+    _read_with_splice(pairs)
+
+
+def test_what_follows_a_splice_waits_its_turn(host: Host, lab: Lab) -> None:
+    """Guaranteed: what is sent after a splice(2) that came too late does not overtake the redirected bytes
+    that it did not see. It waits behind them, whoever splices meanwhile, and recv(2) gets all in order."""
+    pairs = _hot_pairs(host, lab, host.peer(lab, "a"), 3)
+    _leave_unseen(host, pairs)
+    for pair in pairs:
+        # Long ones too: of several elements, each with a verdict of its own.
+        for size in (1000, 100_000, 1):
+            pair.client.send(size)
+            assert pair.server.attempt("splice_nothing") == "EAGAIN"
+        assert pair.server.recv(102_001) == 102_001
+        host.wait_flow(pair, "paired", "splice_reader")
+    _read_with_splice(pairs)
+
+
+def test_too_much_for_one_who_does_not_see_it(host: Host, lab: Lab) -> None:
+    """A known difference: where more follows than may wait redirected, the sender is told EACCES. TCP bytes
+    would be read before those that wait, and a wrong byte is worse than a broken connection."""
+    (pair,) = _hot_pairs(host, lab, host.peer(lab, "a"), 1)
+    _leave_unseen(host, [pair])
+    sent = 1000
+    while (answer := pair.client.attempt("send", count=100_000)) == 100_000:
+        sent += 100_000
+        assert sent <= QUEUE_BYTES
+    assert answer == "EACCES"
+    assert pair.server.attempt("splice_nothing") == "EAGAIN"
+    # Of the last one some elements went.
+    waiting = pair.server.wait_fionread(count=sent)
+    assert pair.server.recv(waiting) == waiting
+    assert pair.server.report()["first_wrong"] is None
+    host.wait_flow(pair, "paired", "splice_reader")
+
+
+def _leave_unseen(host: Host, pairs: list[Pair]) -> None:
+    """Redirected bytes wait at the servers, which have spliced and not seen them."""
     for pair in pairs:
         pair.client.send(1000)
         assert pair.server.wait_fionread(count=1000) == 1000
@@ -164,11 +209,6 @@ def test_splice_on_several_connections_at_once(host: Host, lab: Lab) -> None:
         assert pair.server.attempt("splice_nothing") == "EAGAIN"
     for pair in pairs:
         host.wait_flow(pair, "draining", "splice_reader")
-        assert pair.server.attempt("splice_nothing") == "EAGAIN"
-        assert pair.server.recv(1000) == 1000
-    for pair in pairs:
-        host.wait_flow(pair, "paired", "splice_reader")
-    _read_with_splice(pairs)
 
 
 def test_others_of_a_process_that_begins_to_splice(host: Host, lab: Lab) -> None:
