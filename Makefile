@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps setup-stack setup-vm run image test test-all lint unit kernel conformance e2e test-apps test-vm soak bench bench-stack pictures clean
+.PHONY: help setup setup-test setup-e2e setup-apps setup-stack setup-vm run image deb test test-all lint unit kernel conformance e2e test-apps test-vm soak bench bench-stack pictures clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -36,6 +36,9 @@ image: ## the container image `splicer`, with version and commit in its labels; 
 	docker build --tag splicer \
 		--build-arg VERSION="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
 		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" $(ARGS) .
+
+deb: ## the Debian package, into dist/; for Debian 12 and later, Ubuntu 24.04 and later
+	@scripts/deb.sh $(ARGS)
 
 test: setup-e2e lint ## setup, ruff, mypy, and every guarantee once; a missing prerequisite is a failure
 	@scripts/test.sh $(ARGS)

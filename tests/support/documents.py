@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Names of our own files end so, wherever they stand in a text.
 SUFFIXES = ("py", "c", "h", "md", "sh", "svg")
 # What begins like this is a path in this repository, whatever its end.
-TOP = ("bpf", "splicer", "tests", "examples", "docs", "scripts", ".ci")
+TOP = ("bpf", "splicer", "tests", "examples", "docs", "scripts", "packaging", ".ci")
 
 
 # -- the tree ----------------------------------------------------------------------------------------------

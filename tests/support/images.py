@@ -41,7 +41,7 @@ def base_of(dockerfile: Path) -> tuple[str, str]:
 def build_all(engine: Engine) -> None:
     """Base, splicer and demonstration. Raises DockerError, CalledProcessError."""
     base, suite = base_of(REPOSITORY / "Dockerfile")
-    with _archive(suite).open("rb") as archive:
+    with archive_of(suite).open("rb") as archive:
         engine.docker("import", "-", base, stdin=archive, timeout=120)
     _add_source(engine, base, suite)
     engine.docker("build", "--tag", SPLICER, str(REPOSITORY), timeout=600)
@@ -49,7 +49,7 @@ def build_all(engine: Engine) -> None:
     engine.docker("build", "--tag", DEMO, "--file", str(dockerfile), str(REPOSITORY), timeout=600)
 
 
-def _archive(suite: str) -> Path:
+def archive_of(suite: str) -> Path:
     """A tar of the suite's smallest system, from the cache if there is a complete one."""
     archive = CACHE / f"{suite}.tar"
     if not _is_complete(archive):
@@ -105,14 +105,19 @@ def _find_source() -> str:
     return addresses[0]
 
 
-def _add_source(engine: Engine, base: str, suite: str) -> None:
-    """Give apt in the base image this machine's source and way to reach it (proxies and the like)."""
+def apt_of(suite: str) -> tuple[str, list[str]]:
+    """For apt in a suite's system: this machine's source, and settings by which it is reached (proxies)."""
     settings = [
         line
         for line in _ask_apt("apt-config", "dump", "Acquire")
         if not line.endswith('"";') and not line.startswith(_NOT_TAKEN)
     ]
-    source = f"deb {_find_source()} {suite} main"
+    return f"deb {_find_source()} {suite} main", settings
+
+
+def _add_source(engine: Engine, base: str, suite: str) -> None:
+    """Give apt in the base image the way to its packages."""
+    source, settings = apt_of(suite)
     script = 'echo "$1" >/etc/apt/sources.list && echo "$2" >/etc/apt/apt.conf.d/99machine'
     name = engine.docker("create", base, "sh", "-c", script, "sh", source, "\n".join(settings)).strip()
     engine.docker("start", "--attach", name)
