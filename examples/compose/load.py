@@ -188,6 +188,7 @@ def main() -> int:
     print("", *tabulate(results), "", sep="\n")
     print(f"{options.connections} connections, {options.seconds} s a leg, medians of {options.pairs} pairs")
     print(f"failed requests: {failed}")
+    print("docker compose --profile demo down  ends the demonstration")
     if options.json:
         print(json.dumps(summarize(results)), flush=True)
     return 1 if failed else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`docker compose --profile demo up`: the demonstration runs, and what it compares is what it says.
+"""The demonstration of examples/compose runs, and what it compares is what it says.
 
 How much faster the spliced legs are is for the demonstration and for `make bench` to show: a ratio of two
 times is no test. That a leg is plain or spliced, request by request, is one.

@@ -50,7 +50,7 @@ def test_it_is_healthy_with_little(stack: Stack) -> None:
     assert host["CapDrop"] == ["ALL"]
     assert "seccomp:unconfined" not in host["SecurityOpt"]
     writable = {mount["Destination"] for mount in found["Mounts"] if mount["RW"]}
-    assert writable == {"/sys/fs/bpf", "/run/splicer"}
+    assert writable == {"/sys/fs/bpf", "/run/splicer", "/var/cache/splicer"}
 
 
 def test_the_host_can_ask_it(stack: Stack) -> None:
@@ -92,6 +92,10 @@ def test_stop_drains_and_leaves_nothing(engine: Engine, stack: Stack, network: N
     engine.docker("start", stack.sidecar)
     stack.wait_answering()
     assert stack.is_attached()
+    # What the first start had compiled is in the volume.
+    starts = [line for line in stack.logs().splitlines() if '"event": "ready"' in line]
+    compilations = [line for line in stack.logs().splitlines() if '"event": "compiling"' in line]
+    assert len(starts) > len(compilations)
     stack.wait_healthy()
     network.start_load("again", "http://web:8080/")
     _wait_spliced(stack)

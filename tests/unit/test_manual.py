@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manual pages: nothing that --help says is missing from them. That man shows them: e2e/test_package.py."""
+"""The manual pages: nothing that --help says is missing from them. That man shows them is test_package.py's."""
 
 from __future__ import annotations
 
