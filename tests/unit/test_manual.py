@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manual pages: nothing that --help says is missing from them. That man shows them is test_package.py's."""
+"""The manual pages: nothing that --help says is missing from them. test_package.py has man show them."""
 
 from __future__ import annotations
 
