@@ -174,13 +174,13 @@ static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int 
 	*id = server_id(first_sent(tp), first_received(tp));
 	*side = SERVER;
 	seed = seeds.lookup(id);
-	if (!seed || seed->grown || seed->sk != (u64)tp)
+	if (!seed || seed->sk != (u64)tp)
 		return 0;
 	p = make_pair(id, seed);
 	if (!p)
 		return 0;
-	seed->grown = 1;
 	WRITE_ONCE(p->state, STATE_PAIRED);
+	seeds.delete(id);
 	return p;
 }
 
@@ -364,10 +364,9 @@ static __always_inline u32 look(void *tp)
 		}
 		return MUTE_LONG;
 	}
-	if (!e->key.local_port) {
-		read_tuple(&e->key, tp);
-		e->key.netns = read_netns(tp);
-		e->key.id = id;
+	if (!e->at.local_port) {
+		read_tuple(&e->at, tp);
+		e->at.netns = read_netns(tp);
 		p->policy = 0;	/* it may be about the address */
 	}
 	if (p->state != STATE_PAIRED) {

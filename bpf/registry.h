@@ -85,6 +85,14 @@ static __always_inline int is_still_in(struct end *e)
 	return e->flags & END_IN_MAP && psock && cookie == e->cookie;
 }
 
+/* Where it is in the SOCKHASH, as an end of this connection. */
+static __always_inline struct end_key key_of(struct end *e, struct pair_id id)
+{
+	struct end_key key = { .cookie = e->cookie, .netns = e->at.netns, .id = id };
+
+	return key;
+}
+
 static __always_inline struct end *other_end(struct pair *p, int side)
 {
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
@@ -147,8 +155,7 @@ static __always_inline void count_tenant(u32 tenant, int n)
  */
 static __always_inline int plant_seed(struct pair_id *id, struct seed *seed, void *tp)
 {
-	read_tuple(&seed->key, tp);
-	seed->key.id = *id;
+	read_tuple(&seed->at, tp);
 	seed->sk = (u64)tp;
 	int full = !has_room(seed->tenant);
 	if (!full)
@@ -169,7 +176,10 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p = blank.lookup(&zero);
 	if (!p)
 		return 0;
-	pairs.insert(id, p);
+	/* No memory; or somebody forges, and has the name of a pair that lives. */
+	int taken = pairs.insert(id, p);
+	if (taken)
+		return 0;
 	p = pairs.lookup(id);
 	if (!p)
 		return 0;
@@ -177,10 +187,11 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p->reason = REASON_COLD;
 	p->end[CLIENT].sk = seed->client_sk;
 	p->end[CLIENT].cookie = seed->client_cookie;
-	p->end[SERVER].key = seed->key;
+	p->end[SERVER].at = seed->at;
 	p->end[SERVER].sk = seed->sk;
 	p->end[SERVER].cookie = seed->cookie;
 	p->born_ns = seed->born_ns;
+	p->tenant = seed->tenant;
 	p->changed_ns = seed->born_ns;
 	p->end[CLIENT].cgroup = cgroup_id(cgroup_of(seed->client_sk));
 	p->end[SERVER].cgroup = cgroup_id(cgroup_of(seed->sk));
@@ -194,7 +205,7 @@ static __always_inline int tell(struct pair *p, u32 type, u32 reason)
 		.type = type,
 		.reason = reason,
 		.id = p->id,
-		.netns = { p->end[CLIENT].key.netns, p->end[SERVER].key.netns },
+		.netns = { p->end[CLIENT].at.netns, p->end[SERVER].at.netns },
 		.tgid = { p->end[CLIENT].tgid, p->end[SERVER].tgid },
 	};
 	int lost = events.ringbuf_output(&e, sizeof(e), 0);

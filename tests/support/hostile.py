@@ -59,12 +59,12 @@ def read_map(host: Host, name: str) -> dict[bytes, bytes]:
 
 def read_name(host: Host, pair: Pair) -> Name:
     """The name of a connection, from the record of its server's end."""
-    for value in read_map(host, "seeds").values():
-        fields = layout.SEED.unpack(value)
-        local = layout.format_endpoint(fields[0:4], fields[11])
-        remote = layout.format_endpoint(fields[4:8], fields[12])
-        if (local, remote) == (_as_text(pair.server.local), _as_text(pair.server.remote)):
-            return Name(fields[9], fields[10])
+    known = [layout.read_seed(name, value) for name, value in read_map(host, "seeds").items()]
+    known += [layout.read_pair(value) for value in read_map(host, "pairs").values()]
+    for each in known:
+        ends = (_as_text(pair.server.local), _as_text(pair.server.remote))
+        if (each.server.local, each.server.remote) == ends:
+            return Name(*each.id)
     raise AssertionError(f"{pair.label} has no record")
 
 
