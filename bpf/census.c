@@ -65,7 +65,7 @@ static __always_inline enum older_outcome
 join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 {
 	struct seed seed = {};
-	u64 cookie = 0;
+	u64 cookie = 0, base;
 
 	PROBE(cookie, o->sk[CLIENT], sock_skc_cookie);
 	if (cookie != o->cookie[CLIENT])
@@ -78,8 +78,14 @@ join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 	seed.client_cookie = cookie;
 	seed.born_ns = bpf_ktime_get_ns();
 	seed.tenant = get_tenant((void *)seed.client_sk);
+	seed.older = 1;
+	base = FIELD(tp, u64, tcp_sock_bytes_acked) + FIELD(tp, u64, tcp_sock_bytes_received);
+	bases.insert(id, &base);
 	/* Who was planted already is as good. */
-	return plant_seed(id, &seed, tp) && !seeds.lookup(id) ? OLDER_FULL : OLDER_JOINED;
+	if (!plant_seed(id, &seed, tp) || seeds.lookup(id))
+		return OLDER_JOINED;
+	bases.delete(id);
+	return OLDER_FULL;
 }
 
 static __always_inline void join_older(void *seq, void *sk, void *tp)

@@ -183,6 +183,34 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	start_draining(p, REASON_POLICY);
 }
 
+/* It is not followed, and its close is asked for all the same: how much has TCP carried of it? */
+static __always_inline void note_stranger(struct bpf_sock_ops *skops, struct seed *seed)
+{
+	struct stranger noted = { .client = cgroup_id(cgroup_of(seed->client_sk)) };
+	void *sk = skops->sk;
+
+	if (!sk || !strangers.sk_storage_get(sk, &noted, BPF_SK_STORAGE_GET_F_CREATE))
+		return;
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
+}
+
+static __always_inline void forget_stranger(struct bpf_sock_ops *skops, void *tp)
+{
+	struct volume_key key = { .reason = REASON_FULL };
+	struct stranger *noted;
+	void *sk = skops->sk;
+
+	if (!sk)
+		return;
+	noted = strangers.sk_storage_get(sk, 0, 0);
+	if (!noted)
+		return;
+	key.client = noted->client;
+	key.server = cgroup_id(cgroup_of((u64)tp));
+	add_volume(&key, carried_until_close(tp));
+	strangers.sk_storage_delete(sk);
+}
+
 static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
@@ -219,6 +247,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	client_key.id = id;
 	if (plant_seed(&id, &seed, tp)) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
+		note_stranger(skops, &seed);
 		/* Nobody knew of it, so nothing was redirected to it. */
 		if (in_map)
 			spliced.delete(&client_key);
@@ -259,7 +288,7 @@ static __always_inline void add_to_traffic(struct pair *p)
  * An end that is in has no record from here on; adopt takes it out once it
  * has read everything.
  */
-static __always_inline void forget_server(void *tp)
+static __always_inline void forget_server(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct seed *seed;
@@ -268,10 +297,13 @@ static __always_inline void forget_server(void *tp)
 	u32 tenant;
 
 	seed = seeds.lookup(&id);
-	if (!seed || seed->sk != (u64)tp)
+	if (!seed || seed->sk != (u64)tp) {
+		forget_stranger(skops, tp);
 		return;
+	}
 	count(COUNT_CLOSED, 1);
 	p = seed->grown ? pairs.lookup(&id) : 0;
+	add_closed(&id, seed, p, tp);
 	tenant = seed->tenant;
 	int missing = seeds.delete(&id);
 	if (!missing)
@@ -345,7 +377,7 @@ int register_end(struct bpf_sock_ops *skops)
 			break;
 		tp = tcp_sock_of(skops);
 		if (tp)
-			forget_server(tp);
+			forget_server(skops, tp);
 		break;
 	}
 	return 1;

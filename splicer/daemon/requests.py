@@ -14,6 +14,7 @@ from splicer import __version__
 from splicer.containers.watcher import Watcher
 from splicer.daemon.attribution import Attribution, TrafficAmount
 from splicer.daemon.control import Handler
+from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
@@ -60,6 +61,7 @@ class RequestHandlers:
         describe_networks: Callable[[], dict[str, Any]],
         describe_leases: Callable[[], dict[str, Any]],
         find_neighbours: Callable[[], Neighbourhood],
+        coverage: CoverageReporter,
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -77,6 +79,7 @@ class RequestHandlers:
         self._describe_networks = describe_networks
         self._describe_leases = describe_leases
         self._find_neighbours = find_neighbours
+        self._coverage = coverage
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -88,6 +91,7 @@ class RequestHandlers:
             "set": self.set,
             "unset": self.unset,
             "drain": self.drain,
+            "advise": self._coverage.advise,
         }
 
     def _read_closed(self) -> list[tuple[tuple[int, int], TrafficAmount]]:
@@ -142,6 +146,7 @@ class RequestHandlers:
             leases=self._describe_leases(),
             # Health checks and scrapers come by often, and do not ask.
             neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
+            coverage=self._coverage.measure().to_json() if request.get("coverage") is True else {},
             problems=self._reconciler.list_problems(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),

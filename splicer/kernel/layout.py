@@ -10,6 +10,8 @@ import itertools
 import struct
 from dataclasses import dataclass
 
+from splicer.model import REASON_NAMES
+
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
 REASON_COLD = 1
 CLIENT, SERVER = 0, 1
@@ -31,6 +33,8 @@ COUNTERS = (
 )
 COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
+COUNT_PLAIN = COUNT_REFUSED + len(REASON_NAMES)
+"""Index of the first of as many more: bytes of closed connections that TCP has carried."""
 
 
 class EventType(enum.IntEnum):
@@ -143,7 +147,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
-SEED = struct.Struct("=" + _END_KEY + " 5Q 2H I")
+SEED = struct.Struct("=" + _END_KEY + " 5Q 2B H I")
 SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
@@ -152,6 +156,13 @@ NETWORK_KEY = struct.Struct("=I 16s")
 NETWORK = struct.Struct("=I")
 TRAFFIC_KEY = struct.Struct("=2Q")
 TRAFFIC = struct.Struct("=3Q")
+VOLUME_KEY = struct.Struct("=3Q")
+VOLUME = struct.Struct("=2Q")
+RECENT_VOLUME = struct.Struct("=3Q 2Q")
+TALLY_PAIRS = 12
+"""So many connections does one run of tally look at."""
+TALLY_REQUEST_SIZE = 8 * TALLY_PAIRS
+"""struct tally_request in bytes: names."""
 EVENT = struct.Struct("=2I Q 2Q 2I")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
@@ -291,14 +302,14 @@ def name_connection(client_seq: int, server_seq: int) -> int:
 
 def has_pair(seed: bytes) -> bool:
     """Does a connection of the seeds map have an entry in the pairs map too?"""
-    return bool(SEED.unpack(seed)[-3])
+    return bool(SEED.unpack(seed)[-4])
 
 
 def read_seed(value: bytes) -> Pair | None:
     """A connection without an entry in the pairs map: too young, or known never to get one; None if it has
     one."""
     fields = SEED.unpack(value)
-    grown, reason = fields[-3:-1]
+    grown, _, reason = fields[-4:-1]
     if grown:
         return None
     none = Direction(0, 0, 0)
@@ -320,6 +331,7 @@ def read_seed(value: bytes) -> Pair | None:
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
 _END_TGID = (16 + 92, 16 + _END_SIZE + 92)
+_END_CGROUP_AT = (16 + 72, 16 + _END_SIZE + 72)
 _END_LOCAL_IP = (16, 16 + _END_SIZE)
 _END_NETNS = (16 + 32, 16 + _END_SIZE + 32)
 
@@ -367,6 +379,16 @@ def read_readers(values: memoryview) -> list[tuple[int, int]]:
     """The processes that read last at each pair's client and server, 0 if none has."""
     client, server = (_read_column(values, "I", offset) for offset in _END_TGID)
     return list(zip(client, server, strict=True))
+
+
+def read_tenants(values: memoryview) -> set[tuple[int, int]]:
+    """The cgroups (ids) that the ends of these pairs were made in, each with a process that read last."""
+    return {
+        found
+        for cgroup, tgid in zip(_END_CGROUP_AT, _END_TGID, strict=True)
+        for found in zip(_read_column(values, "Q", cgroup), _read_column(values, "I", tgid), strict=True)
+        if all(found)
+    }
 
 
 def read_places(values: memoryview) -> list[tuple[int, Place, Place]]:
