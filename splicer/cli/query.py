@@ -16,14 +16,22 @@ from .options import spell_run_dir
 
 
 def ask(
-    run_dir: str, command: str, fields: Mapping[str, object] | None = None, *, timeout: float = 10.0
+    run_dir: str,
+    command: str,
+    fields: Mapping[str, object] | None = None,
+    *,
+    timeout: float = 10.0,
+    patience: float | None = None,
 ) -> dict[str, object]:
-    """The daemon's answer, within `timeout` seconds.
+    """The daemon's answer, within `timeout` seconds, that begins within `patience` seconds, the same if it is
+    not given.
 
     Raises SplicerError, with exit code 3 when no daemon is running in `run_dir`.
     """
     try:
-        answer = control.request(run_dir, command, fields, timeout=timeout)
+        answer = control.request(
+            run_dir, command, fields, timeout=max(timeout, patience or 0.0), patience=patience
+        )
     except SplicerError as error:
         if error.exit_code == NOT_RUNNING and (holder := instance.find_holder(run_dir)) is not None:
             raise SplicerError(

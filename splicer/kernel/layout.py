@@ -60,6 +60,53 @@ class Question(enum.IntEnum):
     MARK = 6
 
 
+class Fact(enum.IntEnum):
+    """What measure is asked about an end, besides what waits unread."""
+
+    BITS = 1
+    STATE = 2
+    FILE_FLAGS = 3
+    MANNER = 4
+    RCVLOWAT = 5
+    PEEK_OFF = 6
+    PACING = 7
+    WAITER = 8
+    HABIT = 9
+    SEGMENTS = 10
+
+
+class FactBit(enum.IntFlag):
+    """What a socket is, or has."""
+
+    THERE = 1
+    FILE = 2
+    KERNEL = 4
+    MPTCP = 8
+    ZEROCOPY = 16
+    TIMESTAMPS = 32
+    ULP = 64
+    REPAIR = 128
+    INQ = 256
+    FILTER = 512
+    USER_DATA = 1024
+    TAKEN_OVER = 2048
+
+
+class EndFlag(enum.IntFlag):
+    """What is remembered of an end."""
+
+    IN_MAP = 1
+    FIT = 2
+    PARTIAL = 4
+    RESTED = 8
+    LEFT = 16
+    MOVED = 32
+    SLEEPY = 64
+    BLOCKS = 128
+    RELIANT = 256
+    SLEEPLESS = 512
+
+
 LOOK_BITS = 4
 WATCH_PAIRS = 8
 """So many pairs does one run of watch look at."""
@@ -136,7 +183,7 @@ PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION 
 # State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
 _END_CGROUP = "72x Q 24x"
 PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
-MEASURE_SERVER, MEASURE_TCP = 1, 2
+MEASURE_SERVER, MEASURE_TCP, MEASURE_FACT_SHIFT = 1, 2, 8
 MEASURE_REQUEST = struct.Struct("=2Q")
 """struct measure_request: a name, and which bytes at which end."""
 WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
@@ -194,7 +241,9 @@ class Direction:
 @dataclass(frozen=True)
 class Pair:
     """One entry of the pairs map. Times are CLOCK_MONOTONIC nanoseconds; `announced` is of enum announced, 0
-    if it is not."""
+    if it is not. `policy` is the number of the policy that it was decided by, 0 if it was not. Of one that is
+    plain, there is no attempt before `retry_ns` (0: none to wait for), `attempts` visits found no quiet
+    moment, and `refusals` and `drains` (of late) make pauses longer. `mode` is of MODES."""
 
     id: tuple[int, int]
     state: int
@@ -206,6 +255,12 @@ class Pair:
     announced: int
     client_sends: Direction
     server_sends: Direction
+    policy: int = 0
+    mode: int = 0
+    retry_ns: int = 0
+    attempts: int = 0
+    drains: int = 0
+    refusals: int = 0
 
     @property
     def name(self) -> int:
@@ -268,6 +323,12 @@ def read_pair(value: bytes) -> Pair:
         announced=rest[7],
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
+        policy=rest[4],
+        mode=rest[5],
+        retry_ns=rest[2] if fields[2] == STATE_PAIRED else 0,
+        attempts=rest[9],
+        drains=rest[10],
+        refusals=rest[11],
     )
 
 
@@ -287,6 +348,30 @@ class OlderSocket:
 def name_connection(client_seq: int, server_seq: int) -> int:
     """Both numbers of a name in one, as they are in memory."""
     return int(struct.unpack("=Q", struct.pack("=2I", client_seq, server_seq))[0])
+
+
+def pack_endpoint(address: str, port: int) -> bytes:
+    """An address and a port, as read_ends() has them. Raises ValueError."""
+    parsed = ipaddress.ip_address(address)
+    packed = parsed.packed if parsed.version == 6 else b"\0" * 10 + b"\xff\xff" + parsed.packed
+    return struct.pack("=4I", *struct.unpack(">4I", packed)) + struct.pack("=I", port)
+
+
+def read_ends(value: bytes) -> tuple[bytes, bytes]:
+    """Of a pair its client and its server, each as pack_endpoint() of its own side and then of its peer's.
+    That of a client that was not observed yet has no ports."""
+    client, server = (_pick_end(value, offset) for offset in (16, 16 + _END_SIZE))
+    return client, server
+
+
+def read_seed_end(value: bytes) -> bytes:
+    """The same of a seed's server."""
+    return _pick_end(value, 0)
+
+
+def _pick_end(value: bytes, offset: int) -> bytes:
+    local, remote = value[offset : offset + 16], value[offset + 16 : offset + 32]
+    return local + value[offset + 48 : offset + 52] + remote + value[offset + 52 : offset + 56]
 
 
 def has_pair(seed: bytes) -> bool:

@@ -120,6 +120,7 @@ MAPS = (
     "ends",
     "seeds",
     "pairs",
+    "tenants",
     "rendezvous",
     "hints",
     "splicers",
