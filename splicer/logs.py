@@ -68,6 +68,15 @@ def _make_printable(_logger: object, _method: str, event: MutableMapping[str, An
     return event
 
 
+def _keep_to_one_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """On a console, what a value holds must not look like a line of ours. Not every version of structlog
+    escapes line breaks (22.3, Debian 12's, does not); JSON has them escaped anyway."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = value.replace("\n", "\\n")
+    return event
+
+
 def configure(
     log_format: LogFormat = "auto",
     *,
@@ -88,6 +97,7 @@ def configure(
     processors: list[structlog.typing.Processor] = [structlog.processors.add_log_level, _make_printable]
     if console:
         processors += [
+            _keep_to_one_line,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
             structlog.dev.ConsoleRenderer(colors=colour, exception_formatter=structlog.dev.plain_traceback),
         ]

@@ -104,3 +104,10 @@ def test_event_names_are_fixed_and_snake_case() -> None:
         )
     ]
     assert not wrong, "log events must be constant snake_case names: " + ", ".join(wrong)
+
+
+def test_a_value_is_no_line_of_its_own_on_a_console() -> None:
+    """Labels may hold line breaks, and not every structlog escapes them."""
+    stream = io.StringIO()
+    configure("console", stream=stream).warning("bad_label", value="\n2026-01-01 [info] forged\n")
+    assert len(stream.getvalue().splitlines()) == 1
