@@ -60,7 +60,7 @@ class Machine:
 
     def install(self, *packages: str) -> None:
         """apt-get install, without what is only recommended. A path is one inside of the system. Raises
-        CalledProcessError."""
+        AssertionError with what apt said."""
         self._apt("install", *packages)
 
     def remove(self, *packages: str) -> None:
