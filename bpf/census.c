@@ -42,7 +42,7 @@ list_older(void *seq, void *sk, void *tp, struct settings *s)
 		.received = first_received(tp),
 	};
 	struct pair_id id = server_id(found.sent, found.received);
-	struct seed *seed = seeds.lookup(&id);
+	struct seed *seed = find_seed(id);
 
 	if (!is_below((u64)tp, s->cgroup))
 		found.flags |= OLDER_OUTSIDE;
@@ -73,13 +73,12 @@ join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 	if (add_mark(sk, tp, SERVER_MARK))
 		return OLDER_UNMARKED;
 	seed.key.netns = read_netns(tp);
-	seed.cookie = o->cookie[SERVER];
 	seed.client_sk = o->sk[CLIENT];
 	seed.client_cookie = cookie;
 	seed.born_ns = bpf_ktime_get_ns();
 	seed.tenant = get_tenant((void *)seed.client_sk);
 	/* Who was planted already is as good. */
-	return plant_seed(id, &seed, tp) && !seeds.lookup(id) ? OLDER_FULL : OLDER_JOINED;
+	return plant_seed(id, &seed, tp) && !find_seed(*id) ? OLDER_FULL : OLDER_JOINED;
 }
 
 static __always_inline void join_older(void *seq, void *sk, void *tp)

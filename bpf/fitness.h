@@ -19,6 +19,16 @@ static __always_inline int is_multipath(u64 sk)
 	return bits;
 }
 
+/* The same of a socket at hand. */
+static __always_inline int is_multipath_here(void *tp)
+{
+#ifdef OFF_tcp_sock_is_mptcp
+	return (FIELD(tp, u8, tcp_sock_is_mptcp) & MASK_tcp_sock_is_mptcp) != 0;
+#else
+	return 0;
+#endif
+}
+
 /* What a socket is from its birth. */
 static __always_inline u32 find_misfit_birth(u64 sk)
 {

@@ -8,6 +8,7 @@
  */
 
 #define RENDEZVOUS_SLOTS	2048	/* a power of two; more would not stay in the cache */
+#define YOUNG_PLACES		256	/* a power of two; the same */
 #define NR_TENANTS		256	/* as many as an u8 tells apart */
 #define MUTED_SLOTS	16384	/* a power of two */
 #define MAX_HINTS		16384
@@ -35,6 +36,13 @@ BPF_SK_STORAGE(ends, struct end_key);
 BPF_TABLE("hash", struct pair_id, struct seed, seeds, MAX_PAIRS);
 BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
 
+/*
+ * The seeds of young connections, until they grow: a hash of that size is in no cache,
+ * and most connections end soon. Each has one place, by its name. If that is taken, and
+ * it may be for long, the seed is in the table above from the beginning.
+ */
+BPF_TABLE("array", int, struct seed, young, YOUNG_PLACES);
+
 /* How many seeds each tenant has, and last all of them: see has_room(). */
 BPF_TABLE("array", int, u32, tenants, NR_TENANTS + 1);
 
@@ -45,6 +53,8 @@ BPF_TABLE("array", int, u32, tenants, NR_TENANTS + 1);
  * plain. An LRU map would cost each connection more than all the rest.
  */
 BPF_TABLE("array", int, struct rendezvous, rendezvous, RENDEZVOUS_SLOTS);
+/* Their keys, where they are in the SOCKHASH already; used by eager policies only. */
+BPF_TABLE("array", int, struct end_key, waiting, RENDEZVOUS_SLOTS);
 
 /* Clients that a listener on this host answers; used by eager policies only. */
 BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);

@@ -162,7 +162,9 @@ static __always_inline void note_reader(struct end *e, u32 tgid)
 
 /*
  * The server's first read of interest makes a pair of a seed. The client has
- * nothing to look for: without reads at both ends there is no splicing.
+ * nothing to look for: without reads at both ends there is no splicing. The seed
+ * moves into the table, in which no name is twice: whose seed is there, his is the
+ * pair.
  */
 static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int *side)
 {
@@ -173,10 +175,17 @@ static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int 
 		return 0;
 	*id = server_id(first_sent(tp), first_received(tp));
 	*side = SERVER;
+	seed = find_young(*id);
+	if (seed && seed->sk == (u64)tp) {
+		int full = seeds.insert(id, seed);
+		if (full)
+			return 0;
+		clear_place(seed);
+	}
 	seed = seeds.lookup(id);
 	if (!seed || seed->grown || seed->sk != (u64)tp)
 		return 0;
-	p = make_pair(id, seed);
+	p = make_pair(id, seed, tp);
 	if (!p)
 		return 0;
 	seed->grown = 1;
@@ -235,7 +244,7 @@ static __always_inline u32 look_at_stranger(void *tp)
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
 
-	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & CLIENT_MARK) || !seeds.lookup(&id))
+	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & CLIENT_MARK) || !find_seed(id))
 		return MUTE_LONG;
 	return FIELD(tp, u32, tcp_sock_data_segs_in) < GROWN_SEGMENTS ? 0 : MUTE_SHORT;
 }
@@ -392,15 +401,18 @@ int observe(u64 *ctx)
 	u32 jiffies;
 
 	/* Who has a mark was given a cookie with it. */
-	if (!cookie || is_muted(cookie))
+	if (!cookie)
 		return 0;
 	tp = to_tcp_sock(sk);
 	if (!tp)
 		return 0;
+	/* Before the slot of the muted, which is in no cache for a connection that has just begun. */
+	if (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp))
+		return 0;
+	if (is_muted(cookie))
+		return 0;
 	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & (SERVER_MARK | CLIENT_MARK)))
 		jiffies = MUTE_LONG;
-	else if (FIELD(tp, u32, tcp_sock_data_segs_in) < WARM_SEGMENTS && !own_psock(tp))
-		return 0;
 	else
 		jiffies = look(tp);
 	if (jiffies)

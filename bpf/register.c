@@ -113,12 +113,21 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	struct settings *s = get_settings();
 	struct end_key key = {};
 	struct rendezvous *r;
-	int in_map = 0;
+	int in_map = 0, slot = slot_of(id);
+	u64 cookie;
+	u32 tenant;
 
 	if (!s || !s->registering || FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
 		return;
 	if (s->has_eager && s->splicing && !s->stopping)
 		in_map = splice_client_eagerly(skops, tp, s, id, &key);
+	/*
+	 * First what waits for all that was read and written before: a cookie takes an
+	 * atomic operation. The slot comes from afar, and nothing below has to wait for it.
+	 */
+	cookie = socket_cookie(skops);
+	tenant = get_tenant(tp);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | CLIENT_MARK);
 	/* Another CPU may write the same slot: what is used of it is checked later. */
 	r = get_slot(id);
 	if (!r)
@@ -132,16 +141,16 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	}
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
 	if (in_map) {
-		r->key = key;
+		waiting.update(&slot, &key);
 		count(COUNT_ORPHANS, 1);	/* until its server comes */
 	}
 	r->sk = (u64)tp;
-	r->cookie = socket_cookie(skops);
+	r->cookie = cookie;
 	r->in_map = in_map ? WAITING_IN : WAITING_OUT;
-	r->tenant = get_tenant(tp);
+	r->is_multipath = is_multipath_here(tp);
+	r->tenant = tenant;
 	r->id.server_seq = id.server_seq;
 	WRITE_ONCE(r->id.client_seq, id.client_seq);
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | CLIENT_MARK);
 }
 
 /*
@@ -154,7 +163,7 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	       struct seed *seed, struct rendezvous *client, struct end_key *client_key,
 	       struct settings *s)
 {
-	struct pair *p = make_pair(id, seed);
+	struct pair *p = make_pair(id, seed, tp);
 	int is_in;
 
 	if (!p) {
@@ -188,9 +197,11 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
 	struct rendezvous *client;
-	struct end_key client_key = {};
+	struct end_key client_key = {}, *key;
 	struct seed seed = {};
+	int slot = slot_of(id);
 	u32 in_map;
+	u8 is_multipath;
 
 	if (!s || !s->registering)
 		return;
@@ -200,9 +211,13 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	seed.client_sk = client->sk;
 	seed.client_cookie = client->cookie;
 	seed.tenant = client->tenant;
+	is_multipath = client->is_multipath;
 	in_map = READ_ONCE(client->in_map);
-	if (in_map)
-		client_key = client->key;
+	if (in_map) {
+		key = waiting.lookup(&slot);
+		if (key)
+			client_key = *key;
+	}
 	asm volatile("" ::: "memory");
 	if (!is_same(client->id, id))
 		return;		/* overwritten meanwhile */
@@ -211,10 +226,10 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		in_map = in_map == WAITING_IN && psock_of(seed.client_sk);
 	}
 	seed.key.netns = netns_cookie(skops);
-	seed.cookie = socket_cookie(skops);
+	socket_cookie(skops);	/* it has one from here on */
 	seed.born_ns = coarse_ns();
 	seed.grown = in_map;
-	if (is_multipath((u64)tp) || is_multipath(seed.client_sk))
+	if (is_multipath || is_multipath_here(tp))
 		seed.reason = REASON_MPTCP;
 	client_key.id = id;
 	if (plant_seed(&id, &seed, tp)) {
@@ -262,11 +277,18 @@ static __always_inline void add_to_traffic(struct pair *p)
 static __always_inline void forget_server(void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
-	struct seed *seed;
+	struct seed *seed = find_young(id);
 	struct pair *p;
 	int orphaned;
 	u32 tenant;
 
+	if (seed && seed->sk == (u64)tp) {
+		count(COUNT_CLOSED, 1);
+		tenant = seed->tenant;
+		clear_place(seed);
+		count_tenant(tenant, -1);
+		return;
+	}
 	seed = seeds.lookup(&id);
 	if (!seed || seed->sk != (u64)tp)
 		return;

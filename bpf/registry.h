@@ -90,9 +90,14 @@ static __always_inline struct end *other_end(struct pair *p, int side)
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
 }
 
+static __always_inline int slot_of(struct pair_id id)
+{
+	return (id.client_seq ^ id.server_seq) & (RENDEZVOUS_SLOTS - 1);
+}
+
 static __always_inline struct rendezvous *get_slot(struct pair_id id)
 {
-	int slot = (id.client_seq ^ id.server_seq) & (RENDEZVOUS_SLOTS - 1);
+	int slot = slot_of(id);
 
 	return rendezvous.lookup(&slot);
 }
@@ -139,19 +144,69 @@ static __always_inline void count_tenant(u32 tenant, int n)
 		__sync_fetch_and_add(used, n);
 }
 
+static __always_inline struct seed *get_place(struct pair_id id)
+{
+	int place = (id.client_seq ^ id.server_seq) & (YOUNG_PLACES - 1);
+
+	return young.lookup(&place);
+}
+
+/*
+ * The seed of a young connection. Only with the lock of its server's socket does it not
+ * change; and whoever forges a name may have one, too.
+ */
+static __always_inline struct seed *find_young(struct pair_id id)
+{
+	struct seed *place = get_place(id);
+
+	return place && place->sk && is_same(place->key.id, id) ? place : 0;
+}
+
+/* A seed with this name, wherever it is. */
+static __always_inline struct seed *find_seed(struct pair_id id)
+{
+	struct seed *seed = find_young(id);
+
+	return seed ? seed : seeds.lookup(&id);
+}
+
+/* Its place is free from here on. A full barrier: nothing of it is read later. */
+static __always_inline void clear_place(struct seed *place)
+{
+	__sync_lock_test_and_set(&place->sk, 0);
+}
+
+/* Returns -1 if its name is taken, 1 if its place is. */
+static __always_inline int place_seed(struct seed *seed)
+{
+	struct seed *place = get_place(seed->key.id);
+
+	if (!place)
+		return 1;
+	if (__sync_val_compare_and_swap(&place->sk, 0ULL, seed->sk))
+		return is_same(place->key.id, seed->key.id) ? -1 : 1;
+	*place = *seed;
+	return 0;
+}
+
 /*
  * The connection whose server is tp is known from here on. What only the server's
- * socket says goes into the seed here; its namespace, the cookies, the client, the
- * tenant and the time are there. Returns 0 if it was planted: there was room, and
- * nobody had the name.
+ * socket says goes into the seed here; its namespace, the client, the tenant and the
+ * time are there. Returns 0 if it was planted: there was room, and nobody had the name.
+ * Whoever forges the name of a connection that has grown gets a place among the young,
+ * and no further: see grow_seed().
  */
 static __always_inline int plant_seed(struct pair_id *id, struct seed *seed, void *tp)
 {
+	int full;
+
 	read_tuple(&seed->key, tp);
 	seed->key.id = *id;
 	seed->sk = (u64)tp;
-	int full = !has_room(seed->tenant);
-	if (!full)
+	if (!has_room(seed->tenant))
+		return 1;
+	full = seed->grown ? 1 : place_seed(seed);
+	if (full > 0)
 		full = seeds.insert(id, seed);
 	if (full)
 		return full;
@@ -160,8 +215,8 @@ static __always_inline int plant_seed(struct pair_id *id, struct seed *seed, voi
 	return 0;
 }
 
-/* A pair with everything but its state, which makes it visible. */
-static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed)
+/* A pair with everything but its state, which makes it visible. tp is the server's socket. */
+static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *seed, void *tp)
 {
 	struct pair *p;
 	int zero = 0;
@@ -179,7 +234,7 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p->end[CLIENT].cookie = seed->client_cookie;
 	p->end[SERVER].key = seed->key;
 	p->end[SERVER].sk = seed->sk;
-	p->end[SERVER].cookie = seed->cookie;
+	p->end[SERVER].cookie = FIELD(tp, u64, sock_skc_cookie);
 	p->born_ns = seed->born_ns;
 	p->changed_ns = seed->born_ns;
 	p->end[CLIENT].cgroup = cgroup_id(cgroup_of(seed->client_sk));

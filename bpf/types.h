@@ -214,8 +214,7 @@ _Static_assert(sizeof(struct direction) == 64, "a direction is a cache line");
  */
 struct seed {
 	struct end_key key;	/* the server's */
-	u64 sk;
-	u64 cookie;
+	u64 sk;			/* 0 where a place is free */
 	u64 client_sk;
 	u64 client_cookie;
 	u64 born_ns;
@@ -237,23 +236,18 @@ enum waiting {
 	WAITING_TAKEN,		/* was in, for so long that adopt took it for an orphan */
 };
 
-/*
- * Left by a client at ACTIVE_ESTABLISHED for its server to find. One cache line
- * is touched, and the key only where it is in the SOCKHASH already.
- */
+/* Left by a client at ACTIVE_ESTABLISHED for its server to find. */
 struct rendezvous {
 	struct pair_id id;	/* written last */
 	u64 sk;
 	u64 cookie;
-	u32 in_map;		/* eager: enum waiting */
-	u32 tenant;
+	u8 in_map;		/* eager: enum waiting */
+	u8 is_multipath;
+	u16 tenant;
 	u32 barrier;		/* of no meaning */
-	u32 pad[7];
-	struct end_key key;	/* eager */
-	u64 pad2;
 };
 
-_Static_assert(sizeof(struct rendezvous) == 128, "slots share cache lines");
+_Static_assert(sizeof(struct rendezvous) == 32, "there are as few cache lines and pages as can be");
 
 struct muted {
 	u64 cookie;		/* of the socket */

@@ -3,7 +3,8 @@
 
 wrk's legs of seconds cannot show a few percent on a machine that drifts. Here three processes on one CPU take
 turns of a few milliseconds, in an order that is drawn anew each time: one in the watched cgroup, and two
-outside of it, whose ratio is the noise.
+outside of it, whose ratio is the noise. Where a process happens to lie in memory makes a difference of a
+percent, so there are new ones now and then.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from testbed import Testbed, TestbedError
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, BATCH = 300, 60  # rounds for each of the alternations; connections in a turn
-WARM_UP = 300  # connections
+ROUNDS_OF_ONE = 100  # then there are new processes
+WARM_UP = 200  # connections
 # What the daemon is started with, and how it is called in the table.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (("as it is", ()), ("--default off", ("--default", "off")))
 HEAD = f"{'':<16}{'plain us':>9}{'watched us':>12}   ratio (quartiles)     plain/plain"
@@ -39,8 +41,9 @@ class Splicer(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Medians of the time for a connection, in microseconds; quartiles of the ratio of plain time to time in
-    the watched cgroup in each round (more is better), and of plain time to plain time."""
+    """Medians of the time for a connection, in microseconds. Quartiles, of all rounds, of the ratio of plain
+    time (the mean of both) to time in the watched cgroup, where more is better; and of plain time to plain
+    time."""
 
     name: str
     rounds: int
@@ -98,27 +101,33 @@ class _Worker:
 
 def measure(splicer: Splicer, bed: Testbed, name: str, options: Sequence[str], rounds: int) -> Row:
     """One row, with a daemon started with these options."""
+    times: list[list[int]] = [[], [], []]
     with splicer.running(options):
-        workers = [_Worker(bed, watched=place == 0) for place in range(3)]
-        try:
-            for worker in workers:
-                worker.take(WARM_UP)
-            times: list[list[int]] = [[], [], []]
-            for _ in range(rounds):
-                for place in random.sample(range(3), 3):
-                    times[place].append(workers[place].take(BATCH))
-        finally:
-            for worker in workers:
-                worker.stop()
+        for _ in range(0, rounds, ROUNDS_OF_ONE):
+            _take_turns(bed, times)
     watched, plain, other = times
     return Row(
         name,
-        rounds,
+        len(watched),
         statistics.median(plain) / BATCH / 1e3,
         statistics.median(watched) / BATCH / 1e3,
-        _quartiles([one / two for one, two in zip(plain, watched, strict=True)]),
+        _quartiles([(a + b) / 2 / c for a, b, c in zip(plain, other, watched, strict=True)]),
         _quartiles([one / two for one, two in zip(plain, other, strict=True)]),
     )
+
+
+def _take_turns(bed: Testbed, times: list[list[int]]) -> None:
+    """Add what each of three new processes takes for its turns; the first one is watched."""
+    workers = [_Worker(bed, watched=place == 0) for place in range(3)]
+    try:
+        for worker in workers:
+            worker.take(WARM_UP)
+        for _ in range(ROUNDS_OF_ONE):
+            for place in random.sample(range(3), 3):
+                times[place].append(workers[place].take(BATCH))
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def report(rows: Sequence[Row], as_json: bool) -> str:

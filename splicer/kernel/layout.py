@@ -143,7 +143,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
-SEED = struct.Struct("=" + _END_KEY + " 5Q 2H I")
+SEED = struct.Struct("=" + _END_KEY + " 4Q 2H I")
 SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
@@ -284,14 +284,24 @@ class OlderSocket:
     flags: OlderFlag
 
 
+# Of the fields of a seed.
+_SEED_SOCKET, _SEED_BORN = 13, 16
+
+
 def name_connection(client_seq: int, server_seq: int) -> int:
     """Both numbers of a name in one, as they are in memory."""
     return int(struct.unpack("=Q", struct.pack("=2I", client_seq, server_seq))[0])
 
 
 def has_pair(seed: bytes) -> bool:
-    """Does a connection of the seeds map have an entry in the pairs map too?"""
+    """Does a connection with a seed have an entry in the pairs map too?"""
     return bool(SEED.unpack(seed)[-3])
+
+
+def read_place(seed: bytes) -> bytes | None:
+    """The name of the young connection that has this place; None if it is free."""
+    fields = SEED.unpack(seed)
+    return struct.pack("=2I", *fields[9:11]) if fields[_SEED_SOCKET] else None
 
 
 def read_seed(value: bytes) -> Pair | None:
@@ -309,8 +319,8 @@ def read_seed(value: bytes) -> Pair | None:
         reason=reason or REASON_COLD,
         client=End(server.remote, server.local, 0, 0, 0, 0, 0),
         server=server,
-        born_ns=fields[17],
-        changed_ns=fields[17],
+        born_ns=fields[_SEED_BORN],
+        changed_ns=fields[_SEED_BORN],
         announced=0,
         client_sends=none,
         server_sends=none,

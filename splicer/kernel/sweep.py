@@ -32,6 +32,7 @@ from splicer.kernel.layout import (
     has_pair,
     read_names,
     read_pair,
+    read_place,
     read_places,
     read_readers,
     read_seed,
@@ -289,15 +290,21 @@ class Sweeper:
     def list_pairs(self) -> list[Pair]:
         return [read_pair(value) for _, value in self._maps["pairs"].items()]
 
+    def _list_seeds(self) -> Iterable[bytes]:
+        """Young ones first: one that grows meanwhile is met again, and counts once."""
+        found = {name: seed for _, seed in self._maps["young"].items() if (name := read_place(seed))}
+        found.update(self._maps["seeds"].items())
+        return found.values()
+
     def list_pairs_and_seeds(self) -> list[Pair]:
         """All that is known, the young ones included."""
-        seeds = [read_seed(value) for _, value in self._maps["seeds"].items()]
+        seeds = [read_seed(value) for value in self._list_seeds()]
         return [pair for pair in seeds if pair] + self.list_pairs()
 
     def list_summaries(self) -> list[PairSummary]:
         """All that is known, with no more than what can be counted."""
         young = PairSummary(STATE_PAIRED, (0, 0), 0, 0)
-        seeds = (value for _, value in self._maps["seeds"].items())
+        seeds = self._list_seeds()
         pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
         return [young for seed in seeds if not has_pair(seed)] + pairs
 

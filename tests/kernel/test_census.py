@@ -9,7 +9,7 @@ from typing import Any
 
 from support.daemon import call, wait_until
 from support.host import ALLOW, EAGER, OFF, Host
-from support.hostile import Hostile, read_map, read_name
+from support.hostile import Hostile, read_map, read_name, read_seeds
 from support.lab import MIXES, PLACES, Lab
 from support.load import Load
 from support.players import Pair
@@ -39,8 +39,9 @@ def _check_forgotten(host: Host, pairs: list[Pair]) -> None:
     """Closing them leaves nothing of them in the maps."""
     for pair in pairs:
         pair.close()
-    for name in ("pairs", "seeds", "older"):
+    for name in ("pairs", "older"):
         wait_until(f"nothing is left in {name}", lambda name=name: not read_map(host, name))
+    wait_until("no seed is left", lambda: not read_seeds(host))
     wait_until("no end is in the SOCKHASH", lambda: host.count_spliced() == 0)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.bpf import counting_runs, read_counter, read_runs
+from support.daemon import wait_until
 from support.host import OFF, Host
+from support.hostile import read_map, read_seeds
 from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import Pair
@@ -143,3 +145,22 @@ def test_client_that_reads_before_its_server_is_known_with_its_pair(host: Host, 
     pair.pingpong(5)
     assert host.flow(pair)["reason"] in ("cold", "pending")
     pair.verify()
+
+
+def test_short_connection_is_in_no_table(host: Host, lab: Lab) -> None:
+    """A young connection has a place that stays in the cache. Only one that is used again is in the table.
+    Nothing of either is left in the end."""
+    wait_until("earlier connections are gone", lambda: not host.daemon.flows())
+    pair = host.pair(lab)
+    pair.pingpong(1)
+    assert [flow["reason"] for flow in host.daemon.flows()] == ["cold"]
+    assert len(read_seeds(host)) == 1
+    assert not read_map(host, "seeds")
+    pair.pingpong(3)
+    assert len(read_map(host, "seeds")) == len(read_map(host, "pairs")) == len(read_seeds(host)) == 1
+    pair.verify()
+    other = host.connect(pair.client.peer, pair.server.peer, lab.address("b"))
+    assert len(read_seeds(host)) == 2
+    for each in (pair, other):
+        each.close()
+    wait_until("nothing is left", lambda: not read_seeds(host) and not read_map(host, "pairs"))

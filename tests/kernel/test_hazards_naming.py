@@ -4,16 +4,19 @@ HAZARDS.md that is named."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support.daemon import wait_until
 from support.host import EAGER, Host
-from support.hostile import Hostile, Name, dial
+from support.hostile import Hostile, Name, dial, make_seed, occupied, read_map, read_name, read_seeds
 from support.lab import Lab
 from support.meddler import callbacks_forgotten
 from support.players import HABITS, Pair, Peer
+
+from splicer.kernel import libbpf
 
 ROUNDS, SIZE = 30, 10
 
@@ -203,3 +206,55 @@ def test_program_that_takes_the_callbacks(lab: Lab) -> None:
         assert host.daemon.totals()["refused"]["map_full"] == CONNECTIONS - SHARE + 1
         assert host.daemon.totals()["spliced"] == spliced
         assert host.count_spliced() == 0
+
+
+# row 104
+
+
+@pytest.mark.parametrize("whose", ["another", "the-same"])
+def test_place_of_a_young_connection_is_taken(host: Host, lab: Lab, whose: str) -> None:
+    """The place among the young has somebody else already. A newcomer is known and spliced like any
+    other, and the first one stays; but one with the very name of the first is refused."""
+    pair, name = dial(host, lab, host.peer(lab, "a"), host.peer(lab, "b"))
+    holder = name if whose == "the-same" else Name(name.client_seq ^ 2048, name.server_seq)
+    refused = host.daemon.totals()["refused"].get("map_full", 0)
+    with occupied(host, name, holder):
+        pair.client.send(SIZE)
+        host.accept(pair)
+        pair.server.recv(SIZE)
+        if whose == "another":
+            assert read_name(host, pair) == name
+            host.make_hot(pair)
+        else:
+            pair.pingpong(60)
+            assert not read_map(host, "pairs")
+            assert not read_map(host, "seeds")
+        pair.verify()
+        pair.close()
+        wait_until("its records are gone", lambda: not read_map(host, "pairs") and len(read_seeds(host)) == 1)
+    assert host.daemon.totals()["refused"].get("map_full", 0) - refused == (whose == "the-same")
+
+
+# row 105
+
+
+def test_seed_with_a_name_that_is_taken_does_not_grow(host: Host, lab: Lab) -> None:
+    """The name of a young connection is in the table, which is somebody else's then. It gets no pair, takes
+    nothing of the other one's away, and works."""
+    pair = host.pair(lab)
+    pair.pingpong(1)
+    name = read_name(host, pair)
+    assert not read_map(host, "seeds"), "it has grown"
+    key = struct.pack("=2I", name.client_seq, name.server_seq)
+    seeds = libbpf.Map.open(str(host.pin_dir / "maps" / "seeds"))
+    try:
+        seeds.set(key, make_seed(name))
+        pair.pingpong(60)
+        pair.verify()
+        assert not read_map(host, "pairs")
+        pair.close()
+        wait_until("its place is free", lambda: len(read_seeds(host)) == 1)
+        assert seeds.get(key) == make_seed(name)
+    finally:
+        seeds.delete(key)
+        seeds.close()

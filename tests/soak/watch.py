@@ -16,6 +16,9 @@ from typing import Any
 from support.daemon import ControlError
 from support.host import Host
 
+from splicer.kernel import libbpf
+from splicer.kernel.layout import read_place
+
 FLOWS_EVERY = 2.0  # seconds
 SUMMED = (
     *("paired", "spliced", "drained", "rescued"),
@@ -152,11 +155,28 @@ class Watch:
 
     def count_entries(self) -> dict[str, int]:
         """Entries of the maps that hold connections."""
-        return {name: count_keys(self._host.pin_dir, name) for name in MAPS}
+        found = {name: count_keys(self._host.pin_dir, name) for name in MAPS}
+        return {**found, "young": count_young(self._host.pin_dir)}
+
+
+def _find_pins(pin_dir: Path, name: str) -> list[Path]:
+    return [pin for pin in pin_dir.rglob(name) if not pin.is_dir()]
+
+
+def count_young(pin_dir: Path) -> int:
+    """Places of young connections that are not free."""
+    pins = _find_pins(pin_dir, "young")
+    if len(pins) != 1:
+        return -1
+    places = libbpf.Map.open(str(pins[0]))
+    try:
+        return sum(read_place(seed) is not None for _, seed in places.items())
+    finally:
+        places.close()
 
 
 def count_keys(pin_dir: Path, name: str) -> int:
-    pins = [pin for pin in pin_dir.rglob(name) if not pin.is_dir()]
+    pins = _find_pins(pin_dir, name)
     if len(pins) != 1:
         return -1
     done = subprocess.run(

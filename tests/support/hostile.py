@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,11 @@ class Name:
         """Its place among those who wait for their server; bpf/maps.h has the number of places."""
         return (self.client_seq ^ self.server_seq) & 2047
 
+    @property
+    def place(self) -> int:
+        """Its place among the young; their number is there, too."""
+        return (self.client_seq ^ self.server_seq) & 255
+
 
 def read_map(host: Host, name: str) -> dict[bytes, bytes]:
     """All entries of a pinned map."""
@@ -57,9 +64,38 @@ def read_map(host: Host, name: str) -> dict[bytes, bytes]:
         pinned.close()
 
 
+def read_seeds(host: Host) -> dict[bytes, bytes]:
+    """All seeds by name, the young ones included."""
+    places = read_map(host, "young").values()
+    young = {name: seed for seed in places if (name := layout.read_place(seed))}
+    return young | read_map(host, "seeds")
+
+
+def make_seed(name: Name, socket: int = 1) -> bytes:
+    """Of a connection with this name, whose server's socket is at this address."""
+    fields = [0] * len(layout.SEED.unpack(bytes(layout.SEED.size)))
+    fields[9:11] = name.client_seq, name.server_seq
+    fields[13] = socket
+    return layout.SEED.pack(*fields)
+
+
+@contextmanager
+def occupied(host: Host, name: Name, holder: Name) -> Iterator[None]:
+    """The holder, a young connection, has the place of this name."""
+    places = libbpf.Map.open(str(host.pin_dir / "maps" / "young"))
+    key = struct.pack("=I", name.place)
+    try:
+        places.set(key, make_seed(holder))
+        yield
+        assert places.get(key) == make_seed(holder), "somebody took it"
+    finally:
+        places.set(key, bytes(layout.SEED.size))
+        places.close()
+
+
 def read_name(host: Host, pair: Pair) -> Name:
     """The name of a connection, from the record of its server's end."""
-    for value in read_map(host, "seeds").values():
+    for value in read_seeds(host).values():
         fields = layout.SEED.unpack(value)
         local = layout.format_endpoint(fields[0:4], fields[11])
         remote = layout.format_endpoint(fields[4:8], fields[12])

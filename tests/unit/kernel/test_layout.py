@@ -151,6 +151,26 @@ def test_of_many_pairs_those_to_look_at_are_read_quickly() -> None:
     assert layout.read_readers(values) == [(10 * n, 10 * n + 1) for n in range(5)]
 
 
+SEED = struct.pack(
+    "=4I 4I Q 2I I I 4Q 2H I", *[0, 0, 0xFFFF, 1] * 2, 7, 11, 12, 80, 5000, 1, 2, 3, 4, 0, 0, 5
+)
+
+
+def test_a_place_is_free_without_a_socket() -> None:
+    socket = struct.calcsize("=4I 4I Q 2I I I")
+    assert layout.read_place(SEED) == struct.pack("=2I", 11, 12)
+    assert layout.read_place(SEED[:socket] + bytes(8) + SEED[socket + 8 :]) is None
+
+
+def test_a_seed_is_read_field_by_field() -> None:
+    pair = layout.read_seed(SEED)
+    assert pair is not None
+    assert pair.id == (11, 12)
+    assert (pair.server.local, pair.server.remote) == ("0.0.0.1:80", "0.0.0.1:5000")
+    assert (pair.born_ns, pair.changed_ns) == (4, 4)
+    assert not layout.has_pair(SEED)
+
+
 def test_looks_are_those_of_the_programs() -> None:
     assert [f"LOOK_{look.name}" for look in layout.Look] == read_enum("look")
     assert [look.value for look in layout.Look] == [1 << bit for bit in range(layout.LOOK_BITS)]
