@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test setup-e2e setup-apps setup-stack setup-vm run image deb test test-all lint unit kernel conformance e2e test-apps test-vm soak bench bench-stack pictures clean
+.PHONY: help setup setup-test setup-e2e setup-apps setup-stack setup-vm run image deb test test-all lint unit kernel conformance e2e test-apps test-vm soak bench bench-stack bench-example pictures clean
 
 BIN := .venv/bin
 # Passed through to the command of the target: make run ARGS="--mode eager"
@@ -72,11 +72,14 @@ test-vm: setup-vm ## other kernels: Debian's, under QEMU (root); KERNEL=6.1 for 
 soak: setup-test ## connections that check themselves while things go wrong (root); ARGS="--minutes 30"
 	@exec tests/soak/run $(ARGS)
 
-bench: setup-test ## plain against spliced TCP, in network namespaces (root); ARGS="--help"
-	@exec examples/netns-benchmark/run $(ARGS)
+bench: setup-test ## `splicer bench $(ARGS)`: plain against spliced TCP, in network namespaces (root); ARGS="--help"
+	@exec $(BIN)/splicer bench $(ARGS)
 
 bench-stack: setup-stack ## which part of a stack's bytes is redirected, and why not the rest (root); ARGS="-n 3"
-	@exec examples/netns-benchmark/run --stack $(ARGS)
+	@exec $(BIN)/splicer bench stack $(ARGS)
+
+bench-example: setup-test ## docs/bench-url.html and .png, measured anew (root): a service before and after
+	@exec $(BIN)/python docs/measure.py
 
 pictures: ## the pictures and the table in docs/, drawn anew from docs/figures.json
 	@python3 docs/draw.py

@@ -271,7 +271,8 @@ class Status:
     neither ("unavailable"), and in which namespaces (cookies). `leases` says whether busy spliced connections
     get a packet each way through TCP once in so many seconds ("kept"), or not ("off", or "forbidden" without
     CAP_NET_RAW); see class LeaseKeeper. `neighbours` are others that use BPF at the same hooks; see class
-    Neighbourhood. It is empty unless they were asked for.
+    Neighbourhood. It is empty unless they were asked for. `hold` says what a measurement keeps plain, and for
+    how long; see class Holds.
     """
 
     pid: int
@@ -295,6 +296,7 @@ class Status:
     leases: dict[str, Any] = field(default_factory=dict)
     neighbours: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
+    hold: dict[str, Any] = field(default_factory=dict)
     traffic: list[Traffic] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
 

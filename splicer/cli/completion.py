@@ -44,6 +44,10 @@ _PATHS = {
     "cache_dir": "directory",
     "config": "file",
     "ready_file": "file",
+    "html": "file",
+    "png": "file",
+    "splicer": "file",
+    "python": "file",
 }
 
 
@@ -112,10 +116,10 @@ def describe(parser: argparse.ArgumentParser) -> list[Command]:
 def _describe_options(parser: argparse.ArgumentParser) -> Iterator[Option]:
     positionals = 0
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
+        if isinstance(action, argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
             continue
         positionals += not action.option_strings
-        words = tuple(str(word) for word in action.choices or _WORDS.get(action.dest, ()))
+        words = tuple(str(word) for word in action.choices or _WORDS.get(action.dest, ()) if word is not None)
         yield Option(
             flags=tuple(action.option_strings),
             takes_value=action.nargs != 0,

@@ -15,7 +15,7 @@ from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
 from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
-from . import completion, doctor, drain, flows, options, policy, run, status, unload, unset, version
+from . import bench, completion, doctor, drain, flows, options, policy, run, status, unload, unset, version
 from . import set as set_
 from .context import Context
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "unset": unset,
     "drain": drain,
     "unload": unload,
+    "bench": bench,
     "doctor": doctor,
     "version": version,
     "completion": completion,
@@ -45,6 +46,7 @@ examples:
   splicer flows                         what is spliced, and why the rest is not
   splicer policy                        which containers are, and who says so
   splicer set demo-web-1 off            leave a container alone for now
+  splicer bench --url http://web:8080/  a service before and after
   splicer run --help                    modes, labels, configuration file
 
 exit codes:

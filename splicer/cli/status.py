@@ -351,6 +351,11 @@ def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
     if not _is_healthy(status):
         trouble = text(status, "trouble") or "see the daemon's log"
         return palette.paint("Running, but not healthy", "red") + f": {printable(trouble)}."
+    if hold := section(status, "hold"):
+        names = texts(hold, "containers")
+        what = ", ".join(map(printable, names)) if names else "everything"
+        left = human_age(seconds(hold, "seconds"))
+        return palette.paint("Running", "green") + f": a measurement keeps {what} plain, for {left} at most."
     if spliced:
         others = [f"{human_count(paired)} local but not spliced"] if paired else []
         others += [f"{human_count(draining)} going back to TCP"] if draining else []

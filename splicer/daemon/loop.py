@@ -324,7 +324,8 @@ class Daemon:
         self._tend_at = time.monotonic() + _TEND_PERIOD_S
         if self._watchdog:
             notify.tell(os.environ, "WATCHDOG=1")
-        if self._reconciler.failure or self._reconciler.have_cgroups_changed():
+        ended = self._reconciler.is_hold_over()
+        if ended or self._reconciler.failure or self._reconciler.have_cgroups_changed():
             self._apply_policy()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held

@@ -88,6 +88,8 @@ class RequestHandlers:
             "set": self.set,
             "unset": self.unset,
             "drain": self.drain,
+            "hold": self.hold,
+            "release": self.release,
         }
 
     def _read_closed(self) -> list[tuple[tuple[int, int], TrafficAmount]]:
@@ -143,6 +145,7 @@ class RequestHandlers:
             # Health checks and scrapers come by often, and do not ask.
             neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
             problems=self._reconciler.list_problems(),
+            hold=self._reconciler.describe_hold(),
             traffic=self._attribution.sum_traffic(self._read_closed(), living),
             usage=asdict(read_own_usage()),
         )
@@ -222,6 +225,22 @@ class RequestHandlers:
     def drain(self, _request: Mapping[str, Any]) -> dict[str, Any]:
         self._mailbox.post(Task.DRAIN_ALL)
         return {"schema": SCHEMA, "draining": True}
+
+    def hold(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain TCP for some seconds, for everything or for `containers`."""
+        seconds, texts = request.get("seconds"), request.get("containers")
+        if not isinstance(seconds, int | float) or not (texts is None or isinstance(texts, list)):
+            raise SplicerError("a hold wants seconds, and containers or none", exit_code=USAGE)
+        texts = None if texts is None else [_read_container({"container": text}) for text in texts]
+        names = self._reconciler.hold(str(request.get("holder") or ""), seconds, texts)
+        self._mailbox.post(Task.LOOK_AT_ALL)
+        return {"schema": SCHEMA, "containers": names, "seconds": seconds}
+
+    def release(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The policy as it is, at once."""
+        released = self._reconciler.release(str(request.get("holder") or ""))
+        self._mailbox.post(Task.LOOK_AT_ALL)
+        return {"schema": SCHEMA, "released": released}
 
 
 def _read_container(request: Mapping[str, Any]) -> str:

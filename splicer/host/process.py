@@ -130,3 +130,12 @@ def read_peak() -> int:
         own = re.search(r"^VmHWM:\s+(\d+) kB$", file.read(), re.M)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return 1024 * max(children, int(own[1]) if own else 0)
+
+
+def read_machine_cpu_seconds() -> float:
+    """CPU time of the whole machine so far: most of a packet's is spent in interrupts, which no process is
+    charged for. What a hypervisor gave to others is not in it."""
+    import psutil
+
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)

@@ -6,6 +6,7 @@ Everything here may be called from any thread: the daemon's own, those that answ
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import ipaddress
 import os
@@ -23,6 +24,7 @@ from splicer.policy import entries, labels, overrides, precedence
 from splicer.policy.config import Rule, Settings
 from splicer.policy.entries import CGROUP, NETNS, Changes, Compiled, Entry, Key
 from splicer.policy.explanation import Explanation, explain
+from splicer.policy.holds import Holds
 
 # Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
 QUEUE_MESSAGES = 1024
@@ -56,6 +58,7 @@ class PolicyReconciler:
         self._log = log
         self._guard = threading.RLock()
         self._overrides = overrides.load(settings.run_dir, log)
+        self._holds = Holds()
         self._complaints: frozenset[tuple[str, ...]] = frozenset()
         self._cgroup_ids: dict[str, int] = {}
         self._failure = ""
@@ -86,7 +89,7 @@ class PolicyReconciler:
             compiled = self._compile()
             actual = self._read_entries()
             wanted = dict(compiled.entries)
-            if self._read_inventory() is None:
+            if self._read_inventory() is None and not self._is_all_held():
                 # Until the containers are known, what an earlier daemon knew of them holds.
                 kept = {key: entry for key, entry in actual.items() if key.kind in (CGROUP, NETNS)}
                 wanted = kept | wanted
@@ -109,14 +112,25 @@ class PolicyReconciler:
 
     def _compile(self) -> Compiled:
         self._cgroup_ids = self._find_cgroups()
+        if self._is_all_held():
+            return entries.compile_policy(dataclasses.replace(self._host(), default="off"), (), (), {}, {})
         return entries.compile_policy(
             self._host(),
             self._settings.policies,
             list(self._containers().values()),
-            self._overrides,
+            self._list_overrides(),
             self._cgroup_ids,
             root=self._v2_root,
         )
+
+    def _is_all_held(self) -> bool:
+        hold = self._holds.current
+        return hold is not None and hold.containers is None
+
+    def _list_overrides(self) -> Mapping[str, str]:
+        """The operator's, and over them what is held plain."""
+        hold = self._holds.current
+        return self._overrides | dict.fromkeys((hold and hold.containers) or (), "off")
 
     def _host(self) -> precedence.Host:
         settings = self._settings
@@ -276,6 +290,34 @@ class PolicyReconciler:
             self.apply()
             return changed, [name for name in names if name not in changed]
 
+    def hold(self, holder: str, seconds: float, texts: list[str] | None) -> list[str] | None:
+        """Keep containers plain for a while, or everything (None), and apply it.
+
+        Returns the names of the containers. Raises SplicerError.
+        """
+        with self._guard:
+            names = None
+            if texts is not None:
+                names = sorted({each.name for text in texts for each in self.find_containers(text)})
+            self._holds.take(holder, seconds, None if names is None else frozenset(names))
+            self.apply()
+            return names
+
+    def release(self, holder: str) -> bool:
+        """End a hold, and apply the policy. False if there is none of that holder."""
+        with self._guard:
+            found = self._holds.release(holder)
+            self.apply()
+            return found
+
+    def is_hold_over(self) -> bool:
+        """Has a hold ended by itself since this was asked last? The policy is to be applied then."""
+        return self._holds.drop_expired()
+
+    def describe_hold(self) -> dict[str, Any]:
+        """For `splicer status`; empty without one."""
+        return self._holds.describe()
+
     def explain(self, text: str | None) -> list[Explanation]:
         """The policy of one container, or of all by name. Raises SplicerError for an unknown one."""
         with self._guard:
@@ -286,7 +328,7 @@ class PolicyReconciler:
                     each,
                     self._host(),
                     self._settings.policies,
-                    self._overrides,
+                    self._list_overrides(),
                     everybody,
                     root=self._v2_root,
                 )

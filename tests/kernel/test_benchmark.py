@@ -5,7 +5,6 @@ HAZARDS.md)."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import Any
 
 import pytest
 from support.bpf import Bpffs, list_objects, list_pinned
-from support.daemon import REPOSITORY, wait_until
+from support.daemon import command_line, environment, wait_until
 from support.pauses import Stopwatch
 from support.tiers import thorough
 
 from splicer.kernel.layout import WATCH_PAIRS
-
-BENCHMARK = REPOSITORY / "examples/netns-benchmark"
 
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
 # of ours. Nine steps of two ends ask every SOCK_OPS program, four more are changes of the server's state.
@@ -41,7 +38,7 @@ ATTEMPTS = 4
 
 IN_TESTBED = """
 import sys
-from testbed import Testbed
+from splicer.bench.testbed import Testbed
 with Testbed():
     print("made", flush=True)
     sys.stdin.read()
@@ -49,9 +46,11 @@ with Testbed():
 
 
 def _measure(*arguments: str, patience: float = 80) -> dict[str, Any]:
-    command = [str(BENCHMARK / "run"), *arguments, "--json"]
+    command = command_line("bench", *arguments, "--json")
     with Stopwatch() as watch:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=patience, check=False, env=environment()
+        )
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return {**document, "pauses": len(watch.pauses)}
@@ -67,7 +66,7 @@ def test_it_keeps_nothing_of_others(tmp_path: Path) -> None:
     assert len(own) == 1
     with subprocess.Popen(
         [sys.executable, "-c", IN_TESTBED],
-        env={**os.environ, "PYTHONPATH": str(BENCHMARK)},
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as bed:
@@ -132,7 +131,7 @@ def test_looks_go_to_those_who_ask() -> None:
     """Of many spliced connections a few ask to be looked at: they are, and the others are not looked at more
     often for that. Without any nobody is looked at."""
     connections, seconds = 400, 4
-    found = _measure("--watch", f"--connections={connections}", f"--seconds={seconds}")["watch"]
+    found = _measure("watch", f"--connections={connections}", f"--seconds={seconds}")["watch"]
     assert found["idle"]["runs_per_second"] == 0
     # A round of runs a second, and one that may have begun before or will end after.
     a_round = -(-connections // WATCH_PAIRS)
@@ -144,7 +143,7 @@ def test_looks_go_to_those_who_ask() -> None:
 @thorough("test_census.py shows that they are found; this that so many are, in so many namespaces")
 def test_older_connections_are_found() -> None:
     """All of them, in all namespaces, while all are in use."""
-    found = _measure("--census", "--connections=500", "--seconds=1")["census"]
+    found = _measure("census", "--connections=500", "--seconds=1")["census"]
     assert found["found"] == 500
     assert found["namespaces"] == 50
 
@@ -153,7 +152,7 @@ def test_older_connections_are_found() -> None:
 @thorough("test_enlist.py shows that they are spliced; this shows that the table says so")
 def test_how_soon_connections_are_spliced() -> None:
     """Some of them in the end, however busy the machine is: how many is what the table is for."""
-    found = _measure("--adoption", "--alternations=1", patience=300)
+    found = _measure("adopt", "--alternations=1", patience=300)
     for row in found["adoption"]:
         assert row["shares"][-1] > 0, row
         assert len(row["times_ms"]) == round(row["shares"][-1] * row["connections"]), row

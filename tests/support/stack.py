@@ -18,6 +18,8 @@ from support.images import DEMO
 from support.requirements import find_compose
 
 PROJECT = "splicertest"
+# Where the demonstration's image has the package.
+REPORT = "/usr/lib/python3/dist-packages/splicer/bench/loads/report.lua"
 CLIENT = Path(__file__).with_name("keepalive.py")
 HEALTHY_TIMEOUT = 45.0  # seconds
 LONGEST_LOAD = 600  # seconds after which load ends that nobody has ended
@@ -188,7 +190,7 @@ class Network:
         return self.engine.run_container(
             DEMO,
             *("wrk", "-t1", f"-c{connections}", f"-d{LONGEST_LOAD}", "--timeout", "10s"),
-            *("-s", "/usr/lib/splicer-demo/report.lua", url),
+            *("-s", REPORT, url),
             options=["--name", name, "--network", network or self.name, *options],
         )
 

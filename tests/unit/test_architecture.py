@@ -52,7 +52,7 @@ def list_named(document: Document) -> dict[str, list[str]]:
     named: dict[str, list[str]] = {}
     directory = ""
     for _, line, _ in document.lines:
-        heading = re.match(r"#+ ((?:bpf|splicer)/(?:\w+/)?)(?::.*)?$", line)
+        heading = re.match(r"#+ ((?:bpf|splicer)/(?:\w+/)*)(?::.*)?$", line)
         if line.startswith("#"):
             directory = heading[1].rstrip("/") if heading else ""
         elif directory and line.startswith("|"):

@@ -22,18 +22,17 @@ LINUX = ("net/", "include/", "fs/", "mm/", "tools/", "Documentation/")
 
 # Which file reads the arguments of a program that is run by its path, and of a target by way of ARGS.
 PROGRAMS = {
-    "examples/netns-benchmark/run": "examples/netns-benchmark/benchmark.py",
     "tests/apps/run": "tests/apps/__main__.py",
     "tests/soak/run": "tests/soak/__main__.py",
     "tests/vm/run": "tests/vm/__main__.py",
 }
 TARGETS = {
-    "bench": "examples/netns-benchmark/benchmark.py",
-    "bench-stack": "examples/netns-benchmark/benchmark.py",
     "test-apps": "tests/apps/__main__.py",
     "test-vm": "tests/vm/__main__.py",
     "soak": "tests/soak/__main__.py",
 }
+# Targets that run a command of splicer with ARGS.
+COMMANDS = {"run": "run", "bench": "bench", "bench-stack": "bench"}
 # Options of others that documents may name. Add what you need.
 FOREIGN = {
     *("--build", "--build-arg", "--compose-file", "--detach", "--env", "--file", "--follow", "--name"),
@@ -190,8 +189,8 @@ def find_wrong_make(rest: list[str]) -> Iterator[str]:
             known: frozenset[str] | set[str] = documents.list_own_options() | FOREIGN
             if target in TARGETS:
                 known = documents.read_options(TARGETS[target])
-            elif target == "run":
-                known = documents.list_commands()["run"]
+            elif target in COMMANDS:
+                known = documents.list_commands()[COMMANDS[target]]
             for option in options_in(word.removeprefix("ARGS=").split()):
                 if option not in known:
                     yield f"no such option of make {target}: {option}"

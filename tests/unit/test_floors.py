@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernel", "containers"),
     ("policy",),
     ("daemon",),
-    ("doctor",),
+    ("doctor", "bench"),
     ("cli", "__main__"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -43,12 +43,13 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "psutil": frozenset({"host.process"}),
     "structlog": frozenset({"logs"}),
     "docker": frozenset({"containers.engine"}),
+    "matplotlib": frozenset({"bench.plots"}),
 }
 # Shared objects are found by name and not by an import statement. libbcc carries a libbpf of its own.
 SHARED_OBJECTS: dict[str, str] = {"bpf": "kernel.libbpf", "bcc": "kernel.compiler"}
 
 # What must not be needed to show a help text, or to ask a daemon that somebody else has started.
-HEAVY = ("bcc", "ctypes", "docker", "psutil", "pyroute2", "structlog")
+HEAVY = ("bcc", "ctypes", "docker", "matplotlib", "psutil", "pyroute2", "structlog")
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,14 @@ def test_the_package_itself_imports_nothing() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["doctor", "--help"], ["completion", "bash"], ["run", "--print-config"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["doctor", "--help"],
+        ["bench", "--help"],
+        ["completion", "bash"],
+        ["run", "--print-config"],
+    ],
 )
 def test_help_needs_no_heavy_library(arguments: list[str]) -> None:
     source = (

@@ -15,7 +15,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
-BENCHMARK = REPOSITORY / "examples/netns-benchmark"
 
 
 def _load(path: Path) -> ModuleType:
@@ -57,11 +56,11 @@ def test_everything_that_is_shown_was_measured() -> None:
     assert all(figure.least <= figure.ratio <= figure.most for figure in figures)
 
 
-def test_what_the_benchmark_prints_can_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_benchmark_prints_can_be_drawn() -> None:
     """The format is the benchmark's own: one run by itself, with more in it than is drawn."""
-    monkeypatch.syspath_prepend(str(BENCHMARK))
-    model, results, catalogue = (importlib.import_module(name) for name in ("model", "results", "workloads"))
-    workloads = catalogue.WRK_WORKLOADS
+    from splicer.bench import model, results
+    from splicer.bench.workloads import WRK_WORKLOADS as workloads
+
     metrics = {"rate": 10.0, "p50_us": 4.0, "p99_us": 5.0, "max_us": 9.0, "cpu_us": 2.0}
     plains = [model.Sample(metrics)] * 4
     splices = [

@@ -50,6 +50,12 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         (["splicer", "run", "--log-format", "j"], {"json"}),
         (["splicer", "run", "--max-connections", ""], set()),
         (["splicer", "run", "--cgroup", ""], {"directory"}),
+        (["splicer", "bench", "ma"], {"matrix"}),
+        (["splicer", "bench", "--mode", ""], {"adaptive", "eager"}),
+        (["splicer", "bench", "--ht"], {"--html"}),
+        (["splicer", "bench", "--html", ""], {"directory", "file.toml"}),
+        # What is there for who was used to it only.
+        (["splicer", "bench", "--ref"], set()),
         (["splicer", "run", "--config", ""], {"directory", "file.toml"}),
         (["splicer", "flows", "--state", ""], {"paired", "spliced", "draining"}),
         (["splicer", "completion", ""], {*SHELLS, "-h", "--help", "--color", "--debug"}),

@@ -171,6 +171,16 @@ class TestStatus:
                 assert invoke("status", *form, "--run-dir", run_dir).code == 0
         assert asked == [True, True, None]
 
+    @pytest.mark.parametrize(
+        ("containers", "what"), [(None, "everything"), (["web-1", "db-\x1b1"], "web-1, db-?1")]
+    )
+    def test_what_a_measurement_holds_is_the_first_line(
+        self, containers: list[str] | None, what: str
+    ) -> None:
+        hold = {"holder": "splicer bench 1", "seconds": 12.4, "containers": containers}
+        line = status.verdict({**STATUS, "hold": hold})
+        assert line == f"Running: a measurement keeps {what} plain, for 12s at most."
+
     def test_an_answer_without_most_keys_can_be_shown(self) -> None:
         assert status.render({"schema": 1, "totals": {"refused": None}})[0].startswith("Running")
 

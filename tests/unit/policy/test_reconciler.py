@@ -318,3 +318,62 @@ def test_rules_are_counted_by_the_containers_they_are_about(world: World) -> Non
     [explained] = reconciler.explain("web-1")
     assert explained.to_json()["mode"] == "off"
     assert len(reconciler.explain(None)) == 3
+
+
+# -- holds ---------------------------------------------------------------------------------------------------
+
+
+def test_while_everything_is_held_nothing_else_counts(world: World) -> None:
+    """Labels, overrides and rules are back as they were afterwards, and nothing of it is stored."""
+    world.run("web", 7, mode="eager")
+    reconciler = world.govern(mode="eager", policies=(Rule(ports=(80,), mode="eager"),))
+    reconciler.apply()
+    reconciler.override("web", "adaptive")
+    before, rules = world.live.read(), world.read_rules()
+    stored = sorted(path.name for path in world.run_dir.iterdir())
+    assert reconciler.hold("a measurement", 20, None) is None
+    held = world.live.read()
+    assert not world.rules.content
+    assert (held.mode, held.has_rules, held.has_eager, held.policy) == (0, 0, False, before.policy + 1)
+    assert reconciler.describe_hold()["holder"] == "a measurement"
+    assert sorted(path.name for path in world.run_dir.iterdir()) == stored
+    assert not reconciler.release("somebody else")
+    assert world.live.read() == held
+    assert reconciler.release("a measurement")
+    assert world.read_rules() == rules
+    assert world.live.read() == dataclasses.replace(before, policy=before.policy + 2)
+
+
+def test_a_hold_of_a_container_is_about_no_other(world: World) -> None:
+    world.run("web", 7, mode="eager")
+    world.run("db", 8, mode="eager")
+    reconciler = world.govern()
+    reconciler.apply()
+    before = world.read_rules()
+    assert reconciler.hold("a measurement", 20, ["web"]) == ["web"]
+    after = world.read_rules()
+    assert after[CGROUP, 7, 0] == (0, None, None)
+    assert after[CGROUP, 8, 0] == before[CGROUP, 8, 0] == (2, None, None)
+    assert reconciler.explain("web")[0].to_json()["parts"][0]["source"] == "override"
+    assert reconciler.release("a measurement")
+    assert world.read_rules() == before
+
+
+def test_a_hold_of_a_container_that_is_not_there(world: World) -> None:
+    world.run("web", 7)
+    reconciler = world.govern()
+    with pytest.raises(SplicerError, match="no running container"):
+        reconciler.hold("a measurement", 20, ["wbe"])
+    assert reconciler.describe_hold() == {}
+
+
+def test_everything_is_held_before_the_containers_are_known(world: World) -> None:
+    """What an earlier daemon knew of them is kept for later, and not in force meanwhile."""
+    world.run("web", 7, mode="eager")
+    world.govern().apply()
+    world.containers = None
+    later = world.govern()
+    later.apply()
+    assert world.read_rules()
+    later.hold("a measurement", 20, None)
+    assert not world.read_rules()
