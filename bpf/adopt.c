@@ -142,8 +142,7 @@ try_adopt(void *sk, void *tp, struct settings *s, struct pair_id *id, struct pai
 		}
 	}
 	/* The record may have been reused; with our own id the key is ours. */
-	key = e->key;
-	key.id = *id;
+	key = key_of(e, *id);
 	if (put_into_map(sk, &key)) {
 		refuse(p, REASON_FULL, REFUSED_RETRY_NS);
 		return;
@@ -258,9 +257,8 @@ static __always_inline void finish(struct pair *p)
 static __always_inline void
 forget_end(void *sk, void *tp, struct pair_id *id, struct end *e)
 {
-	struct end_key key = e->key;
+	struct end_key key = key_of(e, *id);
 
-	key.id = *id;
 	if (sk)
 		take_out(sk, tp, &key);
 	else

@@ -43,12 +43,13 @@ list_older(void *seq, void *sk, void *tp, struct settings *s)
 	};
 	struct pair_id id = server_id(found.sent, found.received);
 	struct seed *seed = find_seed(id);
+	struct pair *p = pairs.lookup(&id);
 
 	if (!is_below((u64)tp, s->cgroup))
 		found.flags |= OLDER_OUTSIDE;
 	if (FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
 		found.flags |= OLDER_REPAIRED;
-	if (seed && seed->sk == (u64)tp)
+	if ((seed && seed->sk == (u64)tp) || (p && p->end[SERVER].sk == (u64)tp))
 		found.flags |= OLDER_KNOWN;
 	seq_write(seq, &found, sizeof(found));
 }
@@ -72,13 +73,15 @@ join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 		return OLDER_GONE;
 	if (add_mark(sk, tp, SERVER_MARK))
 		return OLDER_UNMARKED;
-	seed.key.netns = read_netns(tp);
+	seed.at.netns = read_netns(tp);
 	seed.client_sk = o->sk[CLIENT];
 	seed.client_cookie = cookie;
 	seed.born_ns = bpf_ktime_get_ns();
 	seed.tenant = get_tenant((void *)seed.client_sk);
-	/* Who was planted already is as good. */
-	return plant_seed(id, &seed, tp) && !find_seed(*id) ? OLDER_FULL : OLDER_JOINED;
+	/* Who was planted already is as good, and may have grown since. */
+	if (find_seed(*id) || pairs.lookup(id))
+		return OLDER_JOINED;
+	return plant_seed(id, &seed, tp, 1) ? OLDER_FULL : OLDER_JOINED;
 }
 
 static __always_inline void join_older(void *seq, void *sk, void *tp)

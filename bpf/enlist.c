@@ -68,29 +68,29 @@ static __always_inline int is_moment(struct end *client, struct end *server, u32
  * The four-tuple of a packet for it, and the size of that: they differ by family. Of a
  * socket that is bound to a device nothing is found from elsewhere.
  */
-static __always_inline u32 make_tuple(struct bpf_sock_tuple *tuple, struct end_key *key)
+static __always_inline u32 make_tuple(struct bpf_sock_tuple *tuple, struct address *at)
 {
-	if (!key->local_ip[0] && !key->local_ip[1] && key->local_ip[2] == 0xffff) {
-		tuple->ipv4.saddr = bpf_htonl(key->remote_ip[3]);
-		tuple->ipv4.daddr = bpf_htonl(key->local_ip[3]);
-		tuple->ipv4.sport = bpf_htons(key->remote_port);
-		tuple->ipv4.dport = bpf_htons(key->local_port);
+	if (!at->local_ip[0] && !at->local_ip[1] && at->local_ip[2] == 0xffff) {
+		tuple->ipv4.saddr = bpf_htonl(at->remote_ip[3]);
+		tuple->ipv4.daddr = bpf_htonl(at->local_ip[3]);
+		tuple->ipv4.sport = bpf_htons(at->remote_port);
+		tuple->ipv4.dport = bpf_htons(at->local_port);
 		return sizeof(tuple->ipv4);
 	}
 	for (int i = 0; i < 4; i++) {
-		tuple->ipv6.saddr[i] = bpf_htonl(key->remote_ip[i]);
-		tuple->ipv6.daddr[i] = bpf_htonl(key->local_ip[i]);
+		tuple->ipv6.saddr[i] = bpf_htonl(at->remote_ip[i]);
+		tuple->ipv6.daddr[i] = bpf_htonl(at->local_ip[i]);
 	}
-	tuple->ipv6.sport = bpf_htons(key->remote_port);
-	tuple->ipv6.dport = bpf_htons(key->local_port);
+	tuple->ipv6.sport = bpf_htons(at->remote_port);
+	tuple->ipv6.dport = bpf_htons(at->local_port);
 	return sizeof(tuple->ipv6);
 }
 
 static __always_inline struct bpf_sock *
-find_socket(struct __sk_buff *skb, struct end_key *key, u32 netns)
+find_socket(struct __sk_buff *skb, struct address *at, u32 netns)
 {
 	struct bpf_sock_tuple tuple = {};
-	u32 size = make_tuple(&tuple, key);
+	u32 size = make_tuple(&tuple, at);
 
 	return bpf_sk_lookup_tcp(skb, &tuple, size, netns, 0);
 }
@@ -204,11 +204,9 @@ enlist_found(struct pair *p, struct pair_id *id, struct settings *s, u32 task,
 	/* Our own psock of last time, on its way out. */
 	if (FIELD(client_tp, u64, sock_sk_user_data) || FIELD(server_tp, u64, sock_sk_user_data))
 		return ENLIST_LATER;
-	client_key = client->key;
-	server_key = server->key;
 	/* With our own id the keys are ours. */
-	client_key.id = *id;
-	server_key.id = *id;
+	client_key = key_of(client, *id);
+	server_key = key_of(server, *id);
 	if (!note_key(client_sk, &client_key) || !note_key(server_sk, &server_key)) {
 		refuse(p, REASON_FULL, REFUSED_RETRY_NS);
 		return ENLIST_OVER;
@@ -237,10 +235,10 @@ try_enlist(struct __sk_buff *skb, struct pair *p, struct pair_id *id, u32 client
 	if (!is_moment(&p->end[CLIENT], &p->end[SERVER], task) && p->attempts)
 		return ENLIST_LATER;
 	p->attempts = 1;
-	client = find_socket(skb, &p->end[CLIENT].key, client_netns);
+	client = find_socket(skb, &p->end[CLIENT].at, client_netns);
 	if (!client)
 		return miss(p, &p->end[CLIENT]);
-	server = find_socket(skb, &p->end[SERVER].key, server_netns);
+	server = find_socket(skb, &p->end[SERVER].at, server_netns);
 	if (server) {
 		outcome = enlist_found(p, id, s, task, client, server);
 		bpf_sk_release(server);

@@ -14,6 +14,7 @@
 #define MAX_HINTS		16384
 #define MAX_SPLICERS		4096
 #define MAX_SLEEPERS		4096
+#define MAX_OLDER	16384
 #define MAX_RULES		16384
 #define MAX_NETWORKS		1024
 #define MAX_TRAFFIC		4096
@@ -29,12 +30,13 @@ BPF_SOCKHASH(spliced, struct end_key, MAX_PAIRS * 2);
 BPF_SK_STORAGE(ends, struct end_key);
 
 /*
- * Every connection with both ends below the cgroup has a seed, and a pair too
- * once the server has read a few times. So where there is room for the seed,
- * there is room for the pair.
+ * Every connection with both ends below the cgroup has a seed, and once the server has
+ * read a few times a pair instead. So where there was room for the seed, there is room
+ * for the pair. Both are allocated as they come: a host pays for the connections that
+ * it has, and not for those that it may have.
  */
-BPF_TABLE("hash", struct pair_id, struct seed, seeds, MAX_PAIRS);
-BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
+BPF_F_TABLE("hash", struct pair_id, struct seed, seeds, MAX_PAIRS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS, BPF_F_NO_PREALLOC);
 
 /*
  * The seeds of young connections, until they grow: a hash of that size is in no cache,
@@ -43,7 +45,7 @@ BPF_TABLE("hash", struct pair_id, struct pair, pairs, MAX_PAIRS);
  */
 BPF_TABLE("array", int, struct seed, young, YOUNG_PLACES);
 
-/* How many seeds each tenant has, and last all of them: see has_room(). */
+/* How many connections each tenant has, and last all of them: see has_room(). */
 BPF_TABLE("array", int, u32, tenants, NR_TENANTS + 1);
 
 /*
@@ -53,8 +55,8 @@ BPF_TABLE("array", int, u32, tenants, NR_TENANTS + 1);
  * plain. An LRU map would cost each connection more than all the rest.
  */
 BPF_TABLE("array", int, struct rendezvous, rendezvous, RENDEZVOUS_SLOTS);
-/* Their keys, where they are in the SOCKHASH already; used by eager policies only. */
-BPF_TABLE("array", int, struct end_key, waiting, RENDEZVOUS_SLOTS);
+/* Where they are, if they are in the SOCKHASH already; used by eager policies only. */
+BPF_TABLE("array", int, struct address, waiting, RENDEZVOUS_SLOTS);
 
 /* Clients that a listener on this host answers; used by eager policies only. */
 BPF_TABLE("lru_hash", struct hint_key, u8, hints, MAX_HINTS);
@@ -68,8 +70,8 @@ BPF_TABLE("lru_hash", u32, u32, sleepers, MAX_SLEEPERS);
 /* Sockets that observe does not look at for a while. Shared by those with the same low bits. */
 BPF_TABLE("array", int, struct muted, muted, MUTED_SLOTS);
 
-/* Connections that census is to join. Empty at all other times. */
-BPF_F_TABLE("hash", struct pair_id, struct older, older, MAX_PAIRS, BPF_F_NO_PREALLOC);
+/* Connections that census is to join, so many at a time. Empty at all other times. */
+BPF_F_TABLE("hash", struct pair_id, struct older, older, MAX_OLDER, BPF_F_NO_PREALLOC);
 
 /* Policy, as the daemon compiled it. Almost empty nearly always. */
 BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PREALLOC);

@@ -18,6 +18,9 @@ int measure(struct measure_request *ctx)
 	p = pairs.lookup(&id);
 	if (!p)
 		return 0;
+	if (what & MEASURE_ANY)
+		return (is_still_in(&p->end[CLIENT]) && is_waiting(&p->end[CLIENT])) ||
+		       (is_still_in(&p->end[SERVER]) && is_waiting(&p->end[SERVER]));
 	e = what & MEASURE_SERVER ? &p->end[SERVER] : &p->end[CLIENT];
 	if (what & MEASURE_TCP)
 		unread = probe_unread_data(e->sk, &copied_seq);

@@ -162,34 +162,33 @@ static __always_inline void note_reader(struct end *e, u32 tgid)
 
 /*
  * The server's first read of interest makes a pair of a seed. The client has
- * nothing to look for: without reads at both ends there is no splicing. The seed
- * moves into the table, in which no name is twice: whose seed is there, his is the
- * pair.
+ * nothing to look for: without reads at both ends there is no splicing. In the table
+ * no name is twice: whose seed is there, his is the pair, and not that of a young one
+ * with the same name.
  */
 static __always_inline struct pair *grow_seed(void *tp, struct pair_id *id, int *side)
 {
-	struct seed *seed;
+	struct seed *seed, *young_one;
 	struct pair *p;
 
 	if (!(FIELD(tp, u8, tcp_sock_cb_flags) & SERVER_MARK))
 		return 0;
 	*id = server_id(first_sent(tp), first_received(tp));
 	*side = SERVER;
-	seed = find_young(*id);
-	if (seed && seed->sk == (u64)tp) {
-		int full = seeds.insert(id, seed);
-		if (full)
-			return 0;
-		clear_place(seed);
-	}
 	seed = seeds.lookup(id);
-	if (!seed || seed->grown || seed->sk != (u64)tp)
+	young_one = seed ? 0 : find_young(*id);
+	if (young_one)
+		seed = young_one;
+	if (!seed || seed->sk != (u64)tp)
 		return 0;
 	p = make_pair(id, seed, tp);
 	if (!p)
 		return 0;
-	seed->grown = 1;
 	WRITE_ONCE(p->state, STATE_PAIRED);
+	if (young_one)
+		clear_place(young_one);
+	else
+		seeds.delete(id);
 	return p;
 }
 
@@ -375,10 +374,9 @@ static __always_inline u32 look(void *tp)
 		}
 		return MUTE_LONG;
 	}
-	if (!e->key.local_port) {
-		read_tuple(&e->key, tp);
-		e->key.netns = read_netns(tp);
-		e->key.id = id;
+	if (!e->at.local_port) {
+		read_tuple(&e->at, tp);
+		e->at.netns = read_netns(tp);
 		p->policy = 0;	/* it may be about the address */
 	}
 	if (p->state != STATE_PAIRED) {

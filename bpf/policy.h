@@ -78,15 +78,15 @@ static __always_inline void decide(struct pair *p, struct settings *s)
 	struct end *client = &p->end[CLIENT], *server = &p->end[SERVER];
 	u32 mode = s->mode, allow_blocking = s->allow_blocking, allow_inq = s->allow_inq;
 	u32 version = s->policy;
-	u32 port = server->key.local_port;
+	u32 port = server->at.local_port;
 	struct rule by_client = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
 	struct rule by_server = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
 
 	if (!(s->has_rules & ~(1 << RULE_NETNS)))
 		goto out;
 	consider_end(&by_client, s, client->sk,
-		     client->key.local_port ? client->key.local_ip : server->key.remote_ip, port);
-	consider_end(&by_server, s, server->sk, server->key.local_ip, port);
+		     client->at.local_port ? client->at.local_ip : server->at.remote_ip, port);
+	consider_end(&by_server, s, server->sk, server->at.local_ip, port);
 	if (s->has_rules & 1 << RULE_PORT)
 		consider_one(&by_server, RULE_PORT, 0, port);
 

@@ -63,16 +63,16 @@ static __always_inline void leave_hint(struct bpf_sock_ops *skops, struct settin
 }
 
 /* A hint serves once, or a later connection to another host might find it. */
-static __always_inline int take_hint(struct end_key *key)
+static __always_inline int take_hint(struct address *at)
 {
 	struct hint_key hint = {};
 
-	hint.ip[0] = key->local_ip[0];
-	hint.ip[1] = key->local_ip[1];
-	hint.ip[2] = key->local_ip[2];
-	hint.ip[3] = key->local_ip[3];
-	hint.port = key->local_port;
-	hint.service = key->remote_port;
+	hint.ip[0] = at->local_ip[0];
+	hint.ip[1] = at->local_ip[1];
+	hint.ip[2] = at->local_ip[2];
+	hint.ip[3] = at->local_ip[3];
+	hint.port = at->local_port;
+	hint.service = at->remote_port;
 	int missing = hints.delete(&hint);
 	return !missing;
 }
@@ -91,17 +91,18 @@ static __always_inline int put_in(struct bpf_sock_ops *skops, struct end_key *ke
 /* Returns 1 if the client is in the SOCKHASH already when its server is found. */
 static __always_inline int
 splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
-		      struct pair_id id, struct end_key *key)
+		      struct address *at, struct end_key *key)
 {
 	struct rule said = { NOTHING_SAID, NOTHING_SAID, NOTHING_SAID };
 
-	read_tuple(key, tp);
-	key->netns = netns_cookie(skops);
-	key->id = id;
+	read_tuple(at, tp);
+	at->netns = netns_cookie(skops);
+	key->cookie = socket_cookie(skops);
+	key->netns = at->netns;
 	/* What the server's rules say of TCP_INQ is not known here; verdict looks again. */
-	if (!take_hint(key) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp, 1))
+	if (!take_hint(at) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp, 1))
 		return 0;
-	consider_end(&said, s, (u64)tp, key->local_ip, key->remote_port);
+	consider_end(&said, s, (u64)tp, at->local_ip, at->remote_port);
 	if (said.mode != NOTHING_SAID && (u32)said.mode == MODE_OFF)
 		return 0;
 	return put_in(skops, key);
@@ -111,7 +112,8 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 {
 	struct pair_id id = client_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
-	struct end_key key = {};
+	struct end_key key = { .id = id };
+	struct address at = {};
 	struct rendezvous *r;
 	int in_map = 0, slot = slot_of(id);
 	u64 cookie;
@@ -120,7 +122,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	if (!s || !s->registering || FIELD(tp, u8, tcp_sock_repair) & MASK_tcp_sock_repair)
 		return;
 	if (s->has_eager && s->splicing && !s->stopping)
-		in_map = splice_client_eagerly(skops, tp, s, id, &key);
+		in_map = splice_client_eagerly(skops, tp, s, &at, &key);
 	/*
 	 * First what waits for all that was read and written before: a cookie takes an
 	 * atomic operation. The slot comes from afar, and nothing below has to wait for it.
@@ -141,7 +143,7 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
 	}
 	WRITE_ONCE(r->id.client_seq, ~id.client_seq);
 	if (in_map) {
-		waiting.update(&slot, &key);
+		waiting.update(&slot, &at);
 		count(COUNT_ORPHANS, 1);	/* until its server comes */
 	}
 	r->sk = (u64)tp;
@@ -160,25 +162,29 @@ static __always_inline void register_client(struct bpf_sock_ops *skops, void *tp
  */
 static __always_inline void
 splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
-	       struct seed *seed, struct rendezvous *client, struct end_key *client_key,
+	       struct seed *seed, struct rendezvous *client, struct address *client_at,
 	       struct settings *s)
 {
 	struct pair *p = make_pair(id, seed, tp);
+	struct end_key key = { seed->client_cookie, client_at->netns, *id };
 	int is_in;
 
 	if (!p) {
-		spliced.delete(client_key);
+		spliced.delete(&key);
 		return;
 	}
-	p->end[CLIENT].key = *client_key;
+	seeds.delete(id);
+	p->end[CLIENT].at = *client_at;
 	p->end[CLIENT].flags = END_IN_MAP;
 	__sync_fetch_and_add(&p->half, 1);	/* a full barrier */
 	is_in = READ_ONCE(client->in_map) == WAITING_IN && is_same(client->id, *id);
+	key.cookie = FIELD(tp, u64, sock_skc_cookie);
+	key.netns = seed->at.netns;
 	decide(p, s);
 	if (p->mode == MODE_EAGER &&
 	    !find_misfit_file(socket_of(seed->client_sk), p->allow_blocking) &&
 	    !find_misfit_birth((u64)tp) && !find_misfit_option((u64)tp, p->allow_inq) && is_in &&
-	    put_in(skops, &seed->key)) {
+	    put_in(skops, &key)) {
 		p->end[SERVER].flags = END_IN_MAP;
 		p->was_spliced = 1;
 		p->reason = REASON_NONE;
@@ -197,7 +203,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct settings *s = get_settings();
 	struct rendezvous *client;
-	struct end_key client_key = {}, *key;
+	struct address client_at = {}, *at;
 	struct seed seed = {};
 	int slot = slot_of(id);
 	u32 in_map;
@@ -214,9 +220,9 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	is_multipath = client->is_multipath;
 	in_map = READ_ONCE(client->in_map);
 	if (in_map) {
-		key = waiting.lookup(&slot);
-		if (key)
-			client_key = *key;
+		at = waiting.lookup(&slot);
+		if (at)
+			client_at = *at;
 	}
 	asm volatile("" ::: "memory");
 	if (!is_same(client->id, id))
@@ -225,18 +231,19 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		count(COUNT_ORPHANS, -1);
 		in_map = in_map == WAITING_IN && psock_of(seed.client_sk);
 	}
-	seed.key.netns = netns_cookie(skops);
+	seed.at.netns = netns_cookie(skops);
 	socket_cookie(skops);	/* it has one from here on */
 	seed.born_ns = coarse_ns();
-	seed.grown = in_map;
 	if (is_multipath || is_multipath_here(tp))
 		seed.reason = REASON_MPTCP;
-	client_key.id = id;
-	if (plant_seed(&id, &seed, tp)) {
+	if (plant_seed(&id, &seed, tp, in_map)) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
 		/* Nobody knew of it, so nothing was redirected to it. */
-		if (in_map)
-			spliced.delete(&client_key);
+		if (in_map) {
+			struct end_key key = { seed.client_cookie, client_at.netns, id };
+
+			spliced.delete(&key);
+		}
 		return;
 	}
 	/*
@@ -245,7 +252,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 	 */
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
 	if (in_map)
-		splice_eagerly(skops, tp, &id, &seed, client, &client_key, s);
+		splice_eagerly(skops, tp, &id, &seed, client, &client_at, s);
 }
 
 static __always_inline void add_to_traffic(struct pair *p)
@@ -290,22 +297,29 @@ static __always_inline void forget_server(void *tp)
 		return;
 	}
 	seed = seeds.lookup(&id);
-	if (!seed || seed->sk != (u64)tp)
+	if (seed && seed->sk == (u64)tp) {
+		tenant = seed->tenant;
+		int missing = seeds.delete(&id);
+		if (!missing) {
+			count(COUNT_CLOSED, 1);
+			count_tenant(tenant, -1);
+		}
 		return;
-	count(COUNT_CLOSED, 1);
-	p = seed->grown ? pairs.lookup(&id) : 0;
-	tenant = seed->tenant;
-	int missing = seeds.delete(&id);
-	if (!missing)
-		count_tenant(tenant, -1);
-	if (!p)
+	}
+	p = pairs.lookup(&id);
+	if (!p || p->end[SERVER].sk != (u64)tp)
 		return;
+	tenant = p->tenant;
 	/* Whose owner has closed it is out, and nobody waits for its end of stream. */
 	if (is_still_in(&p->end[CLIENT]) && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
 	orphaned = is_still_in(&p->end[CLIENT]) || is_still_in(&p->end[SERVER]);
 	add_to_traffic(p);
-	pairs.delete(&id);
+	int gone = pairs.delete(&id);
+	if (gone)
+		return;
+	count(COUNT_CLOSED, 1);
+	count_tenant(tenant, -1);
 	if (orphaned)
 		count(COUNT_ORPHANS, 1);
 }

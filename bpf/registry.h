@@ -85,6 +85,14 @@ static __always_inline int is_still_in(struct end *e)
 	return e->flags & END_IN_MAP && psock && cookie == e->cookie;
 }
 
+/* Where it is in the SOCKHASH, as an end of this connection. */
+static __always_inline struct end_key key_of(struct end *e, struct pair_id id)
+{
+	struct end_key key = { .cookie = e->cookie, .netns = e->at.netns, .id = id };
+
+	return key;
+}
+
 static __always_inline struct end *other_end(struct pair *p, int side)
 {
 	return side == CLIENT ? &p->end[SERVER] : &p->end[CLIENT];
@@ -159,7 +167,7 @@ static __always_inline struct seed *find_young(struct pair_id id)
 {
 	struct seed *place = get_place(id);
 
-	return place && place->sk && is_same(place->key.id, id) ? place : 0;
+	return place && place->sk && is_same(place->id, id) ? place : 0;
 }
 
 /* A seed with this name, wherever it is. */
@@ -179,12 +187,12 @@ static __always_inline void clear_place(struct seed *place)
 /* Returns -1 if its name is taken, 1 if its place is. */
 static __always_inline int place_seed(struct seed *seed)
 {
-	struct seed *place = get_place(seed->key.id);
+	struct seed *place = get_place(seed->id);
 
 	if (!place)
 		return 1;
 	if (__sync_val_compare_and_swap(&place->sk, 0ULL, seed->sk))
-		return is_same(place->key.id, seed->key.id) ? -1 : 1;
+		return is_same(place->id, seed->id) ? -1 : 1;
 	*place = *seed;
 	return 0;
 }
@@ -193,19 +201,20 @@ static __always_inline int place_seed(struct seed *seed)
  * The connection whose server is tp is known from here on. What only the server's
  * socket says goes into the seed here; its namespace, the client, the tenant and the
  * time are there. Returns 0 if it was planted: there was room, and nobody had the name.
- * Whoever forges the name of a connection that has grown gets a place among the young,
- * and no further: see grow_seed().
+ * What lasts is not put among the young. Whoever forges the name of a connection that
+ * has grown gets a seed beside it, and no further: see grow_seed().
  */
-static __always_inline int plant_seed(struct pair_id *id, struct seed *seed, void *tp)
+static __always_inline int
+plant_seed(struct pair_id *id, struct seed *seed, void *tp, int lasts)
 {
 	int full;
 
-	read_tuple(&seed->key, tp);
-	seed->key.id = *id;
+	read_tuple(&seed->at, tp);
+	seed->id = *id;
 	seed->sk = (u64)tp;
 	if (!has_room(seed->tenant))
 		return 1;
-	full = seed->grown ? 1 : place_seed(seed);
+	full = lasts ? 1 : place_seed(seed);
 	if (full > 0)
 		full = seeds.insert(id, seed);
 	if (full)
@@ -224,7 +233,10 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p = blank.lookup(&zero);
 	if (!p)
 		return 0;
-	pairs.insert(id, p);
+	/* No memory; or somebody forges, and has the name of a pair that lives. */
+	int taken = pairs.insert(id, p);
+	if (taken)
+		return 0;
 	p = pairs.lookup(id);
 	if (!p)
 		return 0;
@@ -232,10 +244,11 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p->reason = REASON_COLD;
 	p->end[CLIENT].sk = seed->client_sk;
 	p->end[CLIENT].cookie = seed->client_cookie;
-	p->end[SERVER].key = seed->key;
+	p->end[SERVER].at = seed->at;
 	p->end[SERVER].sk = seed->sk;
 	p->end[SERVER].cookie = FIELD(tp, u64, sock_skc_cookie);
 	p->born_ns = seed->born_ns;
+	p->tenant = seed->tenant;
 	p->changed_ns = seed->born_ns;
 	p->end[CLIENT].cgroup = cgroup_id(cgroup_of(seed->client_sk));
 	p->end[SERVER].cgroup = cgroup_id(cgroup_of(seed->sk));
@@ -249,7 +262,7 @@ static __always_inline int tell(struct pair *p, u32 type, u32 reason)
 		.type = type,
 		.reason = reason,
 		.id = p->id,
-		.netns = { p->end[CLIENT].key.netns, p->end[SERVER].key.netns },
+		.netns = { p->end[CLIENT].at.netns, p->end[SERVER].at.netns },
 		.tgid = { p->end[CLIENT].tgid, p->end[SERVER].tgid },
 	};
 	int lost = events.ringbuf_output(&e, sizeof(e), 0);

@@ -189,17 +189,17 @@ static __always_inline u32 remote_port(void *tp)
 	return bpf_ntohs(FIELD(tp, u16, sock_skc_dport));
 }
 
-static __always_inline void read_tuple(struct end_key *key, void *tp)
+static __always_inline void read_tuple(struct address *at, void *tp)
 {
 	if (FIELD(tp, u16, sock_skc_family) == AF_INET6) {
-		read_ip6(key->local_ip, tp, 1);
-		read_ip6(key->remote_ip, tp, 0);
+		read_ip6(at->local_ip, tp, 1);
+		read_ip6(at->remote_ip, tp, 0);
 	} else {
-		read_ip4(key->local_ip, FIELD(tp, u32, sock_skc_rcv_saddr));
-		read_ip4(key->remote_ip, FIELD(tp, u32, sock_skc_daddr));
+		read_ip4(at->local_ip, FIELD(tp, u32, sock_skc_rcv_saddr));
+		read_ip4(at->remote_ip, FIELD(tp, u32, sock_skc_daddr));
 	}
-	key->local_port = local_port(tp);
-	key->remote_port = remote_port(tp);
+	at->local_port = local_port(tp);
+	at->remote_port = remote_port(tp);
 }
 
 static __always_inline int is_psock_empty(u64 psock)

@@ -26,15 +26,21 @@ struct pair_id {
 };
 
 /*
- * Key of the SOCKHASH: the end's own four-tuple, its network namespace, and
- * the connection. IPv4 is written ::ffff:a.b.c.d. With the connection in the
- * key, no reused tuple and no stale record can name another connection's end.
+ * Key of the SOCKHASH: the end's socket by its cookie, which no other socket is ever
+ * given, and the connection. With the connection in the key no stale record can name
+ * another connection's end, nor a socket in another life of it.
  */
 struct end_key {
+	u64 cookie;
+	u64 netns;		/* cookie: whoever finds an end without a record looks there */
+	struct pair_id id;
+};
+
+/* Where an end is: its own four-tuple, and its network namespace. IPv4 is written ::ffff:a.b.c.d. */
+struct address {
 	u32 local_ip[4];
 	u32 remote_ip[4];
 	u64 netns;		/* cookie */
-	struct pair_id id;
 	u32 local_port;
 	u32 remote_port;
 };
@@ -133,7 +139,7 @@ enum fit {
 };
 
 struct end {
-	struct end_key key;	/* a client's is written when it is first observed */
+	struct address at;	/* a client's is written when it is first observed */
 	u64 sk;			/* kernel address of its struct sock */
 	u64 cookie;		/* its socket cookie, to tell when sk is stale */
 	u64 cgroup;		/* id of the cgroup the socket was made in */
@@ -196,30 +202,31 @@ struct pair {
 	u8 drains;		/* lengthens the cool-down */
 	u8 refusals;		/* lengthens the time to the next attempt */
 	u8 watched;		/* the watch was told about it */
+	u32 tenant;		/* whose it is: see has_room() */
+	u32 pad;
 	struct direction dir[2];
 };
 
 /*
- * The value follows 56 bytes of the hash element, and elements follow each
- * other: so each direction has a cache line to itself.
+ * Elements are allocated one by one, aligned, and the value follows 64 bytes of what
+ * the kernel keeps: so each direction has a cache line to itself.
  */
-_Static_assert(__builtin_offsetof(struct pair, dir) % 64 == 8, "directions share cache lines");
-_Static_assert(sizeof(struct pair) % 64 == 8, "elements share cache lines");
+_Static_assert(__builtin_offsetof(struct pair, dir) % 64 == 0, "directions share cache lines");
 _Static_assert(sizeof(struct direction) == 64, "a direction is a cache line");
 
 /*
  * A connection that is too young to be worth a struct pair: most never get
  * older, and writing a whole pair for each would be the dearest thing that
- * splicer does to them.
+ * splicer does to them. It goes when the pair comes.
  */
 struct seed {
-	struct end_key key;	/* the server's */
+	struct address at;	/* the server's */
 	u64 sk;			/* 0 where a place is free */
 	u64 client_sk;
 	u64 client_cookie;
 	u64 born_ns;
-	u16 grown;		/* there is a pair */
-	u16 reason;		/* enum reason: it will never read, and so never have one */
+	struct pair_id id;
+	u32 reason;		/* enum reason: it will never read, and so never have a pair */
 	u32 tenant;		/* whose it is: see has_room() */
 };
 
@@ -443,6 +450,7 @@ enum look {
 /* Which bytes at which end measure shall count: redirected ones at the client's, unless these say else. */
 #define MEASURE_SERVER	1
 #define MEASURE_TCP	2
+#define MEASURE_ANY	4	/* is there anything at all, at either end? */
 
 struct measure_request {
 	struct pair_id id;		/* there need not be such a pair (any more) */

@@ -65,7 +65,7 @@ is_losing_stream(struct settings *s, struct pair *p, struct direction *d,
 	}
 	if (d->burst < s->stream_messages)
 		return 0;
-	return p->end[CLIENT].key.netns == p->end[SERVER].key.netns ||
+	return p->end[CLIENT].at.netns == p->end[SERVER].at.netns ||
 	       d->burst_bytes < d->burst * s->stream_size;
 }
 
@@ -294,9 +294,8 @@ choose_way(struct sk_msg_md *msg, void *tp, struct pair *p, struct direction *d,
  */
 static __always_inline int redirect(struct sk_msg_md *msg, struct end *peer, struct pair_id *id)
 {
-	struct end_key to = peer->key;
+	struct end_key to = key_of(peer, *id);
 
-	to.id = *id;
 	int found = spliced.msg_redirect_hash(msg, &to, BPF_F_INGRESS);
 	return found == SK_PASS;
 }

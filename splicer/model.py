@@ -155,7 +155,12 @@ class Flow:
     server_unread: Unread | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        # As asdict() does it, which is ten times as slow. There may be hundreds of thousands.
+        return {name: _to_json(value) for name, value in vars(self).items()}
+
+
+def _to_json(value: Any) -> Any:
+    return dict(vars(value)) if isinstance(value, Owner | Unread) else value
 
 
 # Where BPF programs of others can be that have to do with the same sockets, and what it means.

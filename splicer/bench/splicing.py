@@ -38,7 +38,7 @@ class Splicer:
         """`command` is that of `splicer`, `arguments` are for its `run`. `timed`: the kernel times its
         programs."""
         self.bed = self._bed = bed
-        self._command = command
+        self.command = self._command = command
         self._arguments = arguments
         self._timed = timed
         self.run_dir = bed.directory / "run"

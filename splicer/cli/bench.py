@@ -113,7 +113,9 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    return int(_positive(str(int(text))))
+    if (value := int(text)) <= 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return value
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:

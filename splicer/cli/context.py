@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -29,3 +29,14 @@ class Context:
     def write_json(self, document: Mapping[str, object]) -> None:
         """Print one JSON object on one line."""
         self.stdout.write(json.dumps(document, separators=(",", ":")) + "\n")
+
+    def write_json_rows(
+        self, document: Mapping[str, object], name: str, rows: Iterable[Mapping[str, object]]
+    ) -> None:
+        """The same with an array of this name at its end, of whose elements one at a time is in memory."""
+        head = json.dumps({**document, name: []}, separators=(",", ":"))
+        separator = head[:-2]
+        for row in rows:
+            self.stdout.write(separator + json.dumps(row, separators=(",", ":")))
+            separator = ","
+        self.stdout.write(("]}" if separator == "," else head) + "\n")

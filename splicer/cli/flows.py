@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from splicer.errors import OK, USAGE, SplicerError
 from splicer.model import REASONS, STATES
@@ -26,7 +26,7 @@ from splicer.text import (
 from . import options
 from .context import Context
 from .owners import FILTERS, describe_owner, matches, name_owner
-from .query import ask, number, seconds, section, sections, text
+from .query import ask_rows, number, seconds, section, text
 
 SUMMARY = "list local connections, and why each is spliced or not"
 
@@ -139,16 +139,20 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     ports = frozenset(_read_port(given) for given in arguments.port or ())
     names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
     # What waits unread is counted socket by socket, for those who see it.
-    answer = ask(settings.run_dir, "flows", {"unread": arguments.wide or arguments.json})
-    known = sections(answer, "flows")
-    chosen = select(known, states, ports, names)
+    answer, rows = ask_rows(settings.run_dir, "flows", "flows", {"unread": arguments.wide or arguments.json})
     if arguments.json:
-        context.write_json({**answer, "flows": chosen})
-    elif chosen:
+        context.write_json_rows(answer, "flows", choose(rows, states, ports, names))
+        return OK
+    known = 0
+    chosen: list[Mapping[str, object]] = []
+    for row in rows:
+        known += 1
+        chosen += select([row], states, ports, names)
+    if chosen:
         width = terminal_width(context.stdout)
         context.write(render(chosen, palette=context.palette, width=width, wide=arguments.wide))
     elif known:
-        context.write([f"No flow matches ({plural(len(known), 'flow')} without the filters)."])
+        context.write([f"No flow matches ({plural(known, 'flow')} without the filters)."])
     else:
         context.write(
             ["No local connections. Those to other hosts are not listed; splicer status says more."]
@@ -167,12 +171,22 @@ def _read_port(given: str) -> int:
 
 
 def select(
-    flows: Sequence[Mapping[str, object]],
+    flows: Iterable[Mapping[str, object]],
     states: Collection[str],
     ports: Set[int],
     names: Mapping[str, Collection[str]] | None = None,
 ) -> list[Mapping[str, object]]:
-    """The flows that pass every filter; empty filters let all through.
+    """The flows that pass every filter, as `choose` finds them."""
+    return list(choose(flows, states, ports, names))
+
+
+def choose(
+    flows: Iterable[Mapping[str, object]],
+    states: Collection[str],
+    ports: Set[int],
+    names: Mapping[str, Collection[str]] | None = None,
+) -> Iterator[Mapping[str, object]]:
+    """The flows that pass every filter, one by one; empty filters let all through.
 
     In one of `states`, with one of `ports` at either end, and for each key of `names` with one of its
     patterns at either end.
@@ -188,7 +202,7 @@ def select(
             )
         )
 
-    return [flow for flow in flows if passes(flow)]
+    return filter(passes, flows)
 
 
 def _ports(flow: Mapping[str, object]) -> set[int]:

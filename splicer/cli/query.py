@@ -6,7 +6,8 @@ The daemon may be of another version than the command: an unknown schema is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 from splicer.daemon import control, instance
 from splicer.errors import NOT_RUNNING, SplicerError
@@ -22,8 +23,32 @@ def ask(
 
     Raises SplicerError, with exit code 3 when no daemon is running in `run_dir`.
     """
+    with _who_holds(run_dir, command):
+        return _require_schema(control.request(run_dir, command, fields, timeout=timeout))
+
+
+def ask_rows(
+    run_dir: str,
+    command: str,
+    name: str,
+    fields: Mapping[str, object] | None = None,
+    *,
+    timeout: float = 10.0,
+) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
+    """The daemon's answer without its rows, and those, which it calls `name`, as they come: there may be more
+    than one wants to have in memory. `timeout`, in seconds, is for the beginning and for each further part.
+
+    Raises SplicerError as `ask` does, also as one goes through the rows.
+    """
+    with _who_holds(run_dir, command):
+        answer, rows = control.request_rows(run_dir, command, name, fields, timeout=timeout)
+    return _require_schema(answer), rows
+
+
+@contextlib.contextmanager
+def _who_holds(run_dir: str, command: str) -> Iterator[None]:
     try:
-        answer = control.request(run_dir, command, fields, timeout=timeout)
+        yield
     except SplicerError as error:
         if error.exit_code == NOT_RUNNING and (holder := instance.find_holder(run_dir)) is not None:
             raise SplicerError(
@@ -32,6 +57,9 @@ def ask(
                 exit_code=NOT_RUNNING,
             ) from error
         raise
+
+
+def _require_schema(answer: dict[str, object]) -> dict[str, object]:
     if answer.get("schema") != SCHEMA:
         raise SplicerError(
             f"the daemon speaks another schema ({answer.get('schema')} and not {SCHEMA})",

@@ -5,33 +5,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from splicer.host.process import Processes, sees_host_pids
 from splicer.host.scopes import Scopes, read_path
-from splicer.kernel.layout import End, PairSummary
+from splicer.kernel.layout import End
+from splicer.kernel.tally import Amount
 from splicer.model import Container, Owner, Traffic
 
 # Names of containers that are gone, kept for the totals.
 _REMEMBERED = 4096
 # Rows of traffic in one answer, the largest ones.
 _TRAFFIC_ROWS = 100
-
-
-@dataclass(frozen=True)
-class TrafficAmount:
-    """Redirected in both directions; `connections` that carried it."""
-
-    connections: int = 0
-    redirected_bytes: int = 0
-    redirected_messages: int = 0
-
-    def add(self, other: TrafficAmount) -> TrafficAmount:
-        return TrafficAmount(
-            self.connections + other.connections,
-            self.redirected_bytes + other.redirected_bytes,
-            self.redirected_messages + other.redirected_messages,
-        )
 
 
 class Attribution:
@@ -111,23 +96,16 @@ class Attribution:
             found[key] = owner
         return owner
 
-    def sum_traffic(
-        self, closed: Iterable[tuple[tuple[int, int], TrafficAmount]], living: Iterable[PairSummary]
-    ) -> list[Traffic]:
-        """Traffic between owners, the largest first: `closed` has (client, server) cgroup ids."""
-        by_cgroup: dict[tuple[int, int], TrafficAmount] = {}
-        opened = (
-            (each.cgroups, TrafficAmount(1, each.redirected_bytes, each.redirected_messages))
-            for each in living
-        )
-        for source in (closed, opened):
-            for ends, amount in source:
-                if amount.redirected_messages:
-                    by_cgroup[ends] = by_cgroup.get(ends, TrafficAmount()).add(amount)
-        by_owner: dict[tuple[Owner, Owner], TrafficAmount] = {}
+    def sum_traffic(self, amounts: Iterable[tuple[tuple[int, int], Amount]]) -> list[Traffic]:
+        """Traffic between owners, the largest first, of amounts by (client, server) cgroup ids."""
+        by_cgroup: dict[tuple[int, int], Amount] = {}
+        for ends, amount in amounts:
+            if amount.redirected_messages:
+                by_cgroup[ends] = by_cgroup.get(ends, Amount()).add(amount)
+        by_owner: dict[tuple[Owner, Owner], Amount] = {}
         for (client, server), amount in by_cgroup.items():
             owners = self.find_cgroup_owner(client), self.find_cgroup_owner(server)
-            by_owner[owners] = by_owner.get(owners, TrafficAmount()).add(amount)
+            by_owner[owners] = by_owner.get(owners, Amount()).add(amount)
         rows = sorted(by_owner.items(), key=lambda item: -item[1].redirected_bytes)
         return [
             Traffic(client, server, amount.connections, amount.redirected_bytes, amount.redirected_messages)

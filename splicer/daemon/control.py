@@ -6,6 +6,14 @@ A unix stream socket, <run-dir>/control.sock, mode 0600, for root only. One JSON
     request   {"command": "status"}
     reply     {"ok": true, "result": {...}}   or   {"ok": false, "error": "...", "hint": "..." or null}
 
+What has many rows is sent as it is put together: neither side has all of it. Who asks for that gets the rows
+in lines of their own, some in each, and a last line with their number, or with what went wrong:
+
+    request   {"command": "flows", "stream": true}
+    reply     {"ok": true, "result": {...}, "rows": "flows"}   {"rows": [{...}, ...]}  ...   {"end": 1234}
+
+Who does not ask gets one line, as for anything else, with the rows in the result under that name.
+
 A connection may carry several requests, one after the other. After a request that is no JSON object or is too
 long the server answers and hangs up.
 """
@@ -21,7 +29,8 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -36,11 +45,26 @@ BACKLOG = 64
 # Address of a unix socket: 108 bytes with the closing zero (unix(7)).
 _ADDRESS_LIMIT = 107
 
-Handler = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+@dataclass(frozen=True)
+class Rows:
+    """A result with many rows: what else is in it, the name under which they are, and the rows, some at a
+    time."""
+
+    head: Mapping[str, Any]
+    name: str
+    parts: Iterable[Sequence[Mapping[str, Any]]]
+
+
+Handler = Callable[[dict[str, Any]], Mapping[str, Any] | Rows]
 
 
 class _RefusedError(Exception):
     """A request that cannot be answered and after which the connection cannot go on."""
+
+
+class _HungUpError(Exception):
+    """An answer that cannot be finished; what went wrong is in the log."""
 
 
 def socket_path(run_dir: str) -> str:
@@ -206,10 +230,13 @@ class Server:
                 return
             lines = _Lines(peer, REQUEST_LIMIT)
             while not self._closing.is_set() and (line := lines.read(self._timeout)) is not None:
-                self._send(peer, self._answer(line))
+                for part in self._answer(line):
+                    self._send(peer, part)
         except _RefusedError as refusal:
             with contextlib.suppress(OSError):
                 self._send(peer, _failure(str(refusal), None))
+        except _HungUpError:
+            pass
         except OSError as error:
             # The peer left or dawdled; its business, not ours.
             self._log.debug("control_peer_lost", error=str(error) or type(error).__name__)
@@ -220,7 +247,8 @@ class Server:
         peer.settimeout(self._timeout)
         peer.sendall(reply)
 
-    def _answer(self, line: bytes) -> bytes:
+    def _answer(self, line: bytes) -> Iterator[bytes]:
+        """The reply to a request, in parts that have to leave one by one."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -231,19 +259,64 @@ class Server:
         handler = self._handlers.get(command) if isinstance(command, str) else None
         if handler is None:
             known = ", ".join(sorted(self._handlers))
-            return _failure(f"unknown command {json.dumps(command)}", f"commands: {known}")
+            yield _failure(f"unknown command {json.dumps(command)}", f"commands: {known}")
+            return
+        is_begun = False
         try:
             with self._turn:
                 result = handler(request)
-            return _encode({"ok": True, "result": result})
+            is_begun = isinstance(result, Rows) and request.get("stream") is not True
+            if not isinstance(result, Rows):
+                reply = _encode({"ok": True, "result": result})
+            elif request.get("stream") is True:
+                reply = yield from self._stream(result)
+            else:
+                reply = yield from self._write_out(result)
         except SplicerError as error:
-            return _failure(error.message, error.hint)
+            reply = _failure(error.message, error.hint)
         except Exception as error:  # the daemon outlives a mistake in a handler
             self._log.exception("control_request_failed", command=command)
-            return _failure(f"internal error in the daemon ({type(error).__name__})", "see the daemon's log")
+            if is_begun:
+                # In the middle of a line.
+                raise _HungUpError from error
+            reply = _failure(f"internal error in the daemon ({type(error).__name__})", "see the daemon's log")
+        yield reply
+
+    def _take(self, result: Rows) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The rows, some at a time. Others who ask come in between."""
+        parts = iter(result.parts)
+        while True:
+            with self._turn:
+                part = next(parts, None)
+            if part is None:
+                return
+            if part:
+                yield part
+
+    def _stream(self, result: Rows) -> Generator[bytes, None, bytes]:
+        """All but the last line, which it returns."""
+        yield _encode({"ok": True, "result": result.head, "rows": result.name})
+        count = 0
+        for part in self._take(result):
+            count += len(part)
+            yield _encode({"rows": part})
+        return _encode({"end": count})
+
+    def _write_out(self, result: Rows) -> Generator[bytes, None, bytes]:
+        """The beginning of one long line, and the end, which it returns."""
+        whole = _encode({"ok": True, "result": {**result.head, result.name: []}})
+        separator, end = whole[: -len(_END_OF_ROWS)], whole[-len(_END_OF_ROWS) :]
+        for part in self._take(result):
+            yield separator + _encode(part)[1:-2]
+            separator = b","
+        return end if separator == b"," else whole
 
 
-def _encode(reply: Mapping[str, object]) -> bytes:
+# What follows the rows in an answer of one line.
+_END_OF_ROWS = b"]}}\n"
+
+
+def _encode(reply: Mapping[str, object] | Sequence[object]) -> bytes:
     return json.dumps(reply, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
@@ -305,45 +378,119 @@ def request(
     Raises SplicerError: with exit code 3 when no daemon listens; else with what the daemon said or what went
     wrong.
     """
-    path = socket_path(run_dir)
-    _check_length(path)
-    deadline = time.monotonic() + timeout
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as daemon:
-        daemon.settimeout(timeout)
-        try:
-            _connect(daemon, path, deadline)
+    with contextlib.closing(_Question(run_dir, command, timeout)) as question:
+        return _decode(question.ask(fields or {}), question.path)
+
+
+def request_rows(
+    run_dir: str,
+    command: str,
+    name: str,
+    fields: Mapping[str, object] | None = None,
+    *,
+    timeout: float = 10.0,
+) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
+    """Ask for what has many rows under `name`: the rest of the result, and the rows as they come. `timeout`
+    is for the beginning of the answer, and for each further part.
+
+    Raises SplicerError as `request` does, also as one goes through the rows.
+    """
+    question = _Question(run_dir, command, timeout)
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.closing(question))
+        line = question.ask({**(fields or {}), "stream": True})
+        head = _decode(line, question.path)
+        if "rows" in _read_object(line):
+            opened.pop_all()
+            return head, question.read_rows()
+    # It knows nothing of streams.
+    rows = head.pop(name, None)
+    return head, iter([row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else [])
+
+
+class _Question:
+    """One question to the daemon. Raises SplicerError, whatever goes wrong."""
+
+    def __init__(self, run_dir: str, command: str, timeout: float) -> None:
+        self.path = socket_path(run_dir)
+        _check_length(self.path)
+        self._run_dir = run_dir
+        self._command = command
+        self._timeout = timeout
+        self._daemon = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lines = _Lines(self._daemon, REPLY_LIMIT)
+
+    def close(self) -> None:
+        self._daemon.close()
+
+    def ask(self, fields: Mapping[str, object]) -> bytes:
+        """Ask, and read the first line of the answer."""
+        deadline = time.monotonic() + self._timeout
+        with self._explained():
+            self._daemon.settimeout(self._timeout)
+            _connect(self._daemon, self.path, deadline)
             # A peer that refuses before it has read leaves the reason for us to read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                daemon.sendall(_encode({**(fields or {}), "command": command}))
-            line = _Lines(daemon, REPLY_LIMIT).read(max(deadline - time.monotonic(), 0.001))
+                self._daemon.sendall(_encode({**fields, "command": self._command}))
+            line = self._lines.read(max(deadline - time.monotonic(), 0.001))
+        return self._require(line)
+
+    def read_rows(self) -> Iterator[Mapping[str, object]]:
+        """The rows that follow the first line; then there is nothing more to ask."""
+        count = 0
+        with contextlib.closing(self):
+            while True:
+                with self._explained():
+                    line = self._lines.read(self._timeout)
+                part = _read_object(self._require(line))
+                if isinstance(rows := part.get("rows"), list):
+                    count += len(rows)
+                    yield from rows
+                    continue
+                if part.get("end") == count:
+                    return
+                _decode(_encode(part), self.path)
+                raise self._cut_off()
+
+    def _require(self, line: bytes | None) -> bytes:
+        if line is None:
+            raise SplicerError(
+                f"the daemon hung up without an answer ({self.path})", hint="it may be stopping; try again"
+            )
+        return line
+
+    def _cut_off(self) -> SplicerError:
+        return SplicerError(
+            f"the daemon's answer was cut off ({self.path})", hint="see the daemon's log, then try again"
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             raise SplicerError(
-                f"not running (run directory {run_dir})",
+                f"not running (run directory {self._run_dir})",
                 hint="start it with: splicer run --cgroup /sys/fs/cgroup",
                 exit_code=NOT_RUNNING,
             ) from None
         except PermissionError as error:
             raise SplicerError(
-                f"no permission to use the control socket ({path})",
-                hint=f"run it as root: sudo splicer {command}",
+                f"no permission to use the control socket ({self.path})",
+                hint=f"run it as root: sudo splicer {self._command}",
                 exit_code=FAILURE,
             ) from error
         except TimeoutError as error:
             raise SplicerError(
-                f"the daemon did not answer within {timeout:g} seconds ({path})",
+                f"the daemon did not answer within {self._timeout:g} seconds ({self.path})",
                 hint="see whether it is alive: its log, or ps -C splicer",
             ) from error
         except OSError as error:
-            raise SplicerError(f"cannot talk to the daemon ({path}: {error.strerror or error})") from error
-        except _RefusedError as error:
             raise SplicerError(
-                f"the daemon's answer was cut off ({path})", hint="see the daemon's log, then try again"
+                f"cannot talk to the daemon ({self.path}: {error.strerror or error})"
             ) from error
-    if line is None:
-        raise SplicerError(
-            f"the daemon hung up without an answer ({path})", hint="it may be stopping; try again"
-        )
-    return _decode(line, path)
+        except _RefusedError as error:
+            raise self._cut_off() from error
 
 
 def _connect(daemon: socket.socket, path: str, deadline: float) -> None:
@@ -357,17 +504,22 @@ def _connect(daemon: socket.socket, path: str, deadline: float) -> None:
             time.sleep(0.02)
 
 
-def _decode(line: bytes, path: str) -> dict[str, object]:
+def _read_object(line: bytes) -> dict[str, Any]:
+    """Empty if it is no JSON object."""
     try:
         reply = json.loads(line)
     except ValueError:
-        reply = None
-    if isinstance(reply, dict):
-        result, error, hint = reply.get("result"), reply.get("error"), reply.get("hint")
-        if reply.get("ok") is True and isinstance(result, dict):
-            return result
-        if reply.get("ok") is False and isinstance(error, str):
-            raise SplicerError(error, hint=hint if isinstance(hint, str) else None)
+        return {}
+    return reply if isinstance(reply, dict) else {}
+
+
+def _decode(line: bytes, path: str) -> dict[str, object]:
+    reply = _read_object(line)
+    result, error, hint = reply.get("result"), reply.get("error"), reply.get("hint")
+    if reply.get("ok") is True and isinstance(result, dict):
+        return result
+    if reply.get("ok") is False and isinstance(error, str):
+        raise SplicerError(error, hint=hint if isinstance(hint, str) else None)
     raise SplicerError(
         f"what answers on the control socket is no splicer ({path})",
         hint=f"find it with: ss -xlp | grep {path}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,9 +19,13 @@ from splicer.kernel.enlist import EnlistRequest
 from splicer.kernel.layout import ANNOUNCED_BY_NAME, STATE_PAIRED, EnlistOutcome, EnlistTask, Event, Pair
 from splicer.model import REASON_NAMES
 
-# About this share of one CPU, and at a time so many seconds of it at once.
+# About this share of one CPU for who was tried in vain, and at a time so many seconds of it at once.
 ENLIST_SHARE = 0.05
 ENLIST_BURST_S = 0.02
+# The same for what each pair takes once: its first try, and the looks at who is in.
+FIRST_SHARE = 0.25
+# So many wait at most; of further ones no more is known than their names, until there is room.
+MOST_WAITING = 2048
 # Pauses between tries: doubled at every second one.
 TRY_PAUSE_S = 0.001
 TRY_PAUSE_MAX_S = 0.032
@@ -69,25 +74,35 @@ class Enlistment:
         enlister: Enlister | None,
         walks: Walks,
         ask_for_watch: Callable[[int], None],
+        find_pair: Callable[[int], Pair | None],
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
-        """No `enlister`: all is left to `walks`. `ask_for_watch` gets the name of each pair that is in."""
+        """No `enlister`: all is left to `walks`. `ask_for_watch` gets the name of each pair that is in.
+        `find_pair` gives the pair with a name, if there is one."""
         self._enlister = enlister
         self._walks = walks
         self._ask_for_watch = ask_for_watch
+        self._find_pair = find_pair
         self._clock = clock
         self._cpu_clock = cpu_clock
         # (when it is due, number, who): the number keeps equals in order.
         self._waiting: list[tuple[float, int, _Pending]] = []
         self._number = 0
+        self._backlog: deque[int] = deque()
         # What was spent is paid for at this time, with the share that we have.
         self._paid_at = -math.inf
 
     @property
     def deadline(self) -> float:
         """When there will be something to do."""
+        if self._backlog and not self._waiting:
+            return self._paid_at
         return max(self._waiting[0][0], self._paid_at) if self._waiting else math.inf
+
+    def __len__(self) -> int:
+        """How many pairs wait."""
+        return len(self._waiting) + len(self._backlog)
 
     def receive(self, event: Event) -> None:
         """A pair can be put in (EventType.ADOPT)."""
@@ -105,8 +120,18 @@ class Enlistment:
         if self._enlister is None:
             self._walks.adopt(netns, tgid)
             return
+        if len(self._waiting) >= MOST_WAITING:
+            self._backlog.append(name)
+            return
         now = self._clock()
         self._push(now, _Pending(name, netns, tgid, now))
+
+    def _let_in(self) -> None:
+        """Those for whom there is room by now, in the order in which they came."""
+        for _ in range(min(len(self._backlog), MOST_WAITING - len(self._waiting))):
+            pair = self._find_pair(self._backlog.popleft())
+            if pair is not None:
+                self.take_over([pair])
 
     def _push(self, due: float, pending: _Pending) -> None:
         self._number += 1
@@ -114,22 +139,30 @@ class Enlistment:
 
     def work(self, now: float) -> None:
         """Do what is due at `now`. Raises OSError if enlist cannot be run any more: then call `give_up`."""
-        if not self._waiting or self._paid_at > now or self._waiting[0][0] > now:
+        if self._paid_at > now:
+            return
+        self._let_in()
+        if not self._waiting or self._waiting[0][0] > now:
             return
         begun = self._cpu_clock()
         due: list[_Pending] = []
         while self._waiting and self._waiting[0][0] <= now:
             due.append(heapq.heappop(self._waiting)[2])
+        looks = [pending for pending in due if pending.task == EnlistTask.LOOK]
+        tries = [pending for pending in due if pending.task != EnlistTask.LOOK]
+        again = [pending for pending in tries if pending.tries]
         try:
             # Looks first: a look is late sooner than a try.
-            self._look([pending for pending in due if pending.task == EnlistTask.LOOK])
-            self._try([pending for pending in due if pending.task != EnlistTask.LOOK])
+            self._look(looks)
+            self._try([pending for pending in tries if not pending.tries])
+            first = self._cpu_clock()
+            self._try(again)
         except OSError:
             for pending in due:
                 self._push(now, pending)
             raise
-        spent = self._cpu_clock() - begun
-        self._paid_at = max(self._paid_at, now - ENLIST_BURST_S / ENLIST_SHARE) + spent / ENLIST_SHARE
+        cost = (first - begun) / FIRST_SHARE + (self._cpu_clock() - first) / ENLIST_SHARE
+        self._paid_at = max(self._paid_at, now - ENLIST_BURST_S / ENLIST_SHARE) + cost
 
     def _run(self, pending: list[_Pending]) -> list[EnlistOutcome]:
         assert self._enlister is not None, "without it nobody is pending"
@@ -175,3 +208,9 @@ class Enlistment:
         for _, _, pending in self._waiting:
             self._walks.adopt(pending.netns, pending.tgid)
         self._waiting.clear()
+        for name in self._backlog:
+            if pair := self._find_pair(name):
+                self._walks.adopt(
+                    (pair.client.netns, pair.server.netns), (pair.client.tgid, pair.server.tgid)
+                )
+        self._backlog.clear()

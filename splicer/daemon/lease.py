@@ -25,8 +25,8 @@ from splicer.kernel.sweep import Caller
 from splicer.logs import Logger
 
 # So many are renewed at a time, for this share of one CPU at most.
-RENEWALS = 16
-RENEW_SHARE = 0.02
+RENEWALS = 64
+RENEW_SHARE = 0.01
 
 
 class Tenants(Protocol):

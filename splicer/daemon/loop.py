@@ -40,8 +40,11 @@ from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 
 _TEND_PERIOD_S = 1.0
+_TRIM_PERIOD_S = 10.0
 # How long the start waits for the list of containers, so that no policy comes too late for its container.
 _INVENTORY_TIMEOUT_S = 5.0
+# So many processes are named that have left something unread at the stop.
+_READERS = 8
 
 
 class Daemon:
@@ -75,6 +78,7 @@ class Daemon:
         self._heartbeat = time.monotonic()
         self._watchdog = notify.wants_watchdog(os.environ)
         self._tend_at = 0.0
+        self._trim_at = 0.0
         self._held = 0
         self._mailbox = Mailbox()
         self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
@@ -106,7 +110,9 @@ class Daemon:
             self._patrol = Patrol(self._sweeper)
             self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
             self._enlister = self._generation.enlister(self._log)
-            self._enlistment = Enlistment(self._enlister, self._queues, self._patrol.ask)
+            self._enlistment = Enlistment(
+                self._enlister, self._queues, self._patrol.ask, self._sweeper.find_pair
+            )
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
             try:
@@ -245,17 +251,24 @@ class Daemon:
         """Drain for up to stop_timeout seconds; a second signal ends the waiting."""
         self._signals.tell()
         self._sweeper.settings.write(registering=False)
-        left = self._sweeper.drain(self._settings.stop_timeout, lambda: self._signals.stops > 1)
+        done = self._sweeper.drain(self._settings.stop_timeout, lambda: self._signals.stops > 1)
         self._signals.tell()
-        self._log.info("drained", unread_connections=left)
+        left: dict[str, object] = {"readers": list(done.readers[:_READERS])} if done.left else {}
+        self._log.info(
+            "drained",
+            connections=done.pairs,
+            seconds=round(done.seconds, 2),
+            unread_connections=done.left,
+            **left,
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         if self._generation.taken_over:
-            pairs = self._sweeper.list_pairs()
-            self._queues.take_over(pairs)
-            self._enlistment.take_over(pairs)
+            for pairs in self._sweeper.walk_pairs_read():
+                self._queues.take_over(pairs)
+                self._enlistment.take_over(pairs)
         ring = libbpf.RingBuffer(self._generation.maps["events"].fd, self._receive)
         try:
             with select.epoll() as poll:
@@ -327,6 +340,9 @@ class Daemon:
         ended = self._reconciler.is_hold_over()
         if ended or self._reconciler.failure or self._reconciler.have_cgroups_changed():
             self._apply_policy()
+        if self._tend_at >= self._trim_at:
+            self._trim_at = self._tend_at + _TRIM_PERIOD_S
+            process.give_memory_back()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held
             self._log.warning("sweeps_held_up", namespaces=self._held)

@@ -3,7 +3,7 @@
 when the SOCKHASH is searched for ends without a record (orphans).
 
 A round over all pairs is made in steps that are spread over the second, so that it holds nothing up. What
-would cost too much, for there is so much of it, is done less often instead.
+would cost too much, for there is so much of it, is done less often instead: so is a round.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,13 +21,15 @@ from splicer.kernel.sweep import WatchFindings
 
 PERIOD_S = 1.0
 SOON_S = 0.02
-# A round has so many steps, or fewer if that makes them shorter than this.
+# A round has so many steps, but none with fewer pairs than the one or more than the other.
 STEPS = 10
 STEP_PAIRS = 512
+STEP_PAIRS_MAX = 1024
 LIST_ROUNDS = 8
 # A search goes on for so many ends at a time.
 SEARCH_ENDS = 1000
-# Share of one CPU that urgent looks, and searches, may take.
+# Share of one CPU that rounds, urgent looks, and searches, may take.
+ROUND_SHARE = 0.015
 URGENT_SHARE = 0.2
 SEARCH_SHARE = 0.005
 # A search that found something is made again, in case it cannot be taken out yet, later and later.
@@ -43,13 +46,13 @@ class Watch(Protocol):
     """What a patrol needs of a Sweeper."""
 
     def watch_all(self) -> WatchFindings: ...
-    def watch_pairs(self, names: list[int]) -> WatchFindings: ...
+    def watch_pairs(self, names: Sequence[int]) -> WatchFindings: ...
     def find_readers(self, tgids: set[int]) -> list[int]: ...
     def walk_pairs(self) -> Walk: ...
     def read_splice_stamp(self) -> int: ...
     def read_orphan_stamp(self) -> int: ...
     def walk_ends(self) -> Iterator[tuple[int, int]]: ...
-    def read_names(self) -> set[int]: ...
+    def find_unknown(self, names: Iterable[int]) -> set[int]: ...
 
 
 @dataclass
@@ -68,11 +71,18 @@ class PatrolReport:
 
 
 class Patrol:
-    """The looks at one generation of programs. Times are of `clock`, in seconds."""
+    """The looks at one generation of programs. Times are of `clock`, in seconds; `cpu_clock` says how much
+    CPU time the caller has had."""
 
-    def __init__(self, sweeper: Watch, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sweeper: Watch,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._sweeper = sweeper
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._all = False
         # Names of pairs, and processes, that are looked at next.
         self._asked: set[int] = set()
@@ -139,6 +149,7 @@ class Patrol:
         self._note(findings, report)
 
     def _go_round(self, report: PatrolReport) -> None:
+        begun = self._cpu_clock()
         if self._round.ended:
             self._round.begin(self._clock())
             self._search.consider(self._round.begun)
@@ -149,9 +160,12 @@ class Patrol:
         if self._round.ended:
             self._round_at = self._round.begun + PERIOD_S
         else:
-            self._round_at = self._round.begun + self._round.steps * PERIOD_S / STEPS
-        # If one takes longer than it may, whatever else there is comes first.
-        self._round_at = max(self._round_at, self._clock())
+            # If more have come than there were in the last round, it hurries at its end.
+            part = min(1.0, self._round.steps / self._round.expected_steps)
+            self._round_at = self._round.begun + part * PERIOD_S
+        # Where there are so many that a second is too short, a round takes longer.
+        pause = (self._cpu_clock() - begun) / ROUND_SHARE
+        self._round_at = max(self._round_at, self._clock() + pause)
 
 
 class _Round:
@@ -162,7 +176,7 @@ class _Round:
         self._sweeper = sweeper
         self._news: int | None = None  # by the programs' count, when they were listed last
         self._rounds = 0  # since then
-        self._listed: list[int] = []
+        self._listed = array("Q")
         self._namespaces: dict[int, set[int]] = {}
         self._walk: Walk | None = None  # while they are listed
         self._is_listed = False  # just now
@@ -180,12 +194,16 @@ class _Round:
         if news != self._news or self._rounds >= LIST_ROUNDS:
             self._news, self._rounds = news, 0
             self._walk = self._sweeper.walk_pairs()
-            self._listed, self._namespaces = [], {}
+            self._listed, self._namespaces = array("Q"), {}
 
-    def step(self) -> list[int]:
+    @property
+    def expected_steps(self) -> int:
+        """So many steps does this round take, if there are as many pairs as in the last one."""
+        return max(STEPS, math.ceil(self._expected / STEP_PAIRS_MAX))
+
+    def step(self) -> Sequence[int]:
         """Names of the pairs to look at in this step."""
-        # The second one: more have come than there were in the last round.
-        room = max(STEP_PAIRS, math.ceil(self._expected / STEPS), self._seen - self._expected)
+        room = min(max(STEP_PAIRS, math.ceil(self._expected / STEPS)), STEP_PAIRS_MAX)
         self.steps += 1
         if self._walk is not None:
             return self._list_some(self._walk, room)
@@ -195,8 +213,8 @@ class _Round:
             self._end(len(self._listed))
         return names
 
-    def _list_some(self, walk: Walk, room: int) -> list[int]:
-        names: list[int] = []
+    def _list_some(self, walk: Walk, room: int) -> Sequence[int]:
+        names = array("Q")
         while True:
             found = walk.step(room)
             if found is None:
@@ -205,12 +223,12 @@ class _Round:
                 break
             count = len(found[1]) // PAIR.size
             self._seen += count
-            names += read_watched(found[1])
+            names.extend(read_watched(found[1]))
             for netns, tgid in read_whereabouts(found[1]):
                 self._namespaces.setdefault(netns, set()).add(tgid)
             if count > room // 2:  # else it was the last, most likely
                 break
-        self._listed += names
+        self._listed.extend(names)
         return names
 
     def take_namespaces(self) -> dict[int, set[int]] | None:
@@ -230,7 +248,7 @@ class _Search:
         self._sweeper = sweeper
         self._count: int | None = None  # of the programs, when the last search began
         self._ends: Iterator[tuple[int, int]] | None = None
-        self._seen: set[tuple[int, int]] = set()
+        self._orphaned: set[int] = set()  # the namespaces of those that were found
         self._took = 0.0
         self._rested_at = 0.0
         # After a search that found something.
@@ -251,7 +269,7 @@ class _Search:
             return
         self._count = count
         self._ends = self._sweeper.walk_ends()
-        self._seen.clear()
+        self._orphaned = set()
         self._took = 0.0
         self.at = now
 
@@ -260,17 +278,15 @@ class _Search:
         assert self._ends is not None
         begun = clock()
         some = list(itertools.islice(self._ends, SEARCH_ENDS))
-        self._seen.update(some)
-        if len(some) == SEARCH_ENDS:
-            now = clock()
-            self._took += now - begun
-            self.at = now + SOON_S
-            return set()
-        # Read after the ends were: whose record is missing had none, or has lost it.
-        records = self._sweeper.read_names() if self._seen else set()
-        orphaned = {netns for netns, name in self._seen if name not in records}
+        # Asked after the ends were read: whose record is missing had none, or has lost it.
+        unknown = self._sweeper.find_unknown({name for _, name in some})
+        self._orphaned.update(netns for netns, name in some if name in unknown)
         now = clock()
         self._took += now - begun
+        if len(some) == SEARCH_ENDS:
+            self.at = now + SOON_S
+            return set()
+        orphaned = self._orphaned
         self._ends, self.at = None, math.inf
         self._rested_at = now + self._took / SEARCH_SHARE
         self._again_at = now + self._pause if orphaned else math.inf

@@ -5,15 +5,14 @@ takes longer, or is not theirs to do, they leave for the daemon's loop."""
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from splicer import __version__
 from splicer.containers.watcher import Watcher
-from splicer.daemon.attribution import Attribution, TrafficAmount
-from splicer.daemon.control import Handler
+from splicer.daemon.attribution import Attribution
+from splicer.daemon.control import Handler, Rows
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
@@ -22,6 +21,7 @@ from splicer.kernel.gauge import Gauge
 from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
+from splicer.kernel.tally import Amount
 from splicer.model import (
     REASON_NAMES,
     SCHEMA,
@@ -92,11 +92,11 @@ class RequestHandlers:
             "release": self.release,
         }
 
-    def _read_closed(self) -> list[tuple[tuple[int, int], TrafficAmount]]:
+    def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
         found = []
         for key, value in self._maps["traffic"].items():
             client, server = TRAFFIC_KEY.unpack(key)
-            found.append(((client, server), TrafficAmount(*TRAFFIC.unpack(value))))
+            found.append(((client, server), Amount(*TRAFFIC.unpack(value))))
         return found
 
     def status(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,11 +106,10 @@ class RequestHandlers:
             for index, name in enumerate(REASON_NAMES)
             if name and (n := self._sweeper.read_counter(COUNT_REFUSED + index))
         }
-        living = self._sweeper.list_summaries()
-        numbers = Counter(each.state for each in living)
+        living = self._sweeper.tally()
         states = dict.fromkeys(STATES.values(), 0)
         for number, name in STATES.items():
-            states[name] += numbers[number]
+            states[name] += living.states[number]
         host = self._reconciler.describe()
         settings = self._sweeper.settings.read()
         beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
@@ -146,19 +145,22 @@ class RequestHandlers:
             neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
             problems=self._reconciler.list_problems(),
             hold=self._reconciler.describe_hold(),
-            traffic=self._attribution.sum_traffic(self._read_closed(), living),
+            traffic=self._attribution.sum_traffic([*self._read_closed(), *living.amounts.items()]),
             usage=asdict(read_own_usage()),
         )
         return status.to_json()
 
-    def flows(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        found: dict[tuple[int, int, int], Owner] = {}
-        # A pair in the making has no state yet.
-        pairs = [pair for pair in self._sweeper.list_pairs_and_seeds() if pair.state in STATES]
+    def flows(self, request: Mapping[str, Any]) -> Rows:
         gauge = self._gauge if request.get("unread") is True else None
-        flows = [self._describe(pair, now, found, gauge) for pair in pairs]
-        return {"schema": SCHEMA, "flows": [flow.to_json() for flow in flows]}
+        return Rows({"schema": SCHEMA}, "flows", self._walk_flows(gauge))
+
+    def _walk_flows(self, gauge: Gauge | None) -> Iterator[list[dict[str, Any]]]:
+        found: dict[tuple[int, int, int], Owner] = {}
+        for pairs in self._sweeper.walk_connections():
+            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            # A pair in the making has no state yet.
+            known = (pair for pair in pairs if pair.state in STATES)
+            yield [self._describe(pair, now, found, gauge).to_json() for pair in known]
 
     def _describe(
         self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner], gauge: Gauge | None

@@ -121,6 +121,15 @@ def read_own_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
+def give_memory_back() -> None:
+    """Have the C library return to the kernel what it keeps of freed memory (malloc_trim(3)). What a crowd
+    took for a moment would stay with this process else."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError):  # not of every C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def read_peak() -> int:
     """Bytes of memory that this process, or a child of it that has ended, has had at most.
 

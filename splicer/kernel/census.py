@@ -195,25 +195,33 @@ class Census:
     def _join(self, link: int, connections: Sequence[Older]) -> Generator[None, None, Counter[OlderOutcome]]:
         outcomes: Counter[OlderOutcome] = Counter()
         self._settings.write(census=CensusState.JOINS)
+        # As many as there is room for at a time; so that few namespaces are visited for each lot, in order.
+        ordered = sorted(connections, key=lambda each: (each.server.netns, each.client.netns))
+        room = self._older.max_entries
         try:
-            for each in connections:
-                value = OLDER.pack(each.client.sk, each.server.sk, each.client.cookie, each.server.cookie)
-                try:
-                    self._older.set(_NAME.pack(each.name), value)
-                except libbpf.KernelError:  # no memory, or more than there is room for
-                    outcomes[OlderOutcome.FULL] += 1
-            ends = [end for each in connections for end in (each.client, each.server)]
-            for cookie in dict.fromkeys(end.netns for end in ends):
-                path = self._directory.find(cookie)
-                written = self._visit(link, path) if path else None
-                outcomes.update(
-                    OlderOutcome(outcome) for _, outcome in OLDER_JOINED.iter_unpack(written or b"")
-                )
-                yield None
+            for start in range(0, len(ordered), room):
+                yield from self._join_some(link, ordered[start : start + room], outcomes)
+                self._forget_older()
         finally:
             self._forget_older()
         self._settings.write(census=CensusState.DONE)
         return outcomes
+
+    def _join_some(
+        self, link: int, connections: Sequence[Older], outcomes: Counter[OlderOutcome]
+    ) -> Generator[None, None, None]:
+        for each in connections:
+            value = OLDER.pack(each.client.sk, each.server.sk, each.client.cookie, each.server.cookie)
+            try:
+                self._older.set(_NAME.pack(each.name), value)
+            except libbpf.KernelError:  # no memory
+                outcomes[OlderOutcome.FULL] += 1
+        ends = [end for each in connections for end in (each.client, each.server)]
+        for cookie in dict.fromkeys(end.netns for end in ends):
+            path = self._directory.find(cookie)
+            written = self._visit(link, path) if path else None
+            outcomes.update(OlderOutcome(outcome) for _, outcome in OLDER_JOINED.iter_unpack(written or b""))
+            yield None
 
     def _visit(self, link: int, path: str) -> bytes | None:
         """What census writes about the namespace at `path`; None if it is gone, or held up there."""

@@ -6,8 +6,10 @@ from __future__ import annotations
 import threading
 
 from splicer.kernel import libbpf
-from splicer.kernel.layout import MEASURE_REQUEST, MEASURE_SERVER, MEASURE_TCP, Pair
+from splicer.kernel.layout import MEASURE_ANY, MEASURE_REQUEST, MEASURE_SERVER, MEASURE_TCP, Pair
 from splicer.model import Unread
+
+_NOTHING = Unread(0, 0)
 
 
 class Gauge:
@@ -22,6 +24,9 @@ class Gauge:
         if not pair.is_in_map:
             return None
         try:
+            # Nearly always, and there may be many.
+            if not self._count(pair.name, MEASURE_ANY):
+                return _NOTHING, _NOTHING
             client, server = (
                 Unread(*(self._count(pair.name, end | kind) for kind in (0, MEASURE_TCP)))
                 for end in (0, MEASURE_SERVER)

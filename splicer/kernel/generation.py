@@ -121,7 +121,7 @@ class Generation:
         left."""
         sweeper = self.sweeper()
         sweeper.settings.write(registering=False)
-        left = sweeper.drain(timeout)
+        left = sweeper.drain(timeout).left
         sweeper.close()
         return left
 

@@ -8,6 +8,7 @@ import enum
 import ipaddress
 import itertools
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
@@ -128,22 +129,19 @@ OLDER_SOCKET = struct.Struct("=3Q 2I Q")
 OLDER = struct.Struct("=4Q")
 OLDER_JOINED = struct.Struct("=2Q")
 
-_END_KEY = "4I 4I Q 2I I I"
-_END = _END_KEY + " Q Q Q I I H 2x I I I"
+_ADDRESS = "4I 4I Q I I"
+_END = _ADDRESS + " Q Q Q I I H 2x I I I"
 _END_SIZE = struct.calcsize("=" + _END)
 _DIRECTION = "4Q 6I 2H I"
-PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B " + _DIRECTION + " " + _DIRECTION)
-# State, the ends' cgroups, and what was redirected; for counting many pairs quickly.
-_END_CGROUP = "72x Q 24x"
-PAIR_SUMMARY = struct.Struct(f"=8x I 4x {_END_CGROUP} {_END_CGROUP} 40x 2Q 48x 2Q 48x")
-MEASURE_SERVER, MEASURE_TCP = 1, 2
+PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B I 4x " + _DIRECTION + " " + _DIRECTION)
+MEASURE_SERVER, MEASURE_TCP, MEASURE_ANY = 1, 2, 4
 MEASURE_REQUEST = struct.Struct("=2Q")
 """struct measure_request: a name, and which bytes at which end."""
 WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.
-END_KEY_OWNER = struct.Struct("=32x Q Q 8x")
-SEED = struct.Struct("=" + _END_KEY + " 4Q 2H I")
+END_KEY_OWNER = struct.Struct("=8x Q Q")
+SEED = struct.Struct("=" + _ADDRESS + " 4Q 2I 2I")
 SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
@@ -155,17 +153,19 @@ TRAFFIC = struct.Struct("=3Q")
 EVENT = struct.Struct("=2I Q 2Q 2I")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
-_CLIENT_PORT = 11
-_END_FIELDS = 8 + 1 + 2 + 2 + 3 + 6
+_ADDRESS_FIELDS = 8 + 1 + 2
+_CLIENT_PORT = 9
+_END_FIELDS = _ADDRESS_FIELDS + 3 + 6
 _DIRECTION_FIELDS = 13
 
 
 def format_endpoint(words: tuple[int, ...], port: int) -> str:
     """`a.b.c.d:port` or `[v6]:port`; an IPv4 address comes as ::ffff:a.b.c.d in four words."""
-    packed = struct.pack(">4I", *words)
-    if packed[:12] == b"\0" * 10 + b"\xff\xff":
-        return f"{ipaddress.IPv4Address(packed[12:])}:{port}"
-    return f"[{ipaddress.IPv6Address(packed)}]:{port}"
+    if words[:3] == (0, 0, 0xFFFF):
+        # By hand: there may be hundreds of thousands.
+        number = words[3]
+        return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}:{port}"
+    return f"[{ipaddress.IPv6Address(struct.pack('>4I', *words))}]:{port}"
 
 
 @dataclass(frozen=True)
@@ -217,30 +217,15 @@ class Pair:
         return bool((self.client.flags | self.server.flags) & END_IN_MAP)
 
 
-@dataclass(frozen=True, slots=True)
-class PairSummary:
-    """What counting needs of a pair. Cgroups by id, 0 if unknown; amounts are of both directions."""
-
-    state: int
-    cgroups: tuple[int, int]
-    redirected_bytes: int
-    redirected_messages: int
-
-
-def read_summary(value: bytes) -> PairSummary:
-    state, client, server, sent, messages, answered, answers = PAIR_SUMMARY.unpack(value)
-    return PairSummary(state, (client, server), sent + answered, messages + answers)
-
-
 def _read_end(fields: tuple[int, ...]) -> End:
     return End(
-        local=format_endpoint(fields[0:4], fields[11]),
-        remote=format_endpoint(fields[4:8], fields[12]),
+        local=format_endpoint(fields[0:4], fields[9]),
+        remote=format_endpoint(fields[4:8], fields[10]),
         netns=fields[8],
-        cgroup=fields[15],
-        reads=fields[18],
-        tgid=fields[19],
-        flags=fields[20],
+        cgroup=fields[13],
+        reads=fields[16],
+        tgid=fields[17],
+        flags=fields[18],
     )
 
 
@@ -256,7 +241,7 @@ def read_pair(value: bytes) -> Pair:
     client, server = _read_end(ends[:_END_FIELDS]), _read_end(ends[_END_FIELDS:])
     if not ends[_CLIENT_PORT]:
         client = _mirror(client, server)
-    directions = rest[13:]
+    directions = rest[14:]
     return Pair(
         id=(fields[0], fields[1]),
         state=fields[2],
@@ -285,7 +270,7 @@ class OlderSocket:
 
 
 # Of the fields of a seed.
-_SEED_SOCKET, _SEED_BORN = 13, 16
+_SEED_SOCKET, _SEED_BORN, _SEED_NAME = 11, 14, slice(15, 17)
 
 
 def name_connection(client_seq: int, server_seq: int) -> int:
@@ -293,30 +278,22 @@ def name_connection(client_seq: int, server_seq: int) -> int:
     return int(struct.unpack("=Q", struct.pack("=2I", client_seq, server_seq))[0])
 
 
-def has_pair(seed: bytes) -> bool:
-    """Does a connection with a seed have an entry in the pairs map too?"""
-    return bool(SEED.unpack(seed)[-3])
-
-
 def read_place(seed: bytes) -> bytes | None:
     """The name of the young connection that has this place; None if it is free."""
     fields = SEED.unpack(seed)
-    return struct.pack("=2I", *fields[9:11]) if fields[_SEED_SOCKET] else None
+    return struct.pack("=2I", *fields[_SEED_NAME]) if fields[_SEED_SOCKET] else None
 
 
-def read_seed(value: bytes) -> Pair | None:
-    """A connection without an entry in the pairs map: too young, or known never to get one; None if it has
-    one."""
+def read_seed(value: bytes) -> Pair:
+    """A connection that is too young for an entry in the pairs map, or known never to get one."""
     fields = SEED.unpack(value)
-    grown, reason = fields[-3:-1]
-    if grown:
-        return None
     none = Direction(0, 0, 0)
-    server = _read_end((*fields[:13], *[0] * (_END_FIELDS - 13)))
+    server = _read_end((*fields[:_ADDRESS_FIELDS], *[0] * (_END_FIELDS - _ADDRESS_FIELDS)))
+    client_seq, server_seq = fields[_SEED_NAME]
     return Pair(
-        id=(fields[9], fields[10]),
+        id=(client_seq, server_seq),
         state=STATE_PAIRED,
-        reason=reason or REASON_COLD,
+        reason=fields[-2] or REASON_COLD,
         client=End(server.remote, server.local, 0, 0, 0, 0, 0),
         server=server,
         born_ns=fields[_SEED_BORN],
@@ -329,7 +306,11 @@ def read_seed(value: bytes) -> Pair | None:
 
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
-_END_TGID = (16 + 92, 16 + _END_SIZE + 92)
+_END_TGID = (16 + 84, 16 + _END_SIZE + 84)
+_END_FLAGS = (16 + 88, 16 + _END_SIZE + 88)
+_END_CGROUP = (16 + 64, 16 + _END_SIZE + 64)
+_DIRECTIONS = 16 + 2 * _END_SIZE + 48
+_REDIRECTED = tuple(_DIRECTIONS + place for place in (0, 8, 64, 72))
 _END_LOCAL_IP = (16, 16 + _END_SIZE)
 _END_NETNS = (16 + 32, 16 + _END_SIZE + 32)
 
@@ -363,12 +344,31 @@ def read_watched(values: memoryview) -> list[int]:
 
 def read_whereabouts(values: memoryview) -> set[tuple[int, int]]:
     """The network namespaces (cookies) of the ends of those pairs, and the process that read last there."""
-    watched = list(map(STATE_PAIRED.__lt__, _read_column(values, "I", _STATE)))
+    return read_ends(values, map(STATE_PAIRED.__lt__, _read_column(values, "I", _STATE)))
+
+
+def read_amounts(values: memoryview) -> tuple[list[int], Iterator[tuple[int, ...]]]:
+    """The states of those pairs, and of each the cgroups (ids) of client and server, and the bytes and
+    messages that were redirected from the client and from the server."""
+    columns = (_read_column(values, "Q", offset) for offset in (*_END_CGROUP, *_REDIRECTED))
+    return _read_column(values, "I", _STATE), zip(*columns, strict=True)
+
+
+def read_in_map(values: memoryview) -> list[bool]:
+    """Is an end of each of those pairs in the SOCKHASH?"""
+    client, server = (_read_column(values, "I", offset) for offset in _END_FLAGS)
+    return [bool((mine | other) & END_IN_MAP) for mine, other in zip(client, server, strict=True)]
+
+
+def read_ends(values: memoryview, chosen: Iterable[object]) -> set[tuple[int, int]]:
+    """The network namespaces (cookies) of the ends of the chosen ones of those pairs, and the process that
+    read last there."""
+    chosen = list(chosen)
     return {
         place
         for netns, tgid in zip(_END_NETNS, _END_TGID, strict=True)
         for place in itertools.compress(
-            zip(_read_column(values, "Q", netns), _read_column(values, "I", tgid), strict=True), watched
+            zip(_read_column(values, "Q", netns), _read_column(values, "I", tgid), strict=True), chosen
         )
     }
 

@@ -12,6 +12,7 @@ import ctypes as ct
 import ctypes.util
 import errno
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -299,13 +300,14 @@ class Map:
         found: list[tuple[bytes, bytes]] = []
         walk = self.walk()
         while (step := walk.step(BATCH)) is not None:
-            keys, values = (bytes(each) for each in step)
-            found += zip(_split(keys, self.key_size), _split(values, self.value_size), strict=True)
+            found += zip(split(step[0], self.key_size), split(step[1], self.value_size), strict=True)
         return found
 
 
-def _split(text: bytes, size: int) -> list[bytes]:
-    return [text[i : i + size] for i in range(0, len(text), size)]
+def split(text: memoryview, size: int) -> list[bytes]:
+    """What lies one after the other there, each with so many bytes."""
+    whole = bytes(text)
+    return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
 class Walk:
@@ -535,6 +537,22 @@ class TestRun:
         if (result := self._call(self._fd, self._reference)) < 0:
             check(result, "run a program")
         return int(self._options.retval)
+
+    def run_each(self, contexts: array[int]) -> Iterator[tuple[int, int]]:
+        """Run it on many contexts that lie there one after the other: the number of each for which it
+        returned something other than 0, and that."""
+        options, call, fd, reference = self._options, self._call, self._fd, self._reference
+        size = options.ctx_size_in
+        start, words = contexts.buffer_info()
+        try:
+            for number in range(words * contexts.itemsize // size):
+                options.ctx_in = start + number * size
+                if (result := call(fd, reference)) < 0:
+                    check(result, "run a program")
+                if found := options.retval:
+                    yield number, found
+        finally:
+            options.ctx_in = ct.addressof(self._buffer)
 
 
 class PacketRun:

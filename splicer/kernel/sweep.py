@@ -5,6 +5,7 @@ that are named."""
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import struct
 import time
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from splicer.host.namespaces import Directory
+from splicer.host.namespaces import Directory, read_cookie
 from splicer.kernel import libbpf
 from splicer.kernel.layout import (
     COUNTERS,
     END_KEY_OWNER,
     LOOK_BITS,
-    STATE_PAIRED,
+    PAIR,
+    SEED,
     STATE_SPLICED,
     SWEEP,
     WATCH_PAIRS,
@@ -26,26 +28,31 @@ from splicer.kernel.layout import (
     End,
     Look,
     Pair,
-    PairSummary,
     Place,
     Question,
-    has_pair,
+    read_ends,
+    read_in_map,
     read_names,
     read_pair,
     read_place,
     read_places,
     read_readers,
     read_seed,
-    read_summary,
     read_watched,
 )
+from splicer.kernel.libbpf import split
 from splicer.kernel.settings import SettingsMap
+from splicer.kernel.tally import Tally
 from splicer.kernel.walker import Walker, open_iterator
 from splicer.model import REASON_NAMES
 
 _SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
 _LOOK_MASK = (1 << LOOK_BITS) - 1
 _NAME = 8  # bytes
+# So many are taken apart at a time: an object is five times as large as its record.
+_RECORDS = 256
+# A name alone among WATCH_PAIRS, and the question.
+_ONE_NAME = struct.Struct(f"=Q {(WATCH_PAIRS - 1) * _NAME}x Q")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,17 @@ class WatchFindings:
     again: frozenset[int] = frozenset()
     rescued: int = 0
     talking: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What came of taking everything out: pairs that were in or on their way, those that are still there,
+    processes that read these last, and seconds that it took."""
+
+    pairs: int
+    left: int
+    readers: Sequence[int]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -179,14 +197,28 @@ class Sweeper:
         """All pairs, in steps; layout.py reads their values."""
         return self._maps["pairs"].walk()
 
-    def _read_pairs(self) -> Iterator[memoryview]:
+    def _read_pairs(self, most: int | None = None) -> Iterator[memoryview]:
         walk = self.walk_pairs()
-        while (step := walk.step(libbpf.BATCH)) is not None:
+        while (step := walk.step(most or libbpf.BATCH)) is not None:
+            yield step[1]
+
+    def _list_young(self) -> dict[bytes, bytes]:
+        """Seeds of the young, by name."""
+        return {name: seed for _, seed in self._maps["young"].items() if (name := read_place(seed))}
+
+    def _read_seeds(self, most: int | None = None) -> Iterator[memoryview]:
+        walk = self._maps["seeds"].walk()
+        while (step := walk.step(most or libbpf.BATCH)) is not None:
             yield step[1]
 
     def watch_all(self) -> WatchFindings:
         """Look at every pair that is spliced or on its way back."""
-        return self.watch_pairs([name for values in self._read_pairs() for name in read_watched(values)])
+        if self._maps["pairs"].value_size != PAIR.size:
+            return WatchFindings()  # of another build
+        names = array.array("Q")
+        for values in self._read_pairs():
+            names.extend(read_watched(values))
+        return self.watch_pairs(names)
 
     def find_readers(self, tgids: AbstractSet[int]) -> list[int]:
         """Names of the pairs that one of these processes reads."""
@@ -206,9 +238,15 @@ class Sweeper:
             if state == STATE_SPLICED and losses.concern(client, server)
         ]
 
-    def read_names(self) -> set[int]:
-        """Names of all pairs there are."""
-        return {name for values in self._read_pairs() for name in read_names(values)}
+    def find_unknown(self, names: Iterable[int]) -> set[int]:
+        """Those that are no pair's name (any more)."""
+        pairs = self._maps["pairs"]
+        return {name for name in names if pairs.get(struct.pack("=Q", name)) is None}
+
+    def find_pair(self, name: int) -> Pair | None:
+        """The pair with this name, if there is one."""
+        raw = self._maps["pairs"].get(struct.pack("=Q", name))
+        return None if raw is None else read_pair(raw)
 
     def watch_pairs(self, names: Sequence[int]) -> WatchFindings:
         """Run watch on these pairs; see bpf/watch.c. Those that are plain, or have gone, are no harm."""
@@ -239,12 +277,12 @@ class Sweeper:
 
     def read_caller(self, name: int) -> Caller | None:
         """The client of a spliced pair, as far as a packet in its name needs it; None: there is none."""
-        raw = self._maps["pairs"].get(struct.pack("=Q", name))
+        pair = self.find_pair(name)
         sent = self._ask_about(name, Question.SENT)
-        if raw is None or not sent:
+        if pair is None or not sent:
             return None
         return Caller(
-            read_pair(raw).client,
+            pair.client,
             sent,
             *(self._ask_about(name, each) for each in (Question.RECEIVED, Question.DEVICE, Question.MARK)),
         )
@@ -255,17 +293,22 @@ class Sweeper:
         if self._watch is None:
             return
         # There is no connection with the name 0, but for one in 2^64.
-        request = array.array("Q", [*names, *[0] * (-len(names) % WATCH_PAIRS)]).tobytes()
-        context, run, size = self._watch.context, self._watch.run, _NAME * WATCH_PAIRS
-        context[size:] = struct.pack("=Q", question)
-        for start in range(0, len(request), size):
-            context[:size] = request[start : start + size]
-            if result := run():
-                yield start // _NAME, result
+        padded = array.array("Q", names)
+        padded.extend([0] * (-len(names) % WATCH_PAIRS))
+        runs = len(padded) // WATCH_PAIRS
+        requests = array.array("Q", bytes(runs * WATCH_REQUEST_SIZE))
+        for place in range(WATCH_PAIRS):
+            requests[place :: WATCH_PAIRS + 1] = padded[place::WATCH_PAIRS]
+        requests[WATCH_PAIRS :: WATCH_PAIRS + 1] = array.array("Q", [question]) * runs
+        for number, result in self._watch.run_each(requests):
+            yield number * WATCH_PAIRS, result
 
     def _ask_about(self, name: int, question: Question) -> int:
         """What watch returns of one pair."""
-        return next((result for _, result in self._ask([name], question)), 0)
+        if self._watch is None:
+            return 0
+        _ONE_NAME.pack_into(self._watch.context, 0, name, question)
+        return self._watch.run()
 
     def read_counter(self, index: int) -> int:
         """One of enum counter in bpf/types.h, over all CPUs."""
@@ -287,26 +330,30 @@ class Sweeper:
             netns, name = END_KEY_OWNER.unpack(key)
             yield netns, name
 
+    def walk_pairs_read(self) -> Iterator[list[Pair]]:
+        """All pairs, some at a time."""
+        for values in self._read_pairs(_RECORDS):
+            yield [read_pair(value) for value in split(values, PAIR.size)]
+
     def list_pairs(self) -> list[Pair]:
-        return [read_pair(value) for _, value in self._maps["pairs"].items()]
+        return [pair for some in self.walk_pairs_read() for pair in some]
 
-    def _list_seeds(self) -> Iterable[bytes]:
-        """Young ones first: one that grows meanwhile is met again, and counts once."""
-        found = {name: seed for _, seed in self._maps["young"].items() if (name := read_place(seed))}
-        found.update(self._maps["seeds"].items())
-        return found.values()
+    def walk_connections(self) -> Iterator[list[Pair]]:
+        """All that is known, the young ones first, some at a time. Who grows up meanwhile may come twice."""
+        yield [read_seed(value) for value in self._list_young().values()]
+        for values in self._read_seeds(_RECORDS):
+            yield [read_seed(value) for value in split(values, SEED.size)]
+        yield from self.walk_pairs_read()
 
-    def list_pairs_and_seeds(self) -> list[Pair]:
-        """All that is known, the young ones included."""
-        seeds = [read_seed(value) for value in self._list_seeds()]
-        return [pair for pair in seeds if pair] + self.list_pairs()
-
-    def list_summaries(self) -> list[PairSummary]:
-        """All that is known, with no more than what can be counted."""
-        young = PairSummary(STATE_PAIRED, (0, 0), 0, 0)
-        seeds = self._list_seeds()
-        pairs = [read_summary(value) for _, value in self._maps["pairs"].items()]
-        return [young for seed in seeds if not has_pair(seed)] + pairs
+    def tally(self) -> Tally:
+        """All that is known, added up."""
+        found = Tally()
+        found.add_young(len(self._list_young()))
+        for values in self._read_seeds():
+            found.add_young(len(values) // SEED.size)
+        for values in self._read_pairs():
+            found.add(values)
+        return found
 
     def begin_draining(self, reason: str, names: Sequence[int] | None = None) -> int:
         """Start these pairs, or all that is spliced, on their way back; returns how many. Their events say
@@ -317,34 +364,56 @@ class Sweeper:
         finally:
             self.settings.write(stopping=0)
 
-    def drain(self, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> int:
-        """Stop splicing, and take every end out of the SOCKHASH.
+    def drain(self, timeout: float, is_enough: Callable[[], bool] = lambda: False) -> Drained:
+        """Stop splicing, and take every end out of the SOCKHASH, for up to `timeout` seconds, or until
+        `is_enough` says so.
 
-        Returns the number of pairs still in it after `timeout` seconds, or when `is_enough` says so: their
-        readers do not read, or they cannot be visited. That is safe, see ARCHITECTURE.md; verdicts pass then,
-        but for pairs that are still leaving.
+        Those that are left have readers that do not read, or cannot be visited. That is safe, see
+        ARCHITECTURE.md; verdicts pass then, but for pairs that are still leaving.
         """
+        begun = time.monotonic()
         self.settings.write(stopping=REASON_NAMES.index("stop"))
-        self.watch_all()
+        looked = self.watch_all().looked
         try:
-            return self._drain(time.monotonic() + timeout, is_enough)
+            left, namespaces = self._drain(begun + timeout, is_enough)
         finally:
             self.settings.write(splicing=False)
+        readers = sorted({tgid for tgids in namespaces.values() for tgid in tgids if tgid})
+        return Drained(looked, left, readers, time.monotonic() - begun)
 
-    def _drain(self, deadline: float, is_enough: Callable[[], bool]) -> int:
+    def find_left(self) -> tuple[int, dict[int, set[int]]]:
+        """How many pairs have an end in the SOCKHASH, and the namespaces of these with processes likely in
+        them."""
+        if self._maps["pairs"].value_size != PAIR.size:
+            return self._find_left_by_another_build()
+        left = 0
+        namespaces: dict[int, set[int]] = {}
+        for values in self._read_pairs():
+            inside = read_in_map(values)
+            left += sum(inside)
+            for netns, tgid in read_ends(values, inside):
+                namespaces.setdefault(netns, set()).add(tgid)
+        return left, namespaces
+
+    def _find_left_by_another_build(self) -> tuple[int, dict[int, set[int]]]:
+        """The same where records are of another kind: ends are counted, and everybody is visited."""
+        ends = sum(1 for _ in self._maps["spliced"].walk_keys())
+        cookies: dict[int, set[int]] = {}
+        for path in self._directory.walk() if ends else ():
+            with contextlib.suppress(OSError):
+                cookies[read_cookie(path)] = set()
+        return -(-ends // 2), cookies
+
+    def _drain(self, deadline: float, is_enough: Callable[[], bool]) -> tuple[int, dict[int, set[int]]]:
         # A pair that finds no rest is taken out the hard way: see try_leave() in bpf/adopt.c.
         hurry_until = time.monotonic() + 0.2
         pause = 0.001
         while True:
-            left = [pair for pair in self.list_pairs() if pair.is_in_map]
+            left, namespaces = self.find_left()
             if not left:
-                return 0
-            namespaces: dict[int, set[int]] = {}
-            for pair in left:
-                for end in (pair.client, pair.server):
-                    namespaces.setdefault(end.netns, set()).add(end.tgid)
+                return 0, {}
             self.sweep(namespaces)
             if time.monotonic() >= deadline or is_enough():
-                return sum(pair.is_in_map for pair in self.list_pairs())
+                return self.find_left()
             time.sleep(pause)
             pause = min(pause * 2, 0.01 if time.monotonic() < hurry_until else 0.05)

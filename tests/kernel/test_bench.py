@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.bpf import list_held, list_objects
+from support.bpf import list_objects
 from support.cgroup import find_v2_root
 from support.daemon import command_line, environment, wait_until
 from support.host import Host
@@ -205,6 +205,7 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
     """No program, map, cgroup, directory, process: interrupted while its daemon is at work."""
     root = find_v2_root()
     assert root is not None
+    before = set(list_objects())
 
     def list_left(pid: int) -> list[str]:
         found = [str(path) for path in root.glob(f"splicer-bench-{pid}")]
@@ -218,17 +219,8 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
         text=True,
         env=environment(TMPDIR=str(tmp_path)),
     )
-
-    def find_objects() -> set[tuple[str, int]]:
-        """What its daemon holds, once that is ready."""
-        if not list(tmp_path.glob("splicer-bench-*/ready")):
-            return set()
-        named = [pid for pid, each in list_processes().items() if f"{tmp_path}/splicer-bench-" in each]
-        return set().union(*(list_held(Path(f"/proc/{pid}")) for pid in named))
-
     try:
-        own = wait_until("its daemon is at work", find_objects, timeout=30)
-        assert own & set(list_objects())
+        wait_until("its daemon is at work", lambda: set(list_objects()) - before, timeout=30)
         assert len(list_left(process.pid)) >= 3
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
@@ -236,8 +228,7 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert not list_left(process.pid)
-    # The kernel lets go of them a moment later.
-    wait_until("its programs and maps are gone", lambda: not own & set(list_objects()))
+    assert not set(list_objects()) - before
 
 
 def test_what_cannot_be_measured(host: Host, lab: Lab, tmp_path: Path) -> None:

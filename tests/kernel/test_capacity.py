@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +12,15 @@ from support.daemon import wait_until
 from support.host import EAGER, Host
 from support.lab import Lab
 
+from splicer.kernel import libbpf
+from splicer.kernel.layout import PAIR
+
 LIMIT = 16
 CONNECTIONS = 40
+
+
+def _open_pairs(host: Host) -> libbpf.Map:
+    return libbpf.Map.open(str(host.pin_dir / "maps" / "pairs"))
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +55,26 @@ def test_excess_connections_stay_plain(host: Host, lab: Lab, port: int) -> None:
     host.make_hot(late)
     late.verify()
     assert "error" not in host.daemon.tail().lower()
+
+
+def test_no_room_for_a_record(host: Host, lab: Lab) -> None:
+    """As if there were no memory: the connection is plain, known by its seed, and spliced once there is."""
+    wait_until("earlier connections are gone", lambda: not host.daemon.flows())
+    # Records without a state, which nobody takes for a connection.
+    keys = [struct.pack("=2I", number, 0) for number in range(1, LIMIT + 1)]
+    with contextlib.closing(_open_pairs(host)) as pairs:
+        for key in keys:
+            pairs.set(key, bytes(PAIR.size))
+        pair = host.pair(lab)
+        for _ in range(10):
+            pair.pingpong(40)
+            # Where its client is nobody knows yet.
+            [flow] = host.daemon.flows()
+            assert (flow["state"], flow["reason"]) == ("paired", "cold")
+            assert flow["local"].endswith(f":{pair.client.local[1]}")
+        for key in keys:
+            pairs.delete(key)
+    host.make_hot(pair)
+    pair.verify()
+    pair.close()
+    wait_until("it is gone", lambda: not host.daemon.flows())

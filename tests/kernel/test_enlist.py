@@ -219,7 +219,7 @@ def test_names_of_somebody_elses_sockets(host: Host, hand: ByHand, lab: Lab) -> 
     first, second = (_announced(host, hand, lab) for _ in range(2))
     other = hand.record(second)
     own = hand.record(first).id
-    end = struct.calcsize("=4I 4I Q 2I I I")
+    end = struct.calcsize("=4I 4I Q I I")
 
     def swap(fields: list[int]) -> None:
         if tuple(fields[:2]) == own:

@@ -113,7 +113,7 @@ def test_forged_client_after_another_one(host: Host, lab: Lab, reads: bool) -> N
 
 # row 6
 
-COOKIE = 18  # among the fields of layout.PAIR: the client's
+COOKIE = 16  # among the fields of layout.PAIR: the client's
 
 
 def _set_cookie(host: Host, cookie: int) -> int:

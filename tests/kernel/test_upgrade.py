@@ -169,6 +169,32 @@ def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
         _check_survivors(host, lab, load, quiet, waiting)
 
 
+def test_build_with_other_records(lab: Lab, tmp_path: Path) -> None:
+    """Nobody reads the records of the old generation; it is drained all the same, and nobody loses a byte."""
+    tree = copy_changed(
+        tmp_path, "bpf/types.h", "\tu32 pad;\n\tstruct dir", "\tu32 pad;\n\tu64 more[8];\n\tstruct dir"
+    )
+    layout = tree / "splicer" / "kernel" / "layout.py"
+    text = layout.read_text()
+    assert text.count(" 8B I 4x ") == 1
+    layout.write_text(text.replace(" 8B I 4x ", " 8B I 4x 64x "))
+    with Host("--stop-timeout", "2", "--no-census", start=False) as host:
+        _use(host, tree)
+        host.start()
+        load = Load(host, lab)
+        quiet, waiting = host.hot_pair(lab), host.hot_pair(lab)
+        waiting.client.send(5000, chunk=500)
+        host.daemon.kill()
+        _use(host, None)
+        host.start()
+        log = host.daemon.log.read_text()
+        assert log.count('"generation_replaced"') == 1
+        # What waits unread stays where it is, and is counted.
+        assert '"unread_connections": 1' in log
+        quiet.pingpong(50)
+        _check_survivors(host, lab, load, quiet, waiting)
+
+
 @thorough("one start for each pin that may be missing")
 def test_pins_of_a_build_that_did_not_finish(lab: Lab) -> None:
     """What a killed loader left is cleared away: whichever piece is missing."""

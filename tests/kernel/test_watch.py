@@ -24,7 +24,7 @@ from splicer.model import REASON_NAMES
 
 SPLICE = REASON_NAMES.index("splice_reader")
 SIZE = 100
-SERVER_BORN, SERVER_TGID = 43, 45  # among the fields of layout.PAIR
+SERVER_BORN, SERVER_TGID = 39, 41  # among the fields of layout.PAIR
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from support.pauses import Stopwatch
 from support.players import PROGRAM, End, Pair, Peer
 
 HOT_TIMEOUT = 5.0  # seconds
-STATE, CHANGED_NS, RETRY_NS = 2, 49, 50  # among the fields of layout.PAIR
+STATE, CHANGED_NS, RETRY_NS = 2, 45, 46  # among the fields of layout.PAIR
 
 # Ports whose service has a policy of its own in the configuration below.
 EAGER, OFF, ALLOW, EAGER_ALLOW, NO_INQ, EAGER_NO_INQ = 7101, 7102, 7103, 7104, 7105, 7106

@@ -74,8 +74,8 @@ def read_seeds(host: Host) -> dict[bytes, bytes]:
 def make_seed(name: Name, socket: int = 1) -> bytes:
     """Of a connection with this name, whose server's socket is at this address."""
     fields = [0] * len(layout.SEED.unpack(bytes(layout.SEED.size)))
-    fields[9:11] = name.client_seq, name.server_seq
-    fields[13] = socket
+    fields[15:17] = name.client_seq, name.server_seq
+    fields[11] = socket
     return layout.SEED.pack(*fields)
 
 
@@ -95,12 +95,12 @@ def occupied(host: Host, name: Name, holder: Name) -> Iterator[None]:
 
 def read_name(host: Host, pair: Pair) -> Name:
     """The name of a connection, from the record of its server's end."""
-    for value in read_seeds(host).values():
-        fields = layout.SEED.unpack(value)
-        local = layout.format_endpoint(fields[0:4], fields[11])
-        remote = layout.format_endpoint(fields[4:8], fields[12])
-        if (local, remote) == (_as_text(pair.server.local), _as_text(pair.server.remote)):
-            return Name(fields[9], fields[10])
+    known = [layout.read_seed(value) for value in read_seeds(host).values()]
+    known += [layout.read_pair(value) for value in read_map(host, "pairs").values()]
+    for each in known:
+        ends = (_as_text(pair.server.local), _as_text(pair.server.remote))
+        if (each.server.local, each.server.remote) == ends:
+            return Name(*each.id)
     raise AssertionError(f"{pair.label} has no record")
 
 

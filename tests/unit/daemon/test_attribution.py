@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from splicer.daemon.attribution import Attribution, TrafficAmount
+from splicer.daemon.attribution import Attribution
 from splicer.host.process import Process
-from splicer.kernel.layout import STATE_SPLICED, End, PairSummary
+from splicer.kernel.layout import End
+from splicer.kernel.tally import Amount
 from splicer.model import Container, Owner
 
 
@@ -62,8 +63,8 @@ def end(cgroup: int, netns: int = 0, tgid: int = 0) -> End:
     return End("10.0.0.1:1", "10.0.0.2:2", netns, cgroup, 0, tgid, 0)
 
 
-def pair(client: int, server: int, redirected: int) -> PairSummary:
-    return PairSummary(STATE_SPLICED, (client, server), redirected, redirected // 10)
+def living(client: int, server: int, redirected: int) -> tuple[tuple[int, int], Amount]:
+    return (client, server), Amount(1, redirected, redirected // 10)
 
 
 def test_a_container_is_known_by_its_cgroup() -> None:
@@ -135,11 +136,11 @@ def test_the_process_is_looked_up_once_in_an_answer() -> None:
 def test_traffic_is_summed_by_owner() -> None:
     world = World()
     closed = [
-        ((7, 8), TrafficAmount(3, 1000, 100)),
-        ((9, 7), TrafficAmount(1, 50, 5)),
-        ((7, 9), TrafficAmount()),
+        ((7, 8), Amount(3, 1000, 100)),
+        ((9, 7), Amount(1, 50, 5)),
+        ((7, 9), Amount()),
     ]
-    rows = world.attribution.sum_traffic(closed, [pair(7, 8, 500), pair(8, 7, 20), pair(7, 8, 0)])
+    rows = world.attribution.sum_traffic([*closed, living(7, 8, 500), living(8, 7, 20), living(7, 8, 0)])
     assert [
         (row.client.container, row.server.container, row.connections, row.redirected_bytes) for row in rows
     ] == [("shop-web-1", "app", 4, 1500), ("", "shop-web-1", 1, 50), ("app", "shop-web-1", 1, 20)]

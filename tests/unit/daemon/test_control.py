@@ -15,7 +15,15 @@ import pytest
 from support.pauses import Stopwatch
 
 from splicer.daemon import control
-from splicer.daemon.control import Handler, Server, remove_stale, request, socket_path
+from splicer.daemon.control import (
+    Handler,
+    Rows,
+    Server,
+    remove_stale,
+    request,
+    request_rows,
+    socket_path,
+)
 from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
 
 from ..conftest import Log
@@ -37,7 +45,43 @@ def unserialisable(asked: Mapping[str, object]) -> Mapping[str, object]:
     return {"x": object()}
 
 
+def count(asked: Mapping[str, object]) -> Rows:
+    """Numbers, ten at a time; with a mistake in the middle if it is asked for."""
+    number = int(str(asked["number"]))
+
+    def parts() -> Iterator[list[dict[str, int]]]:
+        for start in range(0, number, 10):
+            if asked.get("broken") and start >= number // 2:
+                raise KeyError("secret")
+            yield [{"n": n} for n in range(start, min(start + 10, number))]
+
+    return Rows({"schema": 1}, "numbers", parts())
+
+
+INSIDE: list[bool] = []
+
+
+def dawdle(asked: Mapping[str, object]) -> Rows:
+    """Takes its time over each row."""
+
+    def parts() -> Iterator[list[dict[str, int]]]:
+        for number in range(20):
+            INSIDE.append(True)
+            time.sleep(0.005)
+            INSIDE.clear()
+            yield [{"n": number}]
+
+    return Rows({"schema": 1}, "numbers", parts())
+
+
+def peep(asked: Mapping[str, object]) -> Mapping[str, object]:
+    return {"schema": 1, "inside": bool(INSIDE)}
+
+
 HANDLERS: dict[str, Handler] = {
+    "dawdle": dawdle,
+    "peep": peep,
+    "count": count,
     "echo": echo,
     "refuse": refuse,
     "crash": crash,
@@ -377,3 +421,81 @@ def test_no_permission(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
         request(run_dir, "status")
     assert caught.value.hint == "run it as root: sudo splicer status"
     assert caught.value.exit_code == FAILURE
+
+
+@pytest.mark.usefixtures("server")
+class TestRows:
+    @pytest.mark.parametrize("number", [0, 1, 10, 11, 1000])
+    def test_rows_come_in_parts(self, run_dir: str, number: int) -> None:
+        head, rows = request_rows(run_dir, "count", "numbers", {"number": number})
+        assert head == {"schema": 1}
+        assert [row["n"] for row in rows] == list(range(number))
+
+    @pytest.mark.parametrize("number", [0, 1, 10, 11, 1000])
+    def test_who_does_not_ask_for_parts_gets_one_line(self, run_dir: str, number: int) -> None:
+        result = request(run_dir, "count", {"number": number})
+        assert result == {"schema": 1, "numbers": [{"n": n} for n in range(number)]}
+
+    def test_the_wire_format(self, run_dir: str) -> None:
+        asked = b'{"command":"count","number":12,"stream":true}\n{"command":"echo"}\n'
+        head, first, second, end, other = talk(run_dir, asked)
+        assert head == {"ok": True, "result": {"schema": 1}, "rows": "numbers"}
+        assert first == {"rows": [{"n": n} for n in range(10)]}
+        assert second == {"rows": [{"n": 10}, {"n": 11}]}
+        assert end == {"end": 12}
+        assert other["ok"] is True
+
+    def test_a_mistake_in_the_middle_is_told(self, run_dir: str, log: Log) -> None:
+        _, rows = request_rows(run_dir, "count", "numbers", {"number": 100, "broken": True})
+        with pytest.raises(SplicerError, match="internal error"):
+            list(rows)
+        with pytest.raises(SplicerError, match="cut off"):
+            request(run_dir, "count", {"number": 100, "broken": True})
+        assert request(run_dir, "echo")["schema"] == 1
+
+    def test_what_knows_nothing_of_parts(self, run_dir: str) -> None:
+        head, rows = request_rows(run_dir, "echo", "asked")
+        assert head == {"schema": 1}
+        assert list(rows) == []
+
+    def test_refusals(self, run_dir: str) -> None:
+        with pytest.raises(SplicerError, match="no such flow"):
+            request_rows(run_dir, "refuse", "numbers")
+
+    def test_others_are_answered_in_between(self, run_dir: str) -> None:
+        _, rows = request_rows(run_dir, "count", "numbers", {"number": 100_000})
+        assert next(rows) == {"n": 0}
+        assert request(run_dir, "echo")["schema"] == 1
+        assert sum(1 for _ in rows) == 99_999
+
+    def test_rows_are_put_together_while_no_handler_is_at_work(self, run_dir: str) -> None:
+        _, rows = request_rows(run_dir, "dawdle", "numbers")
+        seen = []
+        for _ in rows:
+            seen.append(request(run_dir, "peep")["inside"])
+        assert seen == [False] * 20
+
+    def test_who_hangs_up_in_the_middle(self, run_dir: str) -> None:
+        for _ in range(2 * control.PEERS_AT_ONCE):
+            with dial(run_dir) as peer:
+                peer.sendall(b'{"command":"count","number":100000,"stream":true}\n')
+                assert peer.recv(10)
+        assert request(run_dir, "echo")["schema"] == 1
+
+
+def test_an_answer_that_ends_in_the_middle_of_its_rows(run_dir: str) -> None:
+    thread = answering(run_dir, b'{"ok":true,"result":{},"rows":"numbers"}\n{"rows":[{"n":1}]}\n')
+    _, rows = request_rows(run_dir, "count", "numbers")
+    assert next(rows) == {"n": 1}
+    with pytest.raises(SplicerError, match="hung up"):
+        next(rows)
+    thread.join()
+
+
+@pytest.mark.parametrize("last", [b'{"end":7}\n', b"nonsense\n"])
+def test_rows_are_missing(run_dir: str, last: bytes) -> None:
+    thread = answering(run_dir, b'{"ok":true,"result":{},"rows":"numbers"}\n{"rows":[{"n":1}]}\n' + last)
+    _, rows = request_rows(run_dir, "count", "numbers")
+    with pytest.raises(SplicerError, match=r"cut off|no splicer"):
+        list(rows)
+    thread.join()

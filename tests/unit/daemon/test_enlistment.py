@@ -14,8 +14,10 @@ import pytest
 from splicer.daemon.enlistment import (
     ENLIST_BURST_S,
     ENLIST_SHARE,
+    FIRST_SHARE,
     LOOK_PAUSE_S,
     LOOKS,
+    MOST_WAITING,
     STRICT_TRIES,
     TRY_FOR_S,
     TRY_PAUSE_MAX_S,
@@ -54,6 +56,11 @@ class Kernel:
         self.walked: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.watched: list[int] = []
         self.broken = False
+        # What find() knows, by name.
+        self.pairs: dict[int, Pair] = {}
+
+    def find(self, name: int) -> Pair | None:
+        return self.pairs.get(name)
 
     def work(self, requests: Sequence[EnlistRequest]) -> list[EnlistOutcome]:
         if self.broken:
@@ -78,7 +85,9 @@ def kernel() -> Kernel:
 
 @pytest.fixture
 def enlistment(kernel: Kernel) -> Enlistment:
-    return Enlistment(kernel, kernel, kernel.watched.append, lambda: kernel.now, lambda: kernel.spent)
+    return Enlistment(
+        kernel, kernel, kernel.watched.append, kernel.find, lambda: kernel.now, lambda: kernel.spent
+    )
 
 
 def announced(name: int = 1) -> Event:
@@ -191,8 +200,54 @@ def test_share_of_a_cpu(enlistment: Enlistment, kernel: Kernel) -> None:
     for name in range(1000):
         enlistment.receive(announced(name))
     run(enlistment, kernel, begun + 10)
-    allowed = ENLIST_SHARE * (kernel.now - begun) + ENLIST_BURST_S + kernel.cost
+    # The first try is not one in vain yet.
+    allowed = ENLIST_SHARE * (kernel.now - begun) + ENLIST_BURST_S + 2 * kernel.cost
     assert ENLIST_SHARE * 5 <= kernel.spent <= allowed
+
+
+def test_what_each_pair_takes_once_has_a_share_of_its_own(enlistment: Enlistment, kernel: Kernel) -> None:
+    """A crowd that is hot all at once is in soon: first tries, and looks, are not what keeps on costing."""
+    kernel.cost = 0.004
+    kernel.answer = lambda request: EnlistOutcome.IN if request.task == EnlistTask.TRY else EnlistOutcome.OVER
+    begun = kernel.now
+    for name in range(3 * MOST_WAITING):
+        kernel.pairs[name] = make_pair(name)
+        enlistment.receive(announced(name))
+        if name % 100 == 0:
+            enlistment.work(kernel.now)
+    run(enlistment, kernel)
+    assert sorted(kernel.watched) == list(range(3 * MOST_WAITING))
+    lasted = kernel.now - begun
+    share = kernel.spent / lasted
+    assert 3 * ENLIST_SHARE < share <= FIRST_SHARE + ENLIST_BURST_S / ENLIST_SHARE / lasted
+
+
+def test_more_than_may_wait(enlistment: Enlistment, kernel: Kernel) -> None:
+    """Of further ones no more is kept than a name: they come later, in order, and only if they still wait."""
+    number = 3 * MOST_WAITING
+    kernel.pairs = {name: make_pair(name) for name in range(number)}
+    kernel.answer = lambda _: EnlistOutcome.OVER
+    for name in range(number):
+        enlistment.receive(announced(name))
+    assert len(enlistment) == number
+    gone, plain = MOST_WAITING + 5, MOST_WAITING + 7
+    del kernel.pairs[gone]
+    kernel.pairs[plain] = make_pair(plain, announced=0)
+    enlistment.work(kernel.now)
+    assert len(kernel.asked) == MOST_WAITING
+    run(enlistment, kernel)
+    names = [request.name for _, request in kernel.asked]
+    assert names == [name for name in range(number) if name not in (gone, plain)]
+    assert len(enlistment) == 0
+
+
+def test_the_backlog_is_left_to_the_walks_as_well(enlistment: Enlistment, kernel: Kernel) -> None:
+    kernel.pairs = {name: make_pair(name) for name in range(MOST_WAITING + 2)}
+    for name in range(MOST_WAITING + 2):
+        enlistment.receive(announced(name))
+    enlistment.give_up()
+    assert len(kernel.walked) == MOST_WAITING + 2
+    assert enlistment.deadline == math.inf
 
 
 def test_looks_before_tries(enlistment: Enlistment, kernel: Kernel) -> None:
@@ -222,7 +277,7 @@ def test_pairs_of_the_daemon_before(enlistment: Enlistment, kernel: Kernel) -> N
 
 
 def test_no_enlist(kernel: Kernel) -> None:
-    enlistment = Enlistment(None, kernel, kernel.watched.append, lambda: kernel.now)
+    enlistment = Enlistment(None, kernel, kernel.watched.append, kernel.find, lambda: kernel.now)
     enlistment.receive(announced())
     assert kernel.walked == [((7, 8), (70, 80))]
     assert enlistment.deadline == math.inf

@@ -21,6 +21,7 @@ PLAIN, READER = 1 << 40, 4711
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
+        self.cpu = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -58,6 +59,8 @@ class Sweeper:
         self.cost = self.search_cost = 0.0
         self.looks: list[tuple[float, list[int]]] = []
         self.searches: list[float] = []
+        # How many names were asked about at a time.
+        self.asked_about: list[int] = []
 
     def watch_all(self) -> WatchFindings:
         return self.watch_pairs(self.names)
@@ -67,6 +70,7 @@ class Sweeper:
         if names:
             self.looks.append((self.clock.now, names))
         self.clock.now += self.cost * len(names)
+        self.clock.cpu += self.cost * len(names)
         again, talking = (frozenset(each & set(names)) for each in (self.again, self.talking))
         return WatchFindings(len(names), again, self.rescued, talking)
 
@@ -89,8 +93,9 @@ class Sweeper:
             self.clock.now += self.search_cost
             yield end
 
-    def read_names(self) -> set[int]:
-        return set(self.names)
+    def find_unknown(self, names: Iterable[int]) -> set[int]:
+        self.asked_about.append(len(set(names)))
+        return set(names) - set(self.names)
 
 
 @pytest.fixture
@@ -124,7 +129,7 @@ def _times(sweeper: Sweeper, name: int) -> list[float]:
 def test_namespaces_are_told_once_when_all_are_listed(clock: Clock, sweeper: Sweeper) -> None:
     sweeper.names = list(range(1, 2 * STEP_PAIRS + 10))
     sweeper.states = {1: STATE_PAIRED}
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     told = [report.namespaces for report in _run(made, clock, PERIOD_S)]
     assert [each for each in told if each is not None] == [{0: {0}}]
     sweeper.news += 1
@@ -135,7 +140,7 @@ def test_namespaces_are_told_once_when_all_are_listed(clock: Clock, sweeper: Swe
 
 def test_who_was_looked_at_is_told_with_the_beginning_of_the_round(clock: Clock, sweeper: Sweeper) -> None:
     sweeper.names = list(range(1, 2 * STEP_PAIRS + 10))
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     begun = clock.now
     reports = _run(made, clock, PERIOD_S)
     told = [(report.begun, name) for report in reports for name in report.names]
@@ -146,7 +151,7 @@ def test_who_was_looked_at_is_told_with_the_beginning_of_the_round(clock: Clock,
 def test_who_talks_again_is_told_whatever_the_look(clock: Clock, sweeper: Sweeper) -> None:
     sweeper.names = [1, 2, 3]
     sweeper.talking = {2}
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     assert [report.talking for report in _run(made, clock, 1.5 * PERIOD_S)] == [{2}, {2}]
     made.ask(2)
     clock.now += SOON_S
@@ -156,7 +161,7 @@ def test_who_talks_again_is_told_whatever_the_look(clock: Clock, sweeper: Sweepe
 def test_each_spliced_pair_is_looked_at_once_a_second(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = [1, 2, 3, PLAIN]
     sweeper.states[PLAIN] = STATE_PAIRED
-    _run(Patrol(sweeper, clock), clock, 10 * PERIOD_S)
+    _run(Patrol(sweeper, clock, lambda: clock.cpu), clock, 10 * PERIOD_S)
     assert [len(_times(sweeper, name)) for name in (1, 2, 3)] == [10, 10, 10]
     assert _times(sweeper, PLAIN) == []
     # All at once: a daemon with little to do sleeps.
@@ -166,7 +171,7 @@ def test_each_spliced_pair_is_looked_at_once_a_second(sweeper: Sweeper, clock: C
 @pytest.mark.parametrize("number", [5_000, 10_000, 100_000])
 def test_many_pairs_are_spread_over_the_second(sweeper: Sweeper, clock: Clock, number: int) -> None:
     sweeper.names = list(range(1, number + 1))
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 3 * PERIOD_S)  # it has to find out how many there are
     sweeper.looks.clear()
     _run(made, clock, 4 * PERIOD_S)
@@ -177,11 +182,32 @@ def test_many_pairs_are_spread_over_the_second(sweeper: Sweeper, clock: Clock, n
         assert all(0.9 < b - a < 1.1 for a, b in pairwise(times))
 
 
+@pytest.mark.parametrize("number", [1_000, 10_000, 100_000])
+def test_a_round_takes_longer_where_there_are_many(sweeper: Sweeper, clock: Clock, number: int) -> None:
+    """The share of a CPU stays what it is; each pair is looked at all the same, in turn."""
+    sweeper.names = list(range(1, number + 1))
+    sweeper.cost = 2e-6
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
+    _run(made, clock, 3 * PERIOD_S)
+    sweeper.looks.clear()
+    begun, spent = clock.now, clock.cpu
+    _run(made, clock, 60 * PERIOD_S)
+    wanted = number * sweeper.cost / PERIOD_S
+    share = (clock.cpu - spent) / (clock.now - begun)
+    assert share == pytest.approx(min(wanted, patrol.ROUND_SHARE), rel=0.1)
+    assert share < 0.02
+    looks = [len(_times(sweeper, name)) for name in (1, number // 2, number)]
+    expected = 60 * min(1.0, patrol.ROUND_SHARE / wanted)
+    assert all(expected - 2.5 <= each <= expected + 1.1 for each in looks)
+    # None of them holds anything up.
+    assert max(len(names) for _, names in sweeper.looks) <= patrol.STEP_PAIRS_MAX
+
+
 def test_a_flood_of_new_pairs_is_looked_at_within_the_second_or_nearly(
     sweeper: Sweeper, clock: Clock
 ) -> None:
     """The first round over them does not know how many to expect, and has to go faster."""
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 3 * PERIOD_S)
     sweeper.names = list(range(1, 100_001))
     sweeper.news += 100_000
@@ -192,7 +218,7 @@ def test_a_flood_of_new_pairs_is_looked_at_within_the_second_or_nearly(
 
 def test_pairs_are_listed_again_when_some_were_spliced(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = list(range(1, 6_001))
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 5 * PERIOD_S)
     assert sweeper.listings == 1
     # Spliced while a round goes on, and where that has been already: not missed, but for this round.
@@ -218,7 +244,7 @@ def test_pairs_are_listed_again_when_some_were_spliced(sweeper: Sweeper, clock: 
 
 
 def test_without_connections_it_wakes_up_once_a_second(sweeper: Sweeper, clock: Clock) -> None:
-    reports = _run(Patrol(sweeper, clock), clock, 20 * PERIOD_S)
+    reports = _run(Patrol(sweeper, clock, lambda: clock.cpu), clock, 20 * PERIOD_S)
     assert len(reports) <= 21
     assert sweeper.looks == []
 
@@ -228,7 +254,7 @@ def test_without_connections_it_wakes_up_once_a_second(sweeper: Sweeper, clock: 
 
 def test_who_asks_is_looked_at_soon_and_nobody_else(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = list(range(1, 1001))
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 1.5 * PERIOD_S)
     sweeper.looks.clear()
     asked = clock.now
@@ -240,7 +266,7 @@ def test_who_asks_is_looked_at_soon_and_nobody_else(sweeper: Sweeper, clock: Clo
 
 def test_bytes_that_still_wait_are_looked_at_until_they_do_not(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = [1, 2]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 1.5 * PERIOD_S)
     sweeper.looks.clear()
     begun = clock.now
@@ -257,7 +283,7 @@ def test_bytes_that_still_wait_are_looked_at_until_they_do_not(sweeper: Sweeper,
 def test_what_a_round_finds_is_looked_at_soon(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = [1, 2]
     sweeper.again = {1}
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     begun = clock.now
     _run(made, clock, 1.5 * SOON_S)
     assert _times(sweeper, 1) == pytest.approx([begun, begun + SOON_S])
@@ -267,7 +293,7 @@ def test_what_a_round_finds_is_looked_at_soon(sweeper: Sweeper, clock: Clock) ->
 def test_all_that_a_process_reads(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = list(range(1, 101))
     sweeper.readers[READER] = [3, 4]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 1.5 * PERIOD_S)
     sweeper.looks.clear()
     made.ask_for_readers(READER)
@@ -277,7 +303,7 @@ def test_all_that_a_process_reads(sweeper: Sweeper, clock: Clock) -> None:
 
 def test_all_at_once(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = list(range(1, 10_001))
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 2.5 * PERIOD_S)
     sweeper.looks.clear()
     made.ask_for_all()
@@ -292,7 +318,7 @@ def test_urgent_looks_leave_time_for_others(sweeper: Sweeper, clock: Clock) -> N
     sweeper.names = list(range(1, 20_001))
     sweeper.again = set(sweeper.names)
     sweeper.cost = 1e-6
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 5 * PERIOD_S)
     sweeper.looks.clear()
     begun = clock.now
@@ -305,7 +331,7 @@ def test_urgent_looks_leave_time_for_others(sweeper: Sweeper, clock: Clock) -> N
 
 def test_rescued_ends_are_reported(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names = [1]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 1.5 * PERIOD_S)
     sweeper.rescued = 2
     made.ask(1)
@@ -318,20 +344,20 @@ def test_rescued_ends_are_reported(sweeper: Sweeper, clock: Clock) -> None:
 
 def test_the_first_round_searches_for_what_somebody_left(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names, sweeper.ends = [1], [(100, 1), (100, 1), (200, 2)]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     reports = _run(made, clock, 0.5 * PERIOD_S)
     assert [report.orphaned for report in reports if report.orphaned] == [{200}]
 
 
 def test_without_orphans_it_does_not_search_again(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names, sweeper.ends = [1], [(100, 1), (200, 1)]
-    _run(Patrol(sweeper, clock), clock, 1000 * PERIOD_S)
+    _run(Patrol(sweeper, clock, lambda: clock.cpu), clock, 1000 * PERIOD_S)
     assert len(sweeper.searches) == 1
 
 
 def test_it_searches_within_a_second_when_there_can_be_orphans(sweeper: Sweeper, clock: Clock) -> None:
     sweeper.names, sweeper.ends = [1], [(100, 1), (200, 1)]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 10.3 * PERIOD_S)
     for _ in range(3):
         sweeper.orphans -= 1  # any change will do
@@ -347,7 +373,7 @@ def test_an_orphan_that_cannot_be_taken_out_is_found_again_later_and_later(
     sweeper: Sweeper, clock: Clock
 ) -> None:
     sweeper.ends = [(100, 1)]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     reports = _run(made, clock, 1000 * PERIOD_S)
     pauses = [b - a for a, b in pairwise(sweeper.searches)]
     assert pauses[0] == pytest.approx(PERIOD_S, abs=0.1)
@@ -367,7 +393,7 @@ def test_a_long_search_is_made_in_pieces_and_seldom(sweeper: Sweeper, clock: Clo
     sweeper.names = list(range(1, 10_001))
     sweeper.ends = [(100, name) for name in sweeper.names] + [(200, name) for name in sweeper.names]
     sweeper.search_cost = 2e-6
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     begun = clock.now
     longest = 0.0
     while clock.now < begun + 100:
@@ -387,7 +413,7 @@ def test_a_connection_that_is_adopted_during_the_search_is_no_orphan(
     sweeper: Sweeper, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweeper.names = [1]
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
 
     def walk() -> Iterator[tuple[int, int]]:
         sweeper.names.append(2)
@@ -399,6 +425,6 @@ def test_a_connection_that_is_adopted_during_the_search_is_no_orphan(
 
 
 def test_nothing_to_do_means_the_next_round(sweeper: Sweeper, clock: Clock) -> None:
-    made = Patrol(sweeper, clock)
+    made = Patrol(sweeper, clock, lambda: clock.cpu)
     _run(made, clock, 0.5 * PERIOD_S)
     assert clock.now < made.deadline < math.inf

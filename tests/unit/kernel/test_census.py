@@ -4,9 +4,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
-from splicer.kernel.census import match, read_sockets
-from splicer.kernel.layout import OLDER_SOCKET, OlderFlag, OlderSocket
+import pytest
+
+from splicer.kernel.census import Census, match, read_sockets
+from splicer.kernel.layout import (
+    OLDER_JOINED,
+    OLDER_SOCKET,
+    CensusState,
+    OlderFlag,
+    OlderOutcome,
+    OlderSocket,
+)
 
 LAST = 2**32 - 1
 
@@ -96,3 +106,68 @@ def test_sockets_are_read() -> None:
         OlderSocket(1, 2, 3, 4, 5, OlderFlag.REPAIRED),
         OlderSocket(6, 7, 8, 9, 10, OlderFlag(0)),
     ]
+
+
+class Room:
+    """The map of those that are to be joined, with room for a few."""
+
+    max_entries = 4
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+        self.most = 0
+
+    def set(self, name: bytes, _value: bytes) -> None:
+        assert len(self.names) < self.max_entries
+        self.names.append(name)
+        self.most = max(self.most, len(self.names))
+
+    def delete(self, name: bytes) -> None:
+        self.names.remove(name)
+
+    def walk_keys(self) -> list[bytes]:
+        return list(self.names)
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.states: list[CensusState] = []
+
+    def write(self, census: CensusState) -> None:
+        self.states.append(census)
+
+
+class Places:
+    def find(self, cookie: int) -> str:
+        return f"/netns/{cookie}"
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 5, 11])
+def test_more_than_there_is_room_for_are_joined_one_lot_after_the_other(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(number)
+    sockets = [end for each in range(1, number + 1) for end in _ends(each, each * 1000, each * 2000)]
+    chance.shuffle(sockets)
+    connections = match(sockets).connections
+    room, settings, joined = Room(), Settings(), []
+
+    def visit(_self: Any, _link: int, path: str) -> bytes:
+        assert path == "/netns/7"
+        joined.extend(room.names)
+        return b"".join(OLDER_JOINED.pack(1, OlderOutcome.JOINED) for _ in room.names)
+
+    monkeypatch.setattr(Census, "_visit", visit)
+    census: Any = Census(0, room, settings, cgroup=0, directory=Places())  # type: ignore[arg-type]
+    steps = census._join(0, connections)
+    outcomes = None
+    while outcomes is None:
+        try:
+            next(steps)
+        except StopIteration as end:
+            outcomes = end.value
+    assert outcomes[OlderOutcome.JOINED] == number
+    assert len(set(joined)) == len(joined) == number
+    assert room.most <= room.max_entries
+    assert room.names == []
+    assert settings.states == [CensusState.JOINS, CensusState.DONE]

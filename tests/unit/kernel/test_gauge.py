@@ -11,7 +11,7 @@ from splicer.kernel import gauge, libbpf
 from splicer.kernel.layout import END_IN_MAP, MEASURE_REQUEST, Direction, End, Pair
 from splicer.model import Unread
 
-CLIENT_REDIRECTED, SERVER_REDIRECTED, CLIENT_TCP, SERVER_TCP = range(4)
+CLIENT_REDIRECTED, SERVER_REDIRECTED, CLIENT_TCP, SERVER_TCP, ANYTHING = range(5)
 
 
 class FakeRun:
@@ -46,8 +46,14 @@ def make_pair(flags: int) -> Pair:
 def test_both_ends_and_both_kinds(run: type[FakeRun]) -> None:
     pair = make_pair(END_IN_MAP)
     counts = {CLIENT_REDIRECTED: 10, SERVER_REDIRECTED: 20, CLIENT_TCP: 30, SERVER_TCP: 1 << 31}
-    run.answers = {(pair.name, what): count for what, count in counts.items()}
+    run.answers = {(pair.name, what): count for what, count in {**counts, ANYTHING: 1}.items()}
     assert gauge.Gauge(7).read(pair) == (Unread(10, 30), Unread(20, 1 << 31))
+
+
+def test_where_nothing_waits_it_is_asked_once(run: type[FakeRun]) -> None:
+    pair = make_pair(END_IN_MAP)
+    run.answers = {(pair.name, ANYTHING): 0}
+    assert gauge.Gauge(7).read(pair) == (Unread(0, 0), Unread(0, 0))
 
 
 def test_what_is_plain_is_not_looked_at(run: type[FakeRun]) -> None:
