@@ -66,7 +66,7 @@ static __always_inline enum older_outcome
 join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 {
 	struct seed seed = {};
-	u64 cookie = 0;
+	u64 cookie = 0, base;
 
 	PROBE(cookie, o->sk[CLIENT], sock_skc_cookie);
 	if (cookie != o->cookie[CLIENT])
@@ -81,7 +81,13 @@ join_server(void *sk, void *tp, struct pair_id *id, struct older *o)
 	/* Who was planted already is as good, and may have grown since. */
 	if (find_seed(*id) || pairs.lookup(id))
 		return OLDER_JOINED;
-	return plant_seed(id, &seed, tp, 1) ? OLDER_FULL : OLDER_JOINED;
+	seed.older = 1;
+	base = FIELD(tp, u64, tcp_sock_bytes_acked) + FIELD(tp, u64, tcp_sock_bytes_received);
+	bases.insert(id, &base);
+	if (!plant_seed(id, &seed, tp, 1))
+		return OLDER_JOINED;
+	bases.delete(id);
+	return OLDER_FULL;
 }
 
 static __always_inline void join_older(void *seq, void *sk, void *tp)

@@ -18,6 +18,8 @@
 #define MAX_RULES		16384
 #define MAX_NETWORKS		1024
 #define MAX_TRAFFIC		4096
+#define MAX_VOLUMES	4096
+#define RECENT_SLOTS	32	/* a power of two */
 #define EVENT_PAGES		16	/* a power of two */
 
 /* The spliced ends. The verdict program is attached to this map. */
@@ -79,6 +81,19 @@ BPF_F_TABLE("hash", struct rule_key, struct rule, rules, MAX_RULES, BPF_F_NO_PRE
 BPF_LPM_TRIE(networks, struct network_key, u32, MAX_NETWORKS);
 
 BPF_TABLE("lru_hash", struct traffic_key, struct traffic, traffic, MAX_TRAFFIC);
+
+/*
+ * What TCP has carried of local connections, for whoever asks which share is redirected: see
+ * volume.h. Closed ones, by CPU and then all together; and living ones, written by tally and
+ * emptied by the daemon.
+ */
+BPF_TABLE("percpu_array", int, struct recent_volume, recent, RECENT_SLOTS);
+BPF_TABLE("lru_hash", struct volume_key, struct volume, volumes, MAX_VOLUMES);
+BPF_F_TABLE("hash", struct volume_key, struct volume, standing, MAX_VOLUMES, BPF_F_NO_PREALLOC);
+/* What connections that are older than the programs had sent before. */
+BPF_F_TABLE("hash", struct pair_id, u64, bases, MAX_PAIRS, BPF_F_NO_PREALLOC);
+/* Servers of local connections for which there was no room. Goes away with the socket. */
+BPF_SK_STORAGE(strangers, struct stranger);
 
 BPF_TABLE("array", int, struct settings, settings, 1);
 BPF_TABLE("array", int, u64, sweep, NR_SWEEP);

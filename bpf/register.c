@@ -198,6 +198,34 @@ splice_eagerly(struct bpf_sock_ops *skops, void *tp, struct pair_id *id,
 	start_draining(p, REASON_POLICY);
 }
 
+/* It is not followed, and its close is asked for all the same: how much has TCP carried of it? */
+static __always_inline void note_stranger(struct bpf_sock_ops *skops, struct seed *seed)
+{
+	struct stranger noted = { .client = cgroup_id(cgroup_of(seed->client_sk)) };
+	void *sk = skops->sk;
+
+	if (!sk || !strangers.sk_storage_get(sk, &noted, BPF_SK_STORAGE_GET_F_CREATE))
+		return;
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | SERVER_MARK);
+}
+
+static __always_inline void forget_stranger(struct bpf_sock_ops *skops, void *tp)
+{
+	struct volume_key key = { .reason = REASON_FULL };
+	struct stranger *noted;
+	void *sk = skops->sk;
+
+	if (!sk)
+		return;
+	noted = strangers.sk_storage_get(sk, 0, 0);
+	if (!noted)
+		return;
+	key.client = noted->client;
+	key.server = cgroup_id(cgroup_of((u64)tp));
+	add_volume(&key, carried_until_close(tp));
+	strangers.sk_storage_delete(sk);
+}
+
 static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
@@ -238,6 +266,7 @@ static __always_inline void register_server(struct bpf_sock_ops *skops, void *tp
 		seed.reason = REASON_MPTCP;
 	if (plant_seed(&id, &seed, tp, in_map)) {
 		count(COUNT_REFUSED + REASON_FULL, 1);
+		note_stranger(skops, &seed);
 		/* Nobody knew of it, so nothing was redirected to it. */
 		if (in_map) {
 			struct end_key key = { seed.client_cookie, client_at.netns, id };
@@ -275,51 +304,65 @@ static __always_inline void add_to_traffic(struct pair *p)
 						   p->dir[SERVER].redirected_bytes);
 }
 
+static __always_inline void count_closed(u32 tenant)
+{
+	count(COUNT_CLOSED, 1);
+	count_tenant(tenant, -1);
+}
+
 /*
  * Never delete from the SOCKHASH here: the application may still have
  * redirected bytes to read. The kernel takes the socket out when it is closed.
  * An end that is in has no record from here on; adopt takes it out once it
  * has read everything.
  */
-static __always_inline void forget_server(void *tp)
+static __always_inline void forget_server(struct bpf_sock_ops *skops, void *tp)
 {
 	struct pair_id id = server_id(first_sent(tp), first_received(tp));
 	struct seed *seed = find_young(id);
+	struct volume_key key;
+	int missing, orphaned;
+	u32 tenant, older;
 	struct pair *p;
-	int orphaned;
-	u32 tenant;
 
 	if (seed && seed->sk == (u64)tp) {
-		count(COUNT_CLOSED, 1);
 		tenant = seed->tenant;
+		key = name_young_volume(seed, tp);
 		clear_place(seed);
-		count_tenant(tenant, -1);
+		count_closed(tenant);
+		add_closed(&id, &key, 0, tp);
 		return;
 	}
 	seed = seeds.lookup(&id);
 	if (seed && seed->sk == (u64)tp) {
 		tenant = seed->tenant;
-		int missing = seeds.delete(&id);
-		if (!missing) {
-			count(COUNT_CLOSED, 1);
-			count_tenant(tenant, -1);
-		}
+		older = seed->older;
+		key = name_young_volume(seed, tp);
+		missing = seeds.delete(&id);
+		if (missing)
+			return;
+		count_closed(tenant);
+		add_closed(&id, &key, older, tp);
 		return;
 	}
 	p = pairs.lookup(&id);
-	if (!p || p->end[SERVER].sk != (u64)tp)
+	if (!p || p->end[SERVER].sk != (u64)tp) {
+		forget_stranger(skops, tp);
 		return;
+	}
 	tenant = p->tenant;
+	older = p->older;
+	key = name_volume(p);
 	/* Whose owner has closed it is out, and nobody waits for its end of stream. */
 	if (is_still_in(&p->end[CLIENT]) && is_waiting(&p->end[CLIENT]))
 		tell(p, EVENT_DRAIN, REASON_CLOSING);
 	orphaned = is_still_in(&p->end[CLIENT]) || is_still_in(&p->end[SERVER]);
 	add_to_traffic(p);
-	int gone = pairs.delete(&id);
-	if (gone)
+	missing = pairs.delete(&id);
+	if (missing)
 		return;
-	count(COUNT_CLOSED, 1);
-	count_tenant(tenant, -1);
+	count_closed(tenant);
+	add_closed(&id, &key, older, tp);
 	if (orphaned)
 		count(COUNT_ORPHANS, 1);
 }
@@ -381,7 +424,7 @@ int register_end(struct bpf_sock_ops *skops)
 			break;
 		tp = tcp_sock_of(skops);
 		if (tp)
-			forget_server(tp);
+			forget_server(skops, tp);
 		break;
 	}
 	return 1;

@@ -249,6 +249,7 @@ static __always_inline struct pair *make_pair(struct pair_id *id, struct seed *s
 	p->end[SERVER].cookie = FIELD(tp, u64, sock_skc_cookie);
 	p->born_ns = seed->born_ns;
 	p->tenant = seed->tenant;
+	p->older = seed->older;
 	p->changed_ns = seed->born_ns;
 	p->end[CLIENT].cgroup = cgroup_id(cgroup_of(seed->client_sk));
 	p->end[SERVER].cgroup = cgroup_id(cgroup_of(seed->sk));

@@ -203,7 +203,7 @@ struct pair {
 	u8 refusals;		/* lengthens the time to the next attempt */
 	u8 watched;		/* the watch was told about it */
 	u32 tenant;		/* whose it is: see has_room() */
-	u32 pad;
+	u32 older;		/* as in its seed */
 	struct direction dir[2];
 };
 
@@ -226,7 +226,9 @@ struct seed {
 	u64 client_cookie;
 	u64 born_ns;
 	struct pair_id id;
-	u32 reason;		/* enum reason: it will never read, and so never have a pair */
+	u16 reason;		/* enum reason: it will never read, and so never have a pair */
+	u8 older;		/* than the programs: what it had sent until then is in the map bases */
+	u8 pad;
 	u32 tenant;		/* whose it is: see has_room() */
 };
 
@@ -312,6 +314,32 @@ struct traffic {
 	u64 connections;
 	u64 redirected_bytes;
 	u64 redirected_messages;
+};
+
+/*
+ * Bytes of local connections that TCP has carried: between whom, and why they were not
+ * redirected. A connection counts with the reason that it has when one looks.
+ */
+struct volume_key {
+	u64 client;		/* cgroup ids, 0 if not known */
+	u64 server;
+	u64 reason;		/* enum reason */
+};
+
+struct volume {
+	u64 connections;
+	u64 bytes;		/* both ways */
+};
+
+/* Closed connections that were not added to the map volumes yet. */
+struct recent_volume {
+	struct volume_key key;
+	struct volume sum;
+};
+
+/* A server's socket whose connection is local and not followed, for there was no room. */
+struct stranger {
+	u64 client;		/* cgroup id */
 };
 
 struct settings {
@@ -406,7 +434,8 @@ enum counter {
 	COUNT_ORPHANS,		/* when it moves, an end may be in the SOCKHASH without a record */
 	COUNT_LOOKS,		/* reads that observe looked into */
 	COUNT_REFUSED,		/* + enum reason */
-	NR_COUNTERS = COUNT_REFUSED + NR_REASONS,
+	COUNT_PLAIN = COUNT_REFUSED + NR_REASONS,	/* + enum reason: bytes of closed connections through TCP */
+	NR_COUNTERS = COUNT_PLAIN + NR_REASONS,
 };
 
 /* What one run of adopt saw. Cleared by the daemon before the run. */
@@ -455,6 +484,13 @@ enum look {
 struct measure_request {
 	struct pair_id id;		/* there need not be such a pair (any more) */
 	u64 what;
+};
+
+/* So many connections does one run of tally look at: a context has no room for more. */
+#define TALLY_PAIRS	12
+
+struct tally_request {
+	struct pair_id id[TALLY_PAIRS];	/* there need not be such a connection (any more) */
 };
 
 /*

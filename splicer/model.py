@@ -263,6 +263,52 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class PlainTraffic:
+    """Bytes between two owners that TCP has carried, both ways, and why they were not redirected: a reason,
+    empty for those of connections that are spliced by now. `connections` are those that carried them, 0 if
+    that is not known any more. `share` is of all bytes of local connections."""
+
+    client: Owner
+    server: Owner
+    reason: str
+    connections: int
+    plain_bytes: int
+    share: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what local connections carry is redirected.
+
+    Bytes are those of applications, both ways, since the programs were loaded: at `since`, in seconds since
+    the epoch. A connection's bytes through TCP count for the reason that it has now, or had when it was
+    closed. `plain` has the largest rows, `others_bytes` what is in none of them. Not `is_complete`: what TCP
+    carries of connections that are open counts when they close. `older_uncounted` is how many connections
+    that are older than splicer are not counted, None if nobody has looked for them.
+    """
+
+    since: float
+    redirected_bytes: int
+    plain_bytes: int
+    plain: tuple[PlainTraffic, ...] = ()
+    others_bytes: int = 0
+    is_complete: bool = True
+    older_uncounted: int | None = 0
+
+    @property
+    def share(self) -> float | None:
+        """Of all bytes, those that are redirected: 0 to 1; None if there are no bytes."""
+        everything = self.redirected_bytes + self.plain_bytes
+        return self.redirected_bytes / everything if everything else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "share": self.share}
+
+
+@dataclass(frozen=True)
 class Status:
     """Answer to `splicer status`.
 
@@ -276,7 +322,8 @@ class Status:
     neither ("unavailable"), and in which namespaces (cookies). `leases` says whether busy spliced connections
     get a packet each way through TCP once in so many seconds ("kept"), or not ("off", or "forbidden" without
     CAP_NET_RAW); see class LeaseKeeper. `neighbours` are others that use BPF at the same hooks; see class
-    Neighbourhood. It is empty unless they were asked for. `hold` says what a measurement keeps plain, and for
+    Neighbourhood. `coverage` is how much is redirected; see class Coverage. Both are empty unless they
+    were asked for. `hold` says what a measurement keeps plain, and for
     how long; see class Holds.
     """
 
@@ -300,6 +347,7 @@ class Status:
     networks: dict[str, Any] = field(default_factory=dict)
     leases: dict[str, Any] = field(default_factory=dict)
     neighbours: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)
     hold: dict[str, Any] = field(default_factory=dict)
     traffic: list[Traffic] = field(default_factory=list)

@@ -15,7 +15,21 @@ from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
 from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
-from . import bench, completion, doctor, drain, flows, options, policy, run, status, unload, unset, version
+from . import (
+    advise,
+    bench,
+    completion,
+    doctor,
+    drain,
+    flows,
+    options,
+    policy,
+    run,
+    status,
+    unload,
+    unset,
+    version,
+)
 from . import set as set_
 from .context import Context
 
@@ -24,6 +38,7 @@ COMMANDS = {
     "status": status,
     "flows": flows,
     "policy": policy,
+    "advise": advise,
     "set": set_,
     "unset": unset,
     "drain": drain,
@@ -44,6 +59,7 @@ examples:
   splicer run --cgroup /sys/fs/cgroup   start splicing; Ctrl-C takes it all back
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
+  splicer advise                        what would have more of it spliced
   splicer policy                        which containers are, and who says so
   splicer set demo-web-1 off            leave a container alone for now
   splicer bench --url http://web:8080/  a service before and after

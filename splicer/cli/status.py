@@ -27,6 +27,7 @@ from splicer.text import (
 
 from . import options
 from .context import Context
+from .coverage import headline, list_notes, list_plain
 from .owners import name_owner
 from .query import ask, number, seconds, section, sections, text, texts
 
@@ -34,11 +35,19 @@ SUMMARY = "say whether splicer is running and what it has done"
 
 DESCRIPTION = """\
 Say whether splicer is running and what it has done. The first line is the
-answer in words. Totals count from when the programs were loaded and survive a
-restart of the daemon. With --brief the first line is all, and the exit code
-says whether all is well: for health checks."""
+answer in words, the next how much of the local traffic is redirected. Totals
+count from when the programs were loaded and survive a restart of the daemon.
+With --brief the first line is all, and the exit code says whether all is well:
+for health checks."""
 
 EPILOG = """\
+plain:
+  who talks to whom in the bytes that are not redirected, why, and what would
+  change it; the largest first. They are those that TCP has carried both ways,
+  without what its headers take. A connection's count for the reason that it
+  has now, or had when it was closed; the dash is for those of connections that
+  are spliced by now. splicer advise says what to do
+
 docker:
   connected   containers are followed as they come and go
   absent      no container engine was found; it is looked for again
@@ -107,7 +116,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     if arguments.brief:
         return _check_health(settings, context)
     try:
-        status = ask(settings.run_dir, "status", {"neighbours": True})
+        status = ask(settings.run_dir, "status", {"neighbours": True, "coverage": True})
     except SplicerError as error:
         if error.exit_code != NOT_RUNNING:
             raise
@@ -191,12 +200,20 @@ def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int
         ("passed", f"{plural(number(totals, 'passed_messages'), 'message')} through TCP"),
         ("rescued", human_count(number(totals, "rescued"))),
     ]
-    lines = [verdict(status, palette), "", *two_columns(about, palette=palette)]
+    lines = [verdict(status, palette), *_lead_with_coverage(section(status, "coverage"), width, palette)]
+    lines += ["", *two_columns(about, palette=palette)]
     lines += ["", palette.paint("Totals", "bold"), *two_columns(done, palette=palette)]
     lines += _list_refused(section(totals, "refused"), width, palette)
     lines += _list_traffic(sections(status, "traffic"), width, palette)
     lines += _list_neighbours(section(status, "neighbours"), width, palette)
     return lines + _list_problems(sections(status, "problems"), width, palette)
+
+
+def _lead_with_coverage(coverage: Mapping[str, object], width: int | None, palette: Palette) -> list[str]:
+    if not coverage:
+        return []
+    plain = list_plain(coverage, width=width, palette=palette)
+    return [headline(coverage, palette), *list_notes(coverage), *(["", *plain] if plain else [])]
 
 
 def _list_refused(refused: Mapping[str, object], width: int | None, palette: Palette) -> list[str]:

@@ -96,6 +96,13 @@ class Attribution:
             found[key] = owner
         return owner
 
+    def name_process(self, pids: Iterable[int]) -> str:
+        """The name that all of these processes have that are alive; empty if they have several, or none."""
+        if not self._sees_host_pids:
+            return ""
+        names = {self._processes.find(pid).name for pid in pids} - {""}
+        return names.pop() if len(names) == 1 else ""
+
     def sum_traffic(self, amounts: Iterable[tuple[tuple[int, int], Amount]]) -> list[Traffic]:
         """Traffic between owners, the largest first, of amounts by (client, server) cgroup ids."""
         by_cgroup: dict[tuple[int, int], Amount] = {}

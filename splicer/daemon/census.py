@@ -12,7 +12,8 @@ from splicer.kernel.census import CensusReport
 from splicer.logs import Logger
 
 OFF, EARLIER, UNAVAILABLE = "off", "earlier", "unavailable"
-_RUNNING, _DONE, _FAILED = "running", "done", "failed"
+FAILED = "failed"
+_RUNNING, _DONE = "running", "done"
 
 
 class CensusTaker:
@@ -40,7 +41,7 @@ class CensusTaker:
             report = next(self._steps)
         except OSError as error:
             self._log.warning("census_failed", error=str(error))
-            self._steps, self._state = None, _FAILED
+            self._steps, self._state = None, FAILED
             return
         if report is not None:
             self._report, self._state = report, _DONE

@@ -14,6 +14,7 @@ from splicer.daemon.adoption import SweepQueues
 from splicer.daemon.attribution import Attribution
 from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
+from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.enlistment import Enlistment
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
@@ -36,6 +37,7 @@ from splicer.kernel.probes import KernelClass
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
 from splicer.policy import config
+from splicer.policy.advice import Facts
 from splicer.policy.config import Settings
 from splicer.policy.reconciler import PolicyReconciler
 
@@ -194,6 +196,7 @@ class Daemon:
         self._reconciler = PolicyReconciler(
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
+        attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
         requests = RequestHandlers(
             self._cgroup,
             kernel_class,
@@ -203,13 +206,16 @@ class Daemon:
             self._generation.gauge(),
             self._reconciler,
             watcher,
-            Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes()),
+            attribution,
             self._mailbox,
             lambda: self._heartbeat,
             self._census.describe,
             self._networks.describe,
             self._leases.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
+            CoverageReporter(
+                self._generation.volumes(), attribution, self._census.describe, self._read_facts
+            ),
         )
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
@@ -231,6 +237,12 @@ class Daemon:
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+
+    def _read_facts(self) -> Facts:
+        host = self._reconciler.describe()
+        return Facts(
+            host["default"], host["tcp_inq"], self._settings.max_connections, self._settings.hot_reads
+        )
 
     def _say_what_a_container_lacks(self) -> None:
         """If this runs in one, without the host's cgroups or processes: it would splice next to nothing, and

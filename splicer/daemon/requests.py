@@ -13,6 +13,7 @@ from splicer import __version__
 from splicer.containers.watcher import Watcher
 from splicer.daemon.attribution import Attribution
 from splicer.daemon.control import Handler, Rows
+from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
@@ -60,6 +61,7 @@ class RequestHandlers:
         describe_networks: Callable[[], dict[str, Any]],
         describe_leases: Callable[[], dict[str, Any]],
         find_neighbours: Callable[[], Neighbourhood],
+        coverage: CoverageReporter,
     ) -> None:
         """`read_heartbeat` gives the time (time.monotonic()) at which the daemon's loop last turned."""
         self._cgroup = cgroup
@@ -77,6 +79,7 @@ class RequestHandlers:
         self._describe_networks = describe_networks
         self._describe_leases = describe_leases
         self._find_neighbours = find_neighbours
+        self._coverage = coverage
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -90,6 +93,7 @@ class RequestHandlers:
             "drain": self.drain,
             "hold": self.hold,
             "release": self.release,
+            "advise": self._coverage.advise,
         }
 
     def _read_closed(self) -> list[tuple[tuple[int, int], Amount]]:
@@ -143,6 +147,7 @@ class RequestHandlers:
             leases=self._describe_leases(),
             # Health checks and scrapers come by often, and do not ask.
             neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
+            coverage=self._coverage.measure().to_json() if request.get("coverage") is True else {},
             problems=self._reconciler.list_problems(),
             hold=self._reconciler.describe_hold(),
             traffic=self._attribution.sum_traffic([*self._read_closed(), *living.amounts.items()]),

@@ -23,6 +23,7 @@ _WITHOUT = {
     "enlist": "connections are put in by walk, late and dear",
     "census": "connections that are older than splicer stay plain TCP",
     "measure": "what waits unread on spliced connections is not shown",
+    "tally": "bytes of connections that are open count when they close",
 }
 
 

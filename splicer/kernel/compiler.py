@@ -37,6 +37,7 @@ SOURCES = (
     "registry.h",
     "policy.h",
     "fitness.h",
+    "volume.h",
     "register.c",
     "observe.c",
     "guard.c",
@@ -46,6 +47,7 @@ SOURCES = (
     "adopt.c",
     "watch.c",
     "measure.c",
+    "tally.c",
     "census.c",
     "answer.c",
 )

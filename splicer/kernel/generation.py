@@ -3,7 +3,7 @@
 
 Pins below the pin directory:
 
-    programs/NAME maps/NAME links/NAME   the objects; watch, measure, enlist and census have no link
+    programs/NAME maps/NAME links/NAME   the objects; watch, measure, tally, enlist and census have no link
     build cgroup                         symbolic links whose targets are texts: what was loaded, and where
 
 The links keep the programs attached when the daemon dies. For those that answer FIONREAD see answer.py.
@@ -31,6 +31,7 @@ from splicer.kernel.programs import MAPS, MAPS_TO_DRAIN
 from splicer.kernel.settings import SettingsMap
 from splicer.kernel.store import Store
 from splicer.kernel.sweep import Sweeper
+from splicer.kernel.volume import VolumeReader
 from splicer.logs import Logger
 
 _CGROUP_LINKS = ("register", "guard")
@@ -58,7 +59,7 @@ class LoadPlan:
 class Generation:
     """Open descriptors of what is pinned and used again. `taken_over`: it was there before this daemon. No
     `enlist`: the kernel refused it, and adopt does its work. No `census`: older connections are not found. No
-    `measure`: what waits unread is not known.
+    `measure`: what waits unread is not known. No `tally`: what TCP carries of living connections is not.
     `unanswered` says why FIONREAD is not answered though it was to be."""
 
     pin_dir: str
@@ -68,6 +69,7 @@ class Generation:
     enlist: int | None
     census: int | None
     measure: int | None
+    tally: int | None
     taken_over: bool
     unanswered: str = ""
     mounted: str | None = None
@@ -92,6 +94,9 @@ class Generation:
     def gauge(self) -> Gauge | None:
         """None if the kernel refused its program."""
         return None if self.measure is None else Gauge(self.measure)
+
+    def volumes(self) -> VolumeReader:
+        return VolumeReader(self.maps, self.tally, self.pin_dir)
 
     def find_older(
         self, settings: SettingsMap, cgroup: Cgroup
@@ -135,7 +140,7 @@ class Generation:
         """Close the descriptors; what is pinned stays."""
         for item in self.maps.values():
             item.close()
-        for fd in (*self.links.values(), self.watch, self.enlist, self.census, self.measure):
+        for fd in (*self.links.values(), self.watch, self.enlist, self.census, self.measure, self.tally):
             if fd is not None:
                 os.close(fd)
         self.maps.clear()
@@ -231,7 +236,9 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
             links[name] = libbpf.open_pin(_path(pin_dir, "links", name))
         links |= answer.open_links(pin_dir)
         watch = libbpf.open_pin(_path(pin_dir, "programs", "watch"))
-        enlist, census, measure = (_open_optional(pin_dir, name) for name in ("enlist", "census", "measure"))
+        enlist, census, measure, tally = (
+            _open_optional(pin_dir, name) for name in ("enlist", "census", "measure", "tally")
+        )
     except BaseException:
         for item in maps.values():
             item.close()
@@ -239,7 +246,7 @@ def open_pinned(pin_dir: str, needed: Iterable[str] = MAPS) -> Generation:
             os.close(fd)
         raise
     unanswered = _read_note(pin_dir, answer.NOTE)
-    return Generation(pin_dir, maps, links, watch, enlist, census, measure, True, unanswered)
+    return Generation(pin_dir, maps, links, watch, enlist, census, measure, tally, True, unanswered)
 
 
 def _open_optional(pin_dir: str, name: str) -> int | None:

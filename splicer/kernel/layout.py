@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from splicer.model import REASON_NAMES
+
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
 REASON_COLD = 1
 CLIENT, SERVER = 0, 1
@@ -32,6 +34,8 @@ COUNTERS = (
 )
 COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
+COUNT_PLAIN = COUNT_REFUSED + len(REASON_NAMES)
+"""Index of the first of as many more: bytes of closed connections that TCP has carried."""
 
 
 class EventType(enum.IntEnum):
@@ -141,7 +145,7 @@ WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
 """struct watch_request in bytes: names, and at last a Question."""
 # Of a key of the SOCKHASH: network namespace and name.
 END_KEY_OWNER = struct.Struct("=8x Q Q")
-SEED = struct.Struct("=" + _ADDRESS + " 4Q 2I 2I")
+SEED = struct.Struct("=" + _ADDRESS + " 4Q 2I H B x I")
 SETTINGS = struct.Struct("=18I Q")
 RULE_KEY = struct.Struct("=Q 2I")
 RULE = struct.Struct("=3Q")
@@ -150,6 +154,13 @@ NETWORK_KEY = struct.Struct("=I 16s")
 NETWORK = struct.Struct("=I")
 TRAFFIC_KEY = struct.Struct("=2Q")
 TRAFFIC = struct.Struct("=3Q")
+VOLUME_KEY = struct.Struct("=3Q")
+VOLUME = struct.Struct("=2Q")
+RECENT_VOLUME = struct.Struct("=3Q 2Q")
+TALLY_PAIRS = 12
+"""So many connections does one run of tally look at."""
+TALLY_REQUEST_SIZE = 8 * TALLY_PAIRS
+"""struct tally_request in bytes: names."""
 EVENT = struct.Struct("=2I Q 2Q 2I")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
@@ -270,7 +281,7 @@ class OlderSocket:
 
 
 # Of the fields of a seed.
-_SEED_SOCKET, _SEED_BORN, _SEED_NAME = 11, 14, slice(15, 17)
+_SEED_SOCKET, _SEED_BORN, _SEED_NAME, _SEED_REASON = 11, 14, slice(15, 17), 17
 
 
 def name_connection(client_seq: int, server_seq: int) -> int:
@@ -293,7 +304,7 @@ def read_seed(value: bytes) -> Pair:
     return Pair(
         id=(client_seq, server_seq),
         state=STATE_PAIRED,
-        reason=fields[-2] or REASON_COLD,
+        reason=fields[_SEED_REASON] or REASON_COLD,
         client=End(server.remote, server.local, 0, 0, 0, 0, 0),
         server=server,
         born_ns=fields[_SEED_BORN],
@@ -377,6 +388,16 @@ def read_readers(values: memoryview) -> list[tuple[int, int]]:
     """The processes that read last at each pair's client and server, 0 if none has."""
     client, server = (_read_column(values, "I", offset) for offset in _END_TGID)
     return list(zip(client, server, strict=True))
+
+
+def read_tenants(values: memoryview) -> set[tuple[int, int]]:
+    """The cgroups (ids) that the ends of these pairs were made in, each with a process that read last."""
+    return {
+        found
+        for cgroup, tgid in zip(_END_CGROUP, _END_TGID, strict=True)
+        for found in zip(_read_column(values, "Q", cgroup), _read_column(values, "I", tgid), strict=True)
+        if all(found)
+    }
 
 
 def read_places(values: memoryview) -> list[tuple[int, Place, Place]]:

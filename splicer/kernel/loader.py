@@ -30,19 +30,21 @@ from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
 from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.compiled import Compiled
-from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, WATCH_REQUEST_SIZE
+from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, TALLY_REQUEST_SIZE, WATCH_REQUEST_SIZE
 from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, Program, explain_refusal
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 def _try_to_run(program: Program, fd: int) -> None:
-    """watch, measure and enlist are run like this for ever; better know at once that they can be."""
+    """watch, measure, tally and enlist are run like this for ever; better know at once that they can be."""
     try:
         if program.name == "watch":
             libbpf.TestRun(fd, WATCH_REQUEST_SIZE).run()
         elif program.name == "measure":
             libbpf.TestRun(fd, MEASURE_REQUEST.size).run()
+        elif program.name == "tally":
+            libbpf.TestRun(fd, TALLY_REQUEST_SIZE).run()
         elif program.name == "enlist":
             libbpf.PacketRun(fd, ENLIST_SIZE).run(1)
     except libbpf.KernelError as error:

@@ -229,7 +229,7 @@ def test_hostile_labels_in_the_log(hostile_host: Host) -> None:
     assert longest < DECENT, f"a line of {longest} characters"
 
 
-NOUNS = [("status",), ("status", "--brief"), ("flows",), ("policy",)]
+NOUNS = [("status",), ("status", "--brief"), ("flows",), ("policy",), ("advise",)]
 NOUNS += [("policy", name) for name in HOSTILE_LABELS]
 
 

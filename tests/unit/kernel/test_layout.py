@@ -153,7 +153,9 @@ def test_of_many_pairs_those_to_look_at_are_read_quickly() -> None:
     assert layout.read_readers(values) == [(10 * n, 10 * n + 1) for n in range(5)]
 
 
-SEED = struct.pack("=4I 4I Q I I 4Q 2I 2I", *[0, 0, 0xFFFF, 1] * 2, 7, 80, 5000, 1, 2, 3, 4, 11, 12, 0, 5)
+SEED = struct.pack(
+    "=4I 4I Q I I 4Q 2I H B x I", *[0, 0, 0xFFFF, 1] * 2, 7, 80, 5000, 1, 2, 3, 4, 11, 12, 0, 0, 5
+)
 
 
 def test_a_place_is_free_without_a_socket() -> None:
