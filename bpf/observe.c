@@ -277,7 +277,13 @@ look_at_spliced(void *tp, struct pair *p, struct end *e, int side, enum reader r
 		start_draining(p, reason);
 		return;
 	}
-	note_reader(e, tgid);
+	if (e->tgid != tgid) {
+		struct settings *s = get_settings();
+
+		note_reader(e, tgid);
+		if (s && s->has_rules & 1 << RULE_PROCESS)
+			p->policy = 0;	/* watch has it decided */
+	}
 	if (side == CLIENT)
 		p->dir[SERVER].primed = 1;
 	else
@@ -294,6 +300,10 @@ look_at_plain(void *tp, struct pair *p, struct end *e, struct end *peer, struct 
 {
 	u32 reason;
 
+	if (s->has_rules & 1 << RULE_PROCESS && e->tgid != tgid) {
+		note_reader(e, tgid);
+		p->policy = 0;
+	}
 	if (p->policy != s->policy)
 		decide_again(p, s);
 	if (p->mode == MODE_OFF || !s->splicing)

@@ -2,8 +2,8 @@
 /*
  * Policy: may this pair be spliced, and how?
  *
- * Each end has what the rules say about its cgroup (or one above it), its
- * address and, for the server, its port; the rule of the lowest rank wins. The
+ * Each end has what the rules say about its cgroup (or one above it), its address,
+ * the process that reads it and, for the server, its port; the rule of the lowest rank wins. The
  * pair is off if either end is; else the server's word counts, else the
  * client's, else the settings'.
  *
@@ -47,9 +47,9 @@ static __always_inline void consider(struct rule *best, u32 kind, u64 who, u32 p
 	consider_one(best, kind, who, 0);
 }
 
-/* What the rules say about one end. sk may be stale, ip is in host byte order. */
+/* What the rules say about one end. sk may be stale, tgid 0, ip is in host byte order. */
 static __always_inline void
-consider_end(struct rule *best, struct settings *s, u64 sk, u32 ip[4], u32 port)
+consider_end(struct rule *best, struct settings *s, u64 sk, u32 tgid, u32 ip[4], u32 port)
 {
 	if (s->has_rules & 1 << RULE_CGROUP) {
 		u64 cgroup = cgroup_of(sk);
@@ -71,6 +71,8 @@ consider_end(struct rule *best, struct settings *s, u64 sk, u32 ip[4], u32 port)
 		if (number)
 			consider(best, RULE_NETWORK, *number, port);
 	}
+	if (s->has_rules & 1 << RULE_PROCESS && tgid)
+		consider(best, RULE_PROCESS, tgid, port);
 }
 
 static __always_inline void decide(struct pair *p, struct settings *s)
@@ -84,9 +86,9 @@ static __always_inline void decide(struct pair *p, struct settings *s)
 
 	if (!(s->has_rules & ~(1 << RULE_NETNS)))
 		goto out;
-	consider_end(&by_client, s, client->sk,
+	consider_end(&by_client, s, client->sk, client->tgid,
 		     client->at.local_port ? client->at.local_ip : server->at.remote_ip, port);
-	consider_end(&by_server, s, server->sk, server->at.local_ip, port);
+	consider_end(&by_server, s, server->sk, server->tgid, server->at.local_ip, port);
 	if (s->has_rules & 1 << RULE_PORT)
 		consider_one(&by_server, RULE_PORT, 0, port);
 

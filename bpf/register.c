@@ -102,7 +102,7 @@ splice_client_eagerly(struct bpf_sock_ops *skops, void *tp, struct settings *s,
 	/* What the server's rules say of TCP_INQ is not known here; verdict looks again. */
 	if (!take_hint(at) || find_misfit_birth((u64)tp) || find_misfit_option((u64)tp, 1))
 		return 0;
-	consider_end(&said, s, (u64)tp, at->local_ip, at->remote_port);
+	consider_end(&said, s, (u64)tp, 0, at->local_ip, at->remote_port);
 	if (said.mode != NOTHING_SAID && (u32)said.mode == MODE_OFF)
 		return 0;
 	return put_in(skops, key);

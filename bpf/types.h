@@ -278,10 +278,11 @@ enum rule_kind {
 	RULE_CGROUP,		/* sockets made in this cgroup or below it */
 	RULE_NETWORK,		/* ends with an address in this network */
 	RULE_NETNS,		/* eager only: listeners in this network namespace */
+	RULE_PROCESS,		/* ends that this process was the last to read */
 };
 
 struct rule_key {
-	u64 who;		/* cgroup id, number of a network, netns cookie */
+	u64 who;		/* cgroup id, number of a network, netns cookie, pid */
 	u32 kind;
 	u32 port;		/* the server's own; 0: any */
 };
@@ -480,6 +481,37 @@ enum look {
 #define MEASURE_SERVER	1
 #define MEASURE_TCP	2
 #define MEASURE_ANY	4	/* is there anything at all, at either end? */
+/* Or something else about an end, for splicer explain: enum fact, shifted so far. */
+#define MEASURE_FACT_SHIFT	8
+
+enum fact {
+	FACT_UNREAD,		/* what is said above */
+	FACT_BITS,		/* enum fact_bit */
+	FACT_STATE,		/* TCP's state, and above it sk_shutdown */
+	FACT_FILE_FLAGS,	/* O_NONBLOCK and its like */
+	FACT_MANNER,		/* struct end: flags, polls above them, asleep above these */
+	FACT_RCVLOWAT,
+	FACT_PEEK_OFF,		/* plus one: 0 is off */
+	FACT_PACING,		/* bytes per second, as far as they go; all ones: none */
+	FACT_WAITER,		/* enum waiter, of an end whose socket blocks */
+	FACT_HABIT,		/* enum reason: what its process did with another socket */
+	FACT_SEGMENTS,		/* data segments that it has received */
+};
+
+enum fact_bit {
+	BIT_THERE	= 1 << 0,	/* the socket is the one that is meant */
+	BIT_FILE	= 1 << 1,	/* it has a file: it was accepted */
+	BIT_KERNEL	= 1 << 2,
+	BIT_MPTCP	= 1 << 3,
+	BIT_ZEROCOPY	= 1 << 4,
+	BIT_TIMESTAMPS	= 1 << 5,
+	BIT_ULP		= 1 << 6,
+	BIT_REPAIR	= 1 << 7,
+	BIT_INQ		= 1 << 8,
+	BIT_FILTER	= 1 << 9,
+	BIT_USER_DATA	= 1 << 10,	/* somebody uses sk_user_data */
+	BIT_TAKEN_OVER	= 1 << 11,	/* an sk_skb program reads it */
+};
 
 struct measure_request {
 	struct pair_id id;		/* there need not be such a pair (any more) */

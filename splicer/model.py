@@ -38,7 +38,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
         "foreign_psock",
         "Another program has an end in a sockmap, or another socket of its process, or uses sk_user_data.",
     ),
-    ("policy_off", "The policy of an end is off; splicer policy says why."),
+    ("policy_off", "The policy of an end is off, or splicer is paused; splicer policy says why."),
     ("map_full", "The limit of --max-connections was reached, or the share of the client's cgroup in it."),
     ("backpressure", "The reader fell behind; TCP now holds the sender back."),
     ("stream", "One direction only, where plain TCP is faster."),
@@ -321,10 +321,11 @@ class Status:
     CensusReport. `networks` says whether losses of networks are heard of ("hears"), looked for ("asks"), or
     neither ("unavailable"), and in which namespaces (cookies). `leases` says whether busy spliced connections
     get a packet each way through TCP once in so many seconds ("kept"), or not ("off", or "forbidden" without
-    CAP_NET_RAW); see class LeaseKeeper. `neighbours` are others that use BPF at the same hooks; see class
-    Neighbourhood. `coverage` is how much is redirected; see class Coverage. Both are empty unless they
-    were asked for. `hold` says what a measurement keeps plain, and for
-    how long; see class Holds.
+    CAP_NET_RAW); see class LeaseKeeper. `paused` is empty unless splicing is, and `reload` unless the
+    configuration could not be read again; see class ReloadReport. `neighbours` are others that use BPF at the
+    same hooks; see class Neighbourhood. `coverage` is how much is redirected; see class Coverage. Both are
+    empty unless they were asked for. `hold` says what a measurement keeps plain, and for how long; see class
+    Holds.
     """
 
     pid: int
@@ -346,6 +347,8 @@ class Status:
     census: dict[str, Any] = field(default_factory=dict)
     networks: dict[str, Any] = field(default_factory=dict)
     leases: dict[str, Any] = field(default_factory=dict)
+    paused: dict[str, Any] = field(default_factory=dict)
+    reload: dict[str, Any] = field(default_factory=dict)
     neighbours: dict[str, Any] = field(default_factory=dict)
     coverage: dict[str, Any] = field(default_factory=dict)
     problems: list[dict[str, str]] = field(default_factory=list)

@@ -218,7 +218,7 @@ def subtract(after: Mapping[str, Any], before: Mapping[str, Any], seconds: float
 def _require_daemon(run_dir: str) -> None:
     """Raises SplicerError: not root, nothing that could be spliced, or (exit code 3) no daemon."""
     if os.geteuid() != 0:
-        raise SplicerError("only root may switch splicing off and on", hint="sudo splicer bench ...")
+        raise SplicerError("only root may switch splicing off and on", hint="sudo splicer bench")
     if control.request(run_dir, "status", timeout=30.0).get("paused"):
         raise SplicerError("splicing is paused, and would be in the spliced legs", hint="resume it first")
 

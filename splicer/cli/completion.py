@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from splicer.errors import OK
-from splicer.policy.config import BLOCKING, DEFAULTS, FIONREAD, LOG_FORMATS, MODES, TCP_INQ
+from splicer.policy.config import BLOCKING, CONTAINER_MODES, DEFAULTS, FIONREAD, LOG_FORMATS, MODES, TCP_INQ
 
 from . import options
 from .context import Context
@@ -30,6 +30,7 @@ SHELLS = ("bash", "zsh", "fish")
 # Values that argparse does not know of, because the settings check them wherever they come from.
 _WORDS: Mapping[str, Sequence[str]] = {
     "mode": MODES,
+    "set_mode": CONTAINER_MODES,
     "default": DEFAULTS,
     "blocking": BLOCKING,
     "tcp_inq": TCP_INQ,

@@ -6,17 +6,18 @@ from __future__ import annotations
 import argparse
 
 from splicer.errors import OK
+from splicer.text import plural
 
 from . import options
 from .context import Context
-from .query import ask
+from .query import ask, number
 
 SUMMARY = "take every connection back to plain TCP, once"
 
 DESCRIPTION = """\
-Take every spliced connection back to plain TCP, once, without losing a byte.
-The daemon goes on, and splices what stays busy again after a while. For good,
-stop it, or switch containers off with splicer set."""
+Take every spliced connection back to plain TCP, once, without losing a byte,
+and say how many there are. The daemon goes on, and splices what stays busy
+again after a while. To keep it so: splicer pause, or splicer set for some."""
 
 EPILOG = """\
 examples:
@@ -41,8 +42,9 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     answer = ask(settings.run_dir, "drain")
     if arguments.json:
         context.write_json(answer)
-    elif answer.get("draining") is True:
-        context.write(["Draining: spliced connections go back to plain TCP now."])
+    elif count := number(answer, "connections"):
+        goes = "goes" if count == 1 else "go"
+        context.write([f"Draining: {plural(count, 'spliced connection')} {goes} back to plain TCP now."])
     else:
-        context.write(["Nothing to drain."])
+        context.write(["Nothing to drain: no connection is spliced."])
     return OK

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from splicer.errors import OK, USAGE, SplicerError
 from splicer.model import REASONS, STATES
+from splicer.policy.values import check_value, integer
 from splicer.text import (
     PLAIN,
     Cell,
@@ -23,8 +25,9 @@ from splicer.text import (
     terminal_width,
 )
 
-from . import options
+from . import grouping, options
 from .context import Context
+from .grouping import SORT_KEYS, STATE_STYLES
 from .owners import FILTERS, describe_owner, matches, name_owner
 from .query import ask_rows, number, seconds, section, text
 
@@ -32,13 +35,14 @@ SUMMARY = "list local connections, and why each is spliced or not"
 
 DESCRIPTION = """\
 List the connections with both ends on this host, one row for each: spliced
-ones first, then by bytes. Connections to other hosts are never followed and
+ones first, then by bytes. Of many, a summary comes first: how many between
+whom, in which state and why. Connections to other hosts are never followed and
 never shown. On a narrow terminal names stand in the place of addresses."""
 
 STATE_NAMES = tuple(dict.fromkeys(STATES.values()))
 
-_STATE_STYLES = {"spliced": "green", "draining": "yellow"}
-_STATE_ORDER = {"spliced": 0, "draining": 1, "paired": 2}
+LIMIT = 100
+"""So many rows are shown to people who do not say how many; above them stands a summary."""
 _ADDRESSES = (Column("LOCAL", elastic=True, least=11), Column("REMOTE", elastic=True, least=11))
 _NAMED_ENDS = (Column("CLIENT", elastic=True, least=11), Column("SERVER", elastic=True, least=11))
 # Beside names addresses are shown if most of both can be read.
@@ -61,8 +65,8 @@ _UNREAD = (Column("CLIENT-UNREAD", "right"), Column("SERVER-UNREAD", "right"))
 
 def _make_epilog() -> str:
     columns = {
-        "CLIENT, SERVER": "container, else service, pod, process; with --wide the process and its pid too; "
-        "with the port where there is no room for addresses",
+        "CLIENT, SERVER": "container, else service, pod, cgroup, process; with --wide the process and its "
+        "pid too; with the port where there is no room for addresses",
         "LOCAL": "the client's own address and port",
         "REMOTE": "what the client connected to; under DNAT the server's own is another (JSON: peer)",
         "STATE": "see below",
@@ -90,6 +94,8 @@ reasons:
 
 examples:
   splicer flows
+  splicer flows --summary                 # of thousands
+  splicer flows --sort bytes --limit 10
   splicer flows --state paired            # what is not spliced, and why
   splicer flows --port 8080 --port 6379
   splicer flows --container 'demo-*' --wide
@@ -125,9 +131,23 @@ def add(parser: options.Parser) -> None:
             "may be repeated",
         )
     parser.add_argument(
+        "--sort",
+        choices=SORT_KEYS,
+        default="state",
+        metavar="KEY",
+        help=f"{', '.join(SORT_KEYS)} (default: state)",
+    )
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        help=f"so many rows at most, 0 for all (default: {LIMIT}; all with --json)",
+    )
+    parser.add_argument("--summary", action="store_true", help="nothing but the summary")
+    parser.add_argument(
         "--wide", action="store_true", help="names, processes and addresses in full, however wide that is"
     )
     options.add_json(parser)
+    options.add_timeout(parser)
     options.add_run_dir(parser)
     options.add_config(parser)
 
@@ -138,19 +158,36 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     states = frozenset(arguments.state or ())
     ports = frozenset(_read_port(given) for given in arguments.port or ())
     names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
+    limit = _read_limit(arguments.limit)
+    patience = options.read_timeout(arguments)
     # What waits unread is counted socket by socket, for those who see it.
-    answer, rows = ask_rows(settings.run_dir, "flows", "flows", {"unread": arguments.wide or arguments.json})
+    unread = {"unread": arguments.wide or arguments.json}
+    answer, rows = ask_rows(settings.run_dir, "flows", "flows", unread, patience=patience)
     if arguments.json:
-        context.write_json_rows(answer, "flows", choose(rows, states, ports, names))
+        # As the daemon gives them, unless somebody wants another order.
+        ordered: Iterable[Mapping[str, object]] = choose(rows, states, ports, names)
+        if arguments.sort != "state":
+            ordered = grouping.sort(list(ordered), arguments.sort)
+        context.write_json_rows(answer, "flows", itertools.islice(ordered, limit or None))
         return OK
     known = 0
     chosen: list[Mapping[str, object]] = []
     for row in rows:
         known += 1
         chosen += select([row], states, ports, names)
-    if chosen:
-        width = terminal_width(context.stdout)
-        context.write(render(chosen, palette=context.palette, width=width, wide=arguments.wide))
+    width = terminal_width(context.stdout)
+    if chosen and arguments.summary:
+        context.write(grouping.summarise(chosen, palette=context.palette, width=width))
+    elif chosen:
+        shown = grouping.sort(chosen, arguments.sort)[: LIMIT if limit is None else limit or None]
+        if more := len(chosen) - len(shown):
+            context.write([*grouping.summarise(chosen, palette=context.palette, width=width), ""])
+        context.write(
+            render(shown, palette=context.palette, width=width, wide=arguments.wide, sort=arguments.sort)
+        )
+        if more:
+            said = f"and {plural(more, 'more connection')}: splicer flows --limit 0, or choose some (--help)"
+            context.write([context.palette.paint(said, "dim")])
     elif known:
         context.write([f"No flow matches ({plural(known, 'flow')} without the filters)."])
     else:
@@ -168,6 +205,18 @@ def _read_port(given: str) -> int:
             exit_code=USAGE,
         )
     return int(given)
+
+
+def _read_limit(given: str | None) -> int | None:
+    """None if none is given, 0 for all."""
+    if given is None:
+        return None
+    kind = integer(0, 1_000_000)
+    try:
+        value = kind.read(given)
+    except ValueError:
+        value = None
+    return int(str(check_value(kind, value, "--limit", given)))
 
 
 def select(
@@ -216,14 +265,11 @@ def render(
     palette: Palette = PLAIN,
     width: int | None = None,
     wide: bool = False,
+    sort: str = "state",
 ) -> list[str]:
-    """The flows for people. `width` in characters, None for as wide as it takes; `wide` overrides it."""
-
-    def rank(flow: Mapping[str, object]) -> tuple[int, int, str]:
-        order = _STATE_ORDER.get(text(flow, "state"), len(_STATE_ORDER))
-        return order, -number(flow, "redirected_bytes"), text(flow, "local")
-
-    ordered = sorted(flows, key=rank)
+    """The flows for people, in the order of `sort` (one of SORT_KEYS). `width` in characters, None for as
+    wide as it takes; `wide` overrides it."""
+    ordered = grouping.sort(flows, sort)
     addresses = [[text(flow, "local"), text(flow, "remote")] for flow in ordered]
     owners = [(section(flow, "client"), section(flow, "server")) for flow in ordered]
     names = [[name_owner(owner) for owner in pair] for pair in owners]
@@ -253,7 +299,7 @@ def render(
 
 def _list_rest(flow: Mapping[str, object]) -> list[str | Cell]:
     return [
-        Cell(text(flow, "state"), _STATE_STYLES.get(text(flow, "state"))),
+        Cell(text(flow, "state"), STATE_STYLES.get(text(flow, "state"))),
         text(flow, "reason"),
         human_count(number(flow, "redirected_messages")),
         human_bytes(number(flow, "redirected_bytes")),

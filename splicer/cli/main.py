@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO, cast
 
 from splicer import __version__
-from splicer.errors import FAILURE, INTERRUPTED, OK, USAGE, SplicerError
+from splicer.errors import FAILURE, INTERRUPTED, NOT_RUNNING, OK, USAGE, SplicerError
 from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
@@ -21,9 +22,14 @@ from . import (
     completion,
     doctor,
     drain,
+    explain,
     flows,
+    invocation,
+    leftovers,
     options,
+    pause,
     policy,
+    resume,
     run,
     status,
     unload,
@@ -37,11 +43,14 @@ COMMANDS = {
     "run": run,
     "status": status,
     "flows": flows,
+    "explain": explain,
     "policy": policy,
     "advise": advise,
     "set": set_,
     "unset": unset,
     "drain": drain,
+    "pause": pause,
+    "resume": resume,
     "unload": unload,
     "bench": bench,
     "doctor": doctor,
@@ -59,9 +68,11 @@ examples:
   splicer run --cgroup /sys/fs/cgroup   start splicing; Ctrl-C takes it all back
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
+  splicer explain 10.0.0.1:40000 10.0.0.2:80    all about one connection
   splicer advise                        what would have more of it spliced
   splicer policy                        which containers are, and who says so
   splicer set demo-web-1 off            leave a container alone for now
+  splicer pause                         leave everything alone for now
   splicer bench --url http://web:8080/  a service before and after
   splicer run --help                    modes, labels, configuration file
 
@@ -103,6 +114,7 @@ def main(
     # Known before the command line is, so that a mistake in it is shown as asked for.
     debug = _wants_debug(argv, environ)
     palette = Palette(wants_colour("auto", err, environ))
+    arguments: argparse.Namespace | None = None
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             arguments = make_parser().parse_args(argv)
@@ -128,7 +140,7 @@ def main(
         # What this host or the command line lacks was expected, and needs no traceback.
         if debug and error.exit_code == FAILURE:
             traceback.print_exc(file=err)
-        _report(error, err, palette)
+        _report(_complete(error, arguments, argv, environ), err, palette)
         return error.exit_code
     except Exception as error:
         if debug:
@@ -136,6 +148,22 @@ def main(
         hint = "this is a bug in splicer; report it with what this shows: splicer --debug ..."
         _report(SplicerError(f"internal error ({type(error).__name__}: {error})", hint=hint), err, palette)
         return FAILURE
+
+
+def _complete(
+    error: SplicerError, arguments: argparse.Namespace | None, argv: Sequence[str], environ: Mapping[str, str]
+) -> SplicerError:
+    """The error with what only the command line knows: the arguments to repeat, and what a daemon left."""
+    if arguments is None:
+        return error
+    if error.exit_code == NOT_RUNNING:
+        with contextlib.suppress(SplicerError):  # a mistake in the configuration is not what it was about
+            pin_dir = options.read_settings(arguments, environ, only=("pin_dir",)).settings.pin_dir
+            return leftovers.mention(error, pin_dir)
+    elif error.hint:
+        hint = invocation.repeat_as_root(error.hint, arguments.command or "", argv)
+        return SplicerError(error.message, hint=hint, exit_code=error.exit_code)
+    return error
 
 
 def _open_closed_streams() -> None:

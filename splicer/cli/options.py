@@ -4,15 +4,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from splicer.errors import USAGE, SplicerError
-from splicer.policy.config import CONFIG_VARIABLE, VALUE_TYPES, Resolved, option_of, resolve
+from splicer.policy.config import (
+    CONFIG_VARIABLE,
+    VALUE_TYPES,
+    Resolved,
+    find_unknown_variables,
+    option_of,
+    resolve,
+)
+from splicer.policy.values import check_value, seconds
 
 from .context import Context
 
 COLOUR_CHOICES = ("auto", "always", "never")
+# Who asks has an answer, or an error, within two seconds, also of a daemon that was stopped: a health check
+# waits no longer. With 10 000 connections the daemon takes a tenth of it.
+QUICK_S = 1.5
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,9 +96,40 @@ def add_stop_timeout(parser: argparse._ActionsContainer) -> None:
 def resolve_settings(
     arguments: argparse.Namespace, context: Context, *, only: Collection[str] | None = None
 ) -> Resolved:
-    """Settings from the parsed command line, the environment and the configuration file."""
+    """Settings from the parsed command line, the environment and the configuration file. Says on stderr which
+    variables nobody knows."""
+    for unknown in find_unknown_variables(context.environ):
+        context.stderr.write(context.error_palette.paint("splicer:", "yellow") + f" {unknown.describe()}\n")
+    return read_settings(arguments, context.environ, only=only)
+
+
+def read_settings(
+    arguments: argparse.Namespace, environ: Mapping[str, str], *, only: Collection[str] | None = None
+) -> Resolved:
+    """The same, without a word."""
     options = {name: getattr(arguments, name, None) for name in VALUE_TYPES}
-    return resolve(options, context.environ, config_file=getattr(arguments, "config", None), only=only)
+    return resolve(options, environ, config_file=getattr(arguments, "config", None), only=only)
+
+
+def add_timeout(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        help="how long to wait for the daemon's answer (default: 1.5)",
+    )
+
+
+def read_timeout(arguments: argparse.Namespace) -> float:
+    """Seconds that the daemon may take to answer."""
+    given = arguments.timeout
+    if given is None:
+        return QUICK_S
+    kind = seconds(0.1, 3600)
+    try:
+        value = kind.read(given)
+    except ValueError:
+        value = None
+    return float(str(check_value(kind, value, "--timeout", given)))
 
 
 def spell_run_dir(run_dir: str) -> str:

@@ -11,24 +11,28 @@ from .query import number, text
 FILTERS = ("container", "service", "process")
 
 
-def name_cgroup_owner(owner: Mapping[str, object]) -> str:
-    """The container; else the compose service, pod or cgroup it is of; empty if nothing is known."""
+def name_party(owner: Mapping[str, object]) -> str:
+    """The container; else the compose service, pod or cgroup it is of; the process where the cgroup has no
+    name; empty if nothing is known. Whatever shows a party begins with this name."""
     if pod := text(owner, "pod"):
         pod = f"pod/{pod}"
     cgroup = text(owner, "cgroup").rstrip("/").rpartition("/")[2]
-    return text(owner, "container") or text(owner, "service") or pod or cgroup
+    return text(owner, "container") or text(owner, "service") or pod or cgroup or text(owner, "process")
 
 
 def name_owner(owner: Mapping[str, object]) -> str:
-    """The container, service or pod; else the process, else the cgroup; empty if nothing is known."""
-    known = {key: value for key, value in owner.items() if key != "cgroup"}
-    return name_cgroup_owner(known) or text(owner, "process") or name_cgroup_owner(owner)
+    """The party; with the process where its cgroup holds all kinds of them, as that of a login does."""
+    party, process = name_party(owner), text(owner, "process")
+    is_one_program = any(text(owner, key) for key in ("container", "service", "pod")) or party.endswith(
+        ".service"
+    )
+    return party if is_one_program or process in ("", party) else f"{party}/{process}"
 
 
 def describe_owner(owner: Mapping[str, object]) -> str:
     """`container/process[pid]`, as far as it is known."""
-    name, process, pid = name_owner(owner), text(owner, "process"), number(owner, "pid")
-    described = name if process in ("", name) else f"{name}/{process}"
+    party, process, pid = name_party(owner), text(owner, "process"), number(owner, "pid")
+    described = party if process in ("", party) else f"{party}/{process}"
     return f"{described}[{pid}]" if pid and described else described
 
 

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from splicer.errors import OK
+from splicer.policy.labels import ENABLE, MODE, PORTS
+from splicer.policy.overrides import CONTAINER
 from splicer.policy.rules import SAYS, show_ports
 from splicer.text import (
     PLAIN,
     Cell,
     Column,
     Palette,
+    human_count,
     plural,
     printable,
     table,
@@ -38,7 +41,7 @@ digits of its id): everything that is said about it, and what decides."""
 EPILOG = """\
 What is said about an end of a connection, the first that says something counts,
 for mode, blocking and tcp_inq each by itself:
-  1 override   splicer set CONTAINER MODE, until splicer unset CONTAINER
+  1 override   splicer set, until splicer unset; the newest first
   2 labels     splicer.enable, splicer.mode, splicer.ports of its container
   3 rules      [[policy]] tables of the configuration file, in their order
 A connection is off if either end is off; else what is said about the server's
@@ -51,6 +54,7 @@ columns:
   BECAUSE      what decides it
   NOTE         ports that differ, labels with a mistake, and what else to know
   CONTAINERS   how many running ones the rule is about
+  CONNECTIONS  how many local ones the rule is about, at either end
 
 examples:
   splicer policy
@@ -60,6 +64,7 @@ examples:
 exit codes:
   0 done, 1 failure or no such container, 2 usage, 3 not running"""
 
+LABELS = (ENABLE, MODE, PORTS)
 _MODE_STYLES = {"adaptive": "green", "eager": "green", "off": "yellow"}
 
 
@@ -69,6 +74,7 @@ def add(parser: options.Parser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("container", nargs="?", metavar="CONTAINER", help="name, compose service, or id")
     options.add_json(parser)
+    options.add_timeout(parser)
     options.add_run_dir(parser)
     options.add_config(parser)
 
@@ -77,7 +83,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's policy."""
     settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
     fields = {"container": arguments.container} if arguments.container is not None else {}
-    answer = ask(settings.run_dir, "policy", fields)
+    answer = ask(settings.run_dir, "policy", fields, patience=options.read_timeout(arguments))
     if arguments.json:
         context.write_json(answer)
         return OK
@@ -95,6 +101,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
 def render(answer: Mapping[str, object], *, palette: Palette = PLAIN, width: int | None = None) -> list[str]:
     """The policy of the host and of everybody on it."""
     mode = printable(text(answer, "mode"))
+    paused = "Paused: nothing is spliced until splicer resume. What follows holds from then on."
     if text(answer, "default") == "off":
         first = f"Only what is switched on is spliced (--default off), by itself in mode {mode}."
     else:
@@ -102,10 +109,12 @@ def render(answer: Mapping[str, object], *, palette: Palette = PLAIN, width: int
     says = {"allow": "spliced too", "refuse": "left alone"}
     blocking, tcp_inq = (says.get(text(answer, name), "?") for name in ("blocking", "tcp_inq"))
     lines = [
+        *([palette.paint(paused, "yellow")] if answer.get("paused") is True else []),
         palette.paint(first, "bold"),
         f"Connections with blocking readers are {blocking}.",
         f"Connections that ask for TCP_INQ are {tcp_inq}.",
     ]
+    lines += _list_overrides(sections(answer, "overrides"), width, palette)
     lines += _list_rules(sections(answer, "rules"), width, palette)
     containers = sections(answer, "containers")
     if not containers:
@@ -135,16 +144,46 @@ def _paint_mode(mode: str) -> Cell:
     return Cell(mode, _MODE_STYLES.get(mode))
 
 
+def _list_overrides(
+    overrides: Sequence[Mapping[str, object]], width: int | None, palette: Palette
+) -> list[str]:
+    columns = (
+        Column("ABOUT", elastic=True, least=20),
+        Column("MODE"),
+        Column("TO TAKE IT BACK", elastic=True),
+    )
+    rows = []
+    for each in overrides:
+        kind, value = text(each, "kind"), text(each, "value")
+        option = "" if kind == CONTAINER else f"--{kind} "
+        undo = f"splicer unset {option}{shlex.quote(printable(value))}"
+        rows.append((f"{kind} {value}", _paint_mode(text(each, "mode")), undo))
+    if not rows:
+        return []
+    heading = palette.paint("Overrides (splicer set), the newest first", "bold")
+    return ["", heading, *table(columns, rows, width=width, palette=palette)]
+
+
 def _list_rules(rules: Sequence[Mapping[str, object]], width: int | None, palette: Palette) -> list[str]:
     columns = (
         Column("RULE", "right"),
         Column("ABOUT", elastic=True, least=20),
         Column("SAYS", elastic=True, least=16),
         Column("CONTAINERS", "right"),
+        Column("CONNECTIONS", "right"),
     )
     lines: list[str] = []
     for file, group in groupby(rules, key=lambda rule: text(rule, "file")):
-        rows = [(str(number(rule, "number")), _select(rule), _say(rule), _count(rule)) for rule in group]
+        rows = [
+            (
+                str(number(rule, "number")),
+                _select(rule),
+                _say(rule),
+                _count(rule),
+                human_count(number(rule, "connections")),
+            )
+            for rule in group
+        ]
         heading = palette.paint(f"Rules of {printable(file)}", "bold")
         lines += ["", heading, *table(columns, rows, width=width, palette=palette)]
     if any(map(_needs_footnote, rules)):
@@ -229,7 +268,8 @@ def render_container(
     remarks = [
         (
             "Bad label",
-            f'{text(problem, "label")} is "{text(problem, "value")}", accepted: {text(problem, "accepted")}',
+            f'{text(problem, "label")} is "{text(problem, "value")}", accepted: {text(problem, "accepted")}'
+            + (f"; did you mean {meant}?" if (meant := text(problem, "meant")) else ""),
         )
         for problem in sections(told, "problems")
     ]
@@ -237,7 +277,7 @@ def render_container(
     for name, remark in remarks:
         first, *rest = textwrap.wrap(f"{name}: {printable(remark)}", width or 10_000) or [""]
         lines += ["", palette.paint(name, "yellow") + first.removeprefix(name), *rest]
-    return [*lines, "", *_advise(told, palette)]
+    return [*lines, "", *_advise(told, palette, width)]
 
 
 def _describe(told: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -260,16 +300,28 @@ def _describe(told: Mapping[str, object]) -> list[tuple[str, str]]:
     return [row for row in rows if row[1]]
 
 
-def _advise(told: Mapping[str, object], palette: Palette) -> list[str]:
+def _advise(told: Mapping[str, object], palette: Palette, width: int | None) -> list[str]:
     name = printable(text(told, "name"))
     quoted = shlex.quote(name)
-    overridden = any(text(part, "source") == "override" for part in sections(told, "parts"))
+    sources = {text(part, "source") for part in sections(told, "parts")}
     other = "off" if text(told, "mode") != "off" else "adaptive"
     steps = [("until unset", f"splicer set {quoted} {other}")]
-    if overridden:
+    if "override" in sources:
         steps.insert(0, ("as before", f"splicer unset {quoted}"))
-    steps += [
-        ("for good", f"label splicer.mode={other} where the container is made, or"),
-        ("", f'[[policy]] with container = "{name}" and mode = "{other}"; then SIGHUP'),
-    ]
-    return [palette.paint("To change it", "bold"), *two_columns(steps, palette=palette)]
+    # Each of them by itself switches the container off, whatever the other labels and the tables say.
+    bad = [problem for problem in sections(told, "problems") if text(problem, "label") in LABELS]
+    if bad:
+        mended = ", ".join(f"{text(each, 'label')} ({text(each, 'accepted')})" for each in bad)
+        which = "label" if len(bad) == 1 else "all of these labels"
+        steps.append(("for good", f"mend {which} where the container is made: {printable(mended)}"))
+    else:
+        steps.append(("for good", f"label {MODE}={other} where the container is made"))
+        if "labels" not in sources:  # which come before tables
+            steps.append(("or", f'[[policy]] with container = "{name}" and mode = "{other}"; then SIGHUP'))
+    column = max(len(name) for name, _ in steps) + 4
+    lines = [palette.paint("To change it", "bold")]
+    for name, words in steps:
+        first, *rest = textwrap.wrap(words, (width or 10_000) - column, break_long_words=False) or [""]
+        lines.append(f"  {palette.paint(name.ljust(column - 4), 'dim')}  {first}")
+        lines += [" " * column + each for each in rest]
+    return lines

@@ -17,14 +17,24 @@ from .options import spell_run_dir
 
 
 def ask(
-    run_dir: str, command: str, fields: Mapping[str, object] | None = None, *, timeout: float = 10.0
+    run_dir: str,
+    command: str,
+    fields: Mapping[str, object] | None = None,
+    *,
+    timeout: float = 10.0,
+    patience: float | None = None,
 ) -> dict[str, object]:
-    """The daemon's answer, within `timeout` seconds.
+    """The daemon's answer, within `timeout` seconds, that begins within `patience` seconds, the same if it is
+    not given.
 
     Raises SplicerError, with exit code 3 when no daemon is running in `run_dir`.
     """
     with _who_holds(run_dir, command):
-        return _require_schema(control.request(run_dir, command, fields, timeout=timeout))
+        return _require_schema(
+            control.request(
+                run_dir, command, fields, timeout=max(timeout, patience or 0.0), patience=patience
+            )
+        )
 
 
 def ask_rows(
@@ -34,14 +44,18 @@ def ask_rows(
     fields: Mapping[str, object] | None = None,
     *,
     timeout: float = 10.0,
+    patience: float | None = None,
 ) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
     """The daemon's answer without its rows, and those, which it calls `name`, as they come: there may be more
-    than one wants to have in memory. `timeout`, in seconds, is for the beginning and for each further part.
+    than one wants to have in memory. `patience`, in seconds, is for the beginning, the same as `timeout` if
+    it is not given, and `timeout` for each further part.
 
     Raises SplicerError as `ask` does, also as one goes through the rows.
     """
     with _who_holds(run_dir, command):
-        answer, rows = control.request_rows(run_dir, command, name, fields, timeout=timeout)
+        answer, rows = control.request_rows(
+            run_dir, command, name, fields, timeout=timeout, patience=patience
+        )
     return _require_schema(answer), rows
 
 

@@ -209,7 +209,9 @@ def add(parser: options.Parser) -> None:
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Check the host, cheapest and most likely first, then hand over to the daemon. Whether bcc is there is
     looked at where it is needed: when nothing was compiled earlier."""
-    resolved = options.resolve_settings(arguments, context)
+    # What is wrong with the environment is for the log, where there is one.
+    read = options.resolve_settings if arguments.print_config else _read_quietly
+    resolved = read(arguments, context)
     settings = resolved.settings
     if arguments.print_config:
         context.stdout.write(config.render(resolved))
@@ -226,8 +228,14 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
             stream=context.stderr,
             colour=context.error_palette.enabled,
         )
+        for unknown in config.find_unknown_variables(context.environ):
+            log.warning("unknown_variable", variable=unknown.name, meant=unknown.meant or None)
         if cgroup.substituted:
             log.info("cgroup_substituted", requested=cgroup.requested, taken=cgroup.path)
-        reread = lambda: options.resolve_settings(arguments, context).settings  # noqa: E731
+        reread = lambda: _read_quietly(arguments, context).settings  # noqa: E731
         require = prerequisites.require_bcc
         return Daemon(settings, cgroup, log, reread=reread, require_compiler=require).run()
+
+
+def _read_quietly(arguments: argparse.Namespace, context: Context) -> config.Resolved:
+    return options.read_settings(arguments, context.environ)

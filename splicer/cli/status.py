@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 
 from splicer.errors import FAILURE, NOT_RUNNING, OK, SplicerError
@@ -25,10 +24,10 @@ from splicer.text import (
     two_columns,
 )
 
-from . import options
+from . import leftovers, options
 from .context import Context
 from .coverage import headline, list_notes, list_plain
-from .owners import name_owner
+from .owners import name_party
 from .query import ask, number, seconds, section, sections, text, texts
 
 SUMMARY = "say whether splicer is running and what it has done"
@@ -88,8 +87,9 @@ examples:
 
 exit codes:
   0 running, 1 failure, 2 usage, 3 not running; --json then prints
-  {"schema":1,"running":false}. With --brief: 0 healthy, 1 running but not
-  healthy, 3 not running"""
+  {"schema":1,"running":false,"loaded":false}, or "loaded":true if programs of
+  an earlier run are still in the kernel. With --brief: 0 healthy, 1 running but
+  not healthy or no answer within 1.5 seconds, 3 not running"""
 
 
 _TRAFFIC_ROWS = 10
@@ -106,6 +106,7 @@ def add(parser: options.Parser) -> None:
         "--brief", action="store_true", help="one line, and in the exit code whether all is well"
     )
     options.add_json(form)
+    options.add_timeout(parser)
     options.add_run_dir(parser)
     options.add_config(parser)
 
@@ -114,16 +115,19 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's status."""
     settings = options.resolve_settings(arguments, context, only=("run_dir", "pin_dir")).settings
     if arguments.brief:
-        return _check_health(settings, context)
+        return _check_health(settings, context, options.read_timeout(arguments))
     try:
-        status = ask(settings.run_dir, "status", {"neighbours": True, "coverage": True})
+        patience = options.read_timeout(arguments)
+        asked = {"neighbours": True, "coverage": True}
+        status = ask(settings.run_dir, "status", asked, patience=patience)
     except SplicerError as error:
         if error.exit_code != NOT_RUNNING:
             raise
         if arguments.json:
-            context.write_json({"schema": SCHEMA, "running": False})
+            loaded = leftovers.are_loaded(settings.pin_dir)
+            context.write_json({"schema": SCHEMA, "running": False, "loaded": loaded})
             return NOT_RUNNING
-        raise _with_leftovers(error, settings) from error
+        raise
     if arguments.json:
         context.write_json(status)
     else:
@@ -131,36 +135,19 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
-def _check_health(settings: Settings, context: Context) -> int:
+def _check_health(settings: Settings, context: Context, patience: float) -> int:
     try:
-        status = ask(settings.run_dir, "status")
+        status = ask(settings.run_dir, "status", patience=patience)
     except SplicerError as error:
         # The answer to the question, and not a failure to answer it: one line, where data goes.
-        context.write([printable(error.message)])
+        context.write([printable(leftovers.mention(error, settings.pin_dir).message)])
         return error.exit_code
-    line = verdict(status, context.palette)
-    context.write([line])
+    context.write([verdict(status, context.palette)])
     return OK if _is_healthy(status) else FAILURE
 
 
 def _is_healthy(status: Mapping[str, object]) -> bool:
     return status.get("healthy") is not False
-
-
-def _with_leftovers(error: SplicerError, settings: Settings) -> SplicerError:
-    """Programs stay loaded when a daemon crashes: whoever asks for the status wants to know."""
-    try:
-        # What is left of an earlier run for sockets that it left spliced can be neither taken over nor out.
-        left = any(not name.startswith("left-") for name in os.listdir(settings.pin_dir))
-    except OSError:
-        left = False
-    if not left or "not running" not in error.message:
-        return error
-    return SplicerError(
-        f"{error.message}, but programs of an earlier run are still loaded ({settings.pin_dir})",
-        hint="take them over with: splicer run; take them out with: splicer unload",
-        exit_code=error.exit_code,
-    )
 
 
 def render(status: Mapping[str, object], *, palette: Palette = PLAIN, width: int | None = None) -> list[str]:
@@ -240,8 +227,8 @@ def _list_traffic(traffic: Sequence[Mapping[str, object]], width: int | None, pa
     )
     rows = [
         (
-            name_owner(section(row, "client")) or "?",
-            name_owner(section(row, "server")) or "?",
+            name_party(section(row, "client")) or "?",
+            name_party(section(row, "server")) or "?",
             human_count(number(row, "connections")),
             human_count(number(row, "redirected_messages")),
             human_bytes(number(row, "redirected_bytes")),
@@ -298,6 +285,7 @@ def _list_problems(
         Column("BAD LABEL", elastic=True),
         Column("VALUE", elastic=True, least=8),
         Column("ACCEPTED", elastic=True, least=20),
+        *((Column("DID YOU MEAN", elastic=True),) if any(text(each, "meant") for each in problems) else ()),
     )
     rows = [
         (
@@ -305,7 +293,8 @@ def _list_problems(
             Cell(text(problem, "label"), "yellow"),
             f'"{text(problem, "value")}"',
             text(problem, "accepted"),
-        )
+            text(problem, "meant"),
+        )[: len(columns)]
         for problem in problems
     ]
     return ["", *table(columns, rows, width=width, palette=palette)] if rows else []
@@ -363,8 +352,6 @@ def describe_census(census: Mapping[str, object]) -> str:
 
 def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
     """One line: does splicer do anything for this host?"""
-    connections = section(status, "connections")
-    paired, spliced, draining = (number(connections, state) for state in ("paired", "spliced", "draining"))
     if not _is_healthy(status):
         trouble = text(status, "trouble") or "see the daemon's log"
         return palette.paint("Running, but not healthy", "red") + f": {printable(trouble)}."
@@ -373,6 +360,24 @@ def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
         what = ", ".join(map(printable, names)) if names else "everything"
         left = human_age(seconds(hold, "seconds"))
         return palette.paint("Running", "green") + f": a measurement keeps {what} plain, for {left} at most."
+    if failed := text(section(status, "reload"), "failed"):
+        since = human_age(seconds(section(status, "reload"), "since_seconds"))
+        said = f": those before hold, since a reload failed {since} ago: {printable(failed)}. "
+        return palette.paint("Running on old settings", "yellow") + said + _describe_activity(status, palette)
+    return _describe_activity(status, palette)
+
+
+def _describe_activity(status: Mapping[str, object], palette: Palette) -> str:
+    connections = section(status, "connections")
+    paired, spliced, draining = (number(connections, state) for state in ("paired", "spliced", "draining"))
+    if paused := section(status, "paused"):
+        back = spliced + draining
+        tail = f" ({human_count(back)} going back to TCP)" if back else ""
+        age = human_age(seconds(paused, "since_seconds"))
+        return (
+            palette.paint("Paused", "yellow")
+            + f" since {age}{tail}: nothing is spliced until splicer resume."
+        )
     if spliced:
         others = [f"{human_count(paired)} local but not spliced"] if paired else []
         others += [f"{human_count(draining)} going back to TCP"] if draining else []
@@ -384,4 +389,8 @@ def verdict(status: Mapping[str, object], palette: Palette = PLAIN) -> str:
     if text(status, "default") == "off":
         switched = "no local connection of what is switched on (splicer policy) right now."
         return palette.paint("Running", "green") + f": {switched}"
+    older = section(status, "census")
+    if text(older, "state") in ("running", "off", "unavailable", "failed"):
+        said = f": no local connections since it runs; {describe_census(older)}."
+        return palette.paint("Running", "green") + said
     return palette.paint("Running", "green") + ": no local connections right now."

@@ -8,20 +8,22 @@ import argparse
 from splicer.errors import OK
 from splicer.text import printable
 
-from . import options
+from . import options, subjects
 from .context import Context
 from .query import ask, texts
 
-SUMMARY = "take back what splicer set did to a container"
+SUMMARY = "take back what splicer set did"
 
 DESCRIPTION = """\
-Take back what splicer set did: the container's labels and the configuration
-count again, at once and for living connections too."""
+Take back what splicer set did: labels and the configuration count again, at
+once and for living connections too. splicer policy lists what is set."""
 
 EPILOG = """\
 examples:
   splicer unset demo-web-1
   splicer unset web                # all containers of the compose service
+  splicer unset --port 5432
+  splicer unset --cgroup system.slice/redis.service
 
 exit codes:
   0 unset, or nothing was set; 1 failure or no such container, 2 usage,
@@ -32,7 +34,7 @@ def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer unset`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument("container", metavar="CONTAINER", help="name, compose service, or id")
+    subjects.add(parser)
     options.add_json(parser)
     options.add_run_dir(parser)
     options.add_config(parser)
@@ -40,8 +42,9 @@ def add(parser: options.Parser) -> None:
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Tell the daemon, and say what that changed."""
+    subject = subjects.read(arguments, "unset web")
     settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "unset", {"container": arguments.container})
+    answer = ask(settings.run_dir, "unset", subject)
     if arguments.json:
         context.write_json(answer)
         return OK

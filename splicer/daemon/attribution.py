@@ -84,6 +84,10 @@ class Attribution:
         # namespace of containers with host networking.
         return (None if cgroup else self._by_netns.get(netns)) or Owner()
 
+    def find_path(self, cgroup: int) -> str:
+        """Path of a cgroup below the root of the hierarchy, by its id; empty if it is not found."""
+        return (self._scopes.find_path(cgroup) or "") if cgroup else ""
+
     def find_owner(self, end: End, found: dict[tuple[int, int, int], Owner]) -> Owner:
         """Owner and process of an end. `found` remembers those of one answer: ends have few owners."""
         key = end.cgroup, end.netns, end.tgid

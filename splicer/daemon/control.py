@@ -24,6 +24,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 import stat
 import struct
@@ -35,12 +36,17 @@ from types import TracebackType
 from typing import Any
 
 from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
+from splicer.host.process import is_stopped
 from splicer.logs import Logger
 
 SOCKET_NAME = "control.sock"
 REQUEST_LIMIT = 64 * 1024  # bytes
 REPLY_LIMIT = 512 * 1024 * 1024  # bytes; a million flows are about 350 MB
 PEERS_AT_ONCE = 8
+# Commands that only show something, and have an option for how long to wait.
+SHOWS = ("status", "flows", "policy", "explain")
+# Who hears nothing for so long looks whether the daemon was stopped.
+_STOPPED_AFTER_S = 0.5
 BACKLOG = 64
 # Address of a unix socket: 108 bytes with the closing zero (unix(7)).
 _ADDRESS_LIMIT = 107
@@ -226,7 +232,7 @@ class Server:
             uid = peer_uid(peer)
             if uid != self._allowed_uid:
                 self._log.warning("control_peer_refused", uid=uid)
-                self._send(peer, _failure("only root may use the control socket", "sudo splicer status"))
+                self._send(peer, _failure("only root may use the control socket", "run it as root"))
                 return
             lines = _Lines(peer, REQUEST_LIMIT)
             while not self._closing.is_set() and (line := lines.read(self._timeout)) is not None:
@@ -332,6 +338,13 @@ def _check_length(path: str) -> None:
         )
 
 
+def peer_pid(peer: socket.socket) -> int:
+    """Process that made the other end, as this pid namespace sees it; 0 if it does not, or has none."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, _, _ = struct.unpack("3i", credentials)
+    return int(pid)
+
+
 def peer_uid(peer: socket.socket) -> int:
     """User id of the process that connected, as this user namespace sees it (SO_PEERCRED, unix(7))."""
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -371,14 +384,20 @@ def remove_stale(path: str) -> bool:
 
 
 def request(
-    run_dir: str, command: str, fields: Mapping[str, object] | None = None, *, timeout: float = 10.0
+    run_dir: str,
+    command: str,
+    fields: Mapping[str, object] | None = None,
+    *,
+    timeout: float = 10.0,
+    patience: float | None = None,
 ) -> dict[str, object]:
-    """Ask the daemon of `run_dir` and return its result. `timeout`, in seconds, is for the whole exchange.
+    """Ask the daemon of `run_dir` and return its result. `timeout`, in seconds, is for the whole exchange,
+    and `patience` for the time until the answer begins, the same if it is not given.
 
     Raises SplicerError: with exit code 3 when no daemon listens; else with what the daemon said or what went
     wrong.
     """
-    with contextlib.closing(_Question(run_dir, command, timeout)) as question:
+    with contextlib.closing(_Question(run_dir, command, timeout, patience)) as question:
         return _decode(question.ask(fields or {}), question.path)
 
 
@@ -389,13 +408,14 @@ def request_rows(
     fields: Mapping[str, object] | None = None,
     *,
     timeout: float = 10.0,
+    patience: float | None = None,
 ) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
-    """Ask for what has many rows under `name`: the rest of the result, and the rows as they come. `timeout`
-    is for the beginning of the answer, and for each further part.
+    """Ask for what has many rows under `name`: the rest of the result, and the rows as they come. `patience`
+    is for the time until the answer begins, and `timeout` for each further part.
 
     Raises SplicerError as `request` does, also as one goes through the rows.
     """
-    question = _Question(run_dir, command, timeout)
+    question = _Question(run_dir, command, timeout, patience)
     with contextlib.ExitStack() as opened:
         opened.enter_context(contextlib.closing(question))
         line = question.ask({**(fields or {}), "stream": True})
@@ -411,12 +431,14 @@ def request_rows(
 class _Question:
     """One question to the daemon. Raises SplicerError, whatever goes wrong."""
 
-    def __init__(self, run_dir: str, command: str, timeout: float) -> None:
+    def __init__(self, run_dir: str, command: str, timeout: float, patience: float | None) -> None:
         self.path = socket_path(run_dir)
         _check_length(self.path)
         self._run_dir = run_dir
         self._command = command
         self._timeout = timeout
+        # How long this waits for what is to come next.
+        self._patience = timeout if patience is None else min(patience, timeout)
         self._daemon = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lines = _Lines(self._daemon, REPLY_LIMIT)
 
@@ -425,19 +447,22 @@ class _Question:
 
     def ask(self, fields: Mapping[str, object]) -> bytes:
         """Ask, and read the first line of the answer."""
-        deadline = time.monotonic() + self._timeout
+        begun = time.monotonic()
+        deadline = begun + self._timeout
         with self._explained():
-            self._daemon.settimeout(self._timeout)
-            _connect(self._daemon, self.path, deadline)
+            self._daemon.settimeout(self._patience)
+            _connect(self._daemon, self.path, begun + self._patience)
             # A peer that refuses before it has read leaves the reason for us to read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._daemon.sendall(_encode({**fields, "command": self._command}))
+            _await_reply(self._daemon, begun, self._patience)
             line = self._lines.read(max(deadline - time.monotonic(), 0.001))
         return self._require(line)
 
     def read_rows(self) -> Iterator[Mapping[str, object]]:
         """The rows that follow the first line; then there is nothing more to ask."""
         count = 0
+        self._patience = self._timeout
         with contextlib.closing(self):
             while True:
                 with self._explained():
@@ -481,16 +506,41 @@ class _Question:
                 exit_code=FAILURE,
             ) from error
         except TimeoutError as error:
-            raise SplicerError(
-                f"the daemon did not answer within {self._timeout:g} seconds ({self.path})",
-                hint="see whether it is alive: its log, or ps -C splicer",
-            ) from error
+            raise _describe_silence(self._daemon, self._patience, self.path, self._command) from error
         except OSError as error:
             raise SplicerError(
                 f"cannot talk to the daemon ({self.path}: {error.strerror or error})"
             ) from error
         except _RefusedError as error:
             raise self._cut_off() from error
+
+
+def _await_reply(daemon: socket.socket, begun: float, patience: float) -> None:
+    """Wait until the answer begins. Raises TimeoutError, early of a daemon that was stopped."""
+    while (left := begun + patience - time.monotonic()) > 0:
+        if select.select([daemon], [], [], min(left, _STOPPED_AFTER_S))[0]:
+            return
+        if is_stopped(peer_pid(daemon)):
+            break
+    raise TimeoutError
+
+
+def _describe_silence(daemon: socket.socket, patience: float, path: str, command: str) -> SplicerError:
+    pid = 0
+    with contextlib.suppress(OSError):  # it was not even connected
+        pid = peer_pid(daemon)
+    if pid and is_stopped(pid):
+        return SplicerError(
+            f"the daemon is stopped, by a signal or a debugger (pid {pid}, {path})",
+            hint=f"let it go on: kill -CONT {pid}; what is spliced is redirected meanwhile",
+        )
+    who = f"pid {pid}, {path}" if pid else path
+    return SplicerError(
+        f"the daemon did not answer within {patience:g} seconds ({who})",
+        hint=f"it may be busy, try again, or wait longer: splicer {command} --timeout 30"
+        if command in SHOWS
+        else "it may be busy, try again; see its log",
+    )
 
 
 def _connect(daemon: socket.socket, path: str, deadline: float) -> None:

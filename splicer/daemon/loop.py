@@ -11,16 +11,19 @@ from collections.abc import Callable
 
 from splicer.containers.watcher import Watcher
 from splicer.daemon.adoption import SweepQueues
+from splicer.daemon.attempts import Attempts
 from splicer.daemon.attribution import Attribution
 from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.enlistment import Enlistment
+from splicer.daemon.explain import Explainer
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
 from splicer.daemon.ready import ready_file
+from splicer.daemon.reloading import ReloadReport
 from splicer.daemon.requests import RequestHandlers
 from splicer.daemon.signals import Signals
 from splicer.errors import SplicerError
@@ -82,6 +85,8 @@ class Daemon:
         self._tend_at = 0.0
         self._trim_at = 0.0
         self._held = 0
+        self._reload_report = ReloadReport()
+        self._attempts = Attempts()
         self._mailbox = Mailbox()
         self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
         self._signals = Signals(self._mailbox.write_fd, log)
@@ -196,14 +201,26 @@ class Daemon:
         self._reconciler = PolicyReconciler(
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
+        gauge = self._generation.gauge()
         attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
+        explainer = Explainer(
+            self._cgroup,
+            maps,
+            self._sweeper,
+            gauge,
+            self._reconciler,
+            attribution,
+            self._attempts,
+            self._census.describe,
+            v2_root,
+        )
         requests = RequestHandlers(
             self._cgroup,
             kernel_class,
             fionread,
             maps,
             self._sweeper,
-            self._generation.gauge(),
+            gauge,
             self._reconciler,
             watcher,
             attribution,
@@ -212,16 +229,18 @@ class Daemon:
             self._census.describe,
             self._networks.describe,
             self._leases.describe,
+            self._reload_report.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
             CoverageReporter(
                 self._generation.volumes(), attribution, self._census.describe, self._read_facts
             ),
         )
+        handlers = requests.by_command() | {"explain": explainer.answer}
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
             with (
-                Server(self._settings.run_dir, requests.by_command(), self._log),
+                Server(self._settings.run_dir, handlers, self._log),
                 ready_file(self._settings.ready_file),
             ):
                 self._log.info(
@@ -298,6 +317,7 @@ class Daemon:
         """Take note of an event of the programs."""
         event = read_event(record)
         if event.type == EventType.ADOPT:
+            self._attempts.note(event.name)
             self._networks.attend(event.netns, event.tgid)
             self._enlistment.receive(event)
         elif event.type == EventType.DRAIN:
@@ -349,8 +369,9 @@ class Daemon:
         self._tend_at = time.monotonic() + _TEND_PERIOD_S
         if self._watchdog:
             notify.tell(os.environ, "WATCHDOG=1")
-        ended = self._reconciler.is_hold_over()
-        if ended or self._reconciler.failure or self._reconciler.have_cgroups_changed():
+        wanted = self._reconciler
+        ended = wanted.is_hold_over()
+        if ended or wanted.failure or wanted.have_cgroups_changed() or wanted.have_processes_changed():
             self._apply_policy()
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
@@ -380,7 +401,9 @@ class Daemon:
             fresh = self._reread()
         except SplicerError as error:
             self._log.error("reload_failed", error=error.message, hint=error.hint)
+            self._reload_report.note(error)
         else:
+            self._reload_report.note(None)
             outcome = config.reload(self._settings, fresh)
             if outcome.needs_restart:
                 self._log.warning("restart_needed", settings=list(outcome.needs_restart))

@@ -14,12 +14,13 @@ from splicer.containers.watcher import Watcher
 from splicer.daemon.attribution import Attribution
 from splicer.daemon.control import Handler, Rows
 from splicer.daemon.coverage import CoverageReporter
+from splicer.daemon.judge import Judge, Judges
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import read_own_pid, read_own_usage
 from splicer.kernel.gauge import Gauge
-from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, TRAFFIC, TRAFFIC_KEY, Pair
+from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, STATE_SPLICED, TRAFFIC, TRAFFIC_KEY, Pair
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
 from splicer.kernel.tally import Amount
@@ -35,6 +36,7 @@ from splicer.model import (
     Totals,
 )
 from splicer.policy.config import CONTAINER_MODES
+from splicer.policy.overrides import CONTAINER, KINDS
 from splicer.policy.reconciler import PolicyReconciler
 
 # The daemon's loop turns at least once a second; a sweep that waits for a socket's lock may take longer.
@@ -60,6 +62,7 @@ class RequestHandlers:
         describe_census: Callable[[], dict[str, Any]],
         describe_networks: Callable[[], dict[str, Any]],
         describe_leases: Callable[[], dict[str, Any]],
+        describe_reload: Callable[[], dict[str, Any]],
         find_neighbours: Callable[[], Neighbourhood],
         coverage: CoverageReporter,
     ) -> None:
@@ -78,8 +81,10 @@ class RequestHandlers:
         self._describe_census = describe_census
         self._describe_networks = describe_networks
         self._describe_leases = describe_leases
+        self._describe_reload = describe_reload
         self._find_neighbours = find_neighbours
         self._coverage = coverage
+        self._judges = Judges(reconciler, attribution)
         self._started = time.monotonic()
 
     def by_command(self) -> dict[str, Handler]:
@@ -90,6 +95,8 @@ class RequestHandlers:
             "policy": self.policy,
             "set": self.set,
             "unset": self.unset,
+            "pause": self.pause,
+            "resume": self.resume,
             "drain": self.drain,
             "hold": self.hold,
             "release": self.release,
@@ -145,6 +152,8 @@ class RequestHandlers:
             census=self._describe_census(),
             networks=self._describe_networks(),
             leases=self._describe_leases(),
+            paused=self._describe_pause(),
+            reload=self._describe_reload(),
             # Health checks and scrapers come by often, and do not ask.
             neighbours=self._find_neighbours().to_json() if request.get("neighbours") is True else {},
             coverage=self._coverage.measure().to_json() if request.get("coverage") is True else {},
@@ -155,20 +164,33 @@ class RequestHandlers:
         )
         return status.to_json()
 
+    def _describe_pause(self) -> dict[str, Any]:
+        since = self._reconciler.paused_seconds
+        return {} if since is None else {"since_seconds": round(since, 3)}
+
     def flows(self, request: Mapping[str, Any]) -> Rows:
         gauge = self._gauge if request.get("unread") is True else None
         return Rows({"schema": SCHEMA}, "flows", self._walk_flows(gauge))
 
     def _walk_flows(self, gauge: Gauge | None) -> Iterator[list[dict[str, Any]]]:
         found: dict[tuple[int, int, int], Owner] = {}
-        for pairs in self._sweeper.walk_connections():
+        judge = self._judges.make()
+        for pairs in self._walk_known():
             now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            # A pair in the making has no state yet.
-            known = (pair for pair in pairs if pair.state in STATES)
-            yield [self._describe(pair, now, found, gauge).to_json() for pair in known]
+            yield [self._describe(pair, now, found, gauge, judge).to_json() for pair in pairs]
+
+    def _walk_known(self) -> Iterator[list[Pair]]:
+        # A pair in the making has no state yet.
+        for pairs in self._sweeper.walk_connections():
+            yield [pair for pair in pairs if pair.state in STATES]
 
     def _describe(
-        self, pair: Pair, now_ns: int, found: dict[tuple[int, int, int], Owner], gauge: Gauge | None
+        self,
+        pair: Pair,
+        now_ns: int,
+        found: dict[tuple[int, int, int], Owner],
+        gauge: Gauge | None,
+        judge: Judge,
     ) -> Flow:
         sent = (pair.client_sends, pair.server_sends)
         unread = (gauge.read(pair) if gauge else None) or (None, None)
@@ -179,7 +201,7 @@ class RequestHandlers:
             netns=pair.client.netns,
             peer_netns=pair.server.netns,
             state=STATES[pair.state],
-            reason=REASON_NAMES[pair.reason] if pair.reason < len(REASON_NAMES) else "",
+            reason=judge.find_reason(pair),
             redirected_bytes=sum(d.redirected_bytes for d in sent),
             redirected_messages=sum(d.redirected_messages for d in sent),
             passed_messages=sum(d.passed_messages for d in sent),
@@ -193,6 +215,8 @@ class RequestHandlers:
     def policy(self, request: Mapping[str, Any]) -> dict[str, Any]:
         text = request.get("container")
         containers = self._reconciler.explain(text if isinstance(text, str) else None)
+        listed = self._reconciler.list_rules()
+        counts = self._judges.make().count_matches([rule for rule, _ in listed], self._walk_known)
         rules = [
             {
                 "number": rule.number,
@@ -203,14 +227,20 @@ class RequestHandlers:
                 "blocking": rule.blocking,
                 "tcp_inq": rule.tcp_inq,
                 "matches": matches,
+                "connections": connections,
             }
-            for rule, matches in self._reconciler.list_rules()
+            for (rule, matches), connections in zip(listed, counts, strict=True)
+        ]
+        overridden = [
+            {"kind": subject.kind, "value": subject.value, "mode": mode}
+            for subject, mode in self._reconciler.list_overrides()
         ]
         return {
             "schema": SCHEMA,
             **self._reconciler.describe(),
             "docker": self._watcher.describe(),
             "rules": rules,
+            "overrides": overridden,
             "containers": [each.to_json() for each in containers],
         }
 
@@ -220,25 +250,43 @@ class RequestHandlers:
             raise SplicerError(
                 f"unknown mode ({mode})", hint=f"accepted: {', '.join(CONTAINER_MODES)}", exit_code=USAGE
             )
-        changed, unchanged = self._reconciler.override(_read_container(request), mode)
+        kind, text = _read_subject(request)
+        changed, unchanged = self._reconciler.override(text, mode, kind)
         self._mailbox.post(Task.LOOK_AT_ALL)
-        return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged, "mode": mode}
+        note = self._reconciler.note(text, kind)
+        return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged, "mode": mode, "note": note}
 
     def unset(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        changed, unchanged = self._reconciler.override(_read_container(request), None)
+        kind, text = _read_subject(request)
+        changed, unchanged = self._reconciler.override(text, None, kind)
         self._mailbox.post(Task.LOOK_AT_ALL)
         return {"schema": SCHEMA, "changed": changed, "unchanged": unchanged}
 
+    def pause(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        count = self._count_spliced()
+        changed = self._reconciler.pause(True)
+        self._mailbox.post(Task.LOOK_AT_ALL)
+        return {"schema": SCHEMA, "paused": True, "changed": changed, "connections": count}
+
+    def resume(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        changed = self._reconciler.pause(False)
+        self._mailbox.post(Task.LOOK_AT_ALL)
+        return {"schema": SCHEMA, "paused": False, "changed": changed}
+
     def drain(self, _request: Mapping[str, Any]) -> dict[str, Any]:
+        count = self._count_spliced()
         self._mailbox.post(Task.DRAIN_ALL)
-        return {"schema": SCHEMA, "draining": True}
+        return {"schema": SCHEMA, "draining": True, "connections": count}
+
+    def _count_spliced(self) -> int:
+        return self._sweeper.tally().states[STATE_SPLICED]
 
     def hold(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Plain TCP for some seconds, for everything or for `containers`."""
         seconds, texts = request.get("seconds"), request.get("containers")
         if not isinstance(seconds, int | float) or not (texts is None or isinstance(texts, list)):
             raise SplicerError("a hold wants seconds, and containers or none", exit_code=USAGE)
-        texts = None if texts is None else [_read_container({"container": text}) for text in texts]
+        texts = None if texts is None else [_require_container(text) for text in texts]
         names = self._reconciler.hold(str(request.get("holder") or ""), seconds, texts)
         self._mailbox.post(Task.LOOK_AT_ALL)
         return {"schema": SCHEMA, "containers": names, "seconds": seconds}
@@ -250,8 +298,16 @@ class RequestHandlers:
         return {"schema": SCHEMA, "released": released}
 
 
-def _read_container(request: Mapping[str, Any]) -> str:
-    text = request.get("container")
-    if not isinstance(text, str) or not text:
-        raise SplicerError("which container?", hint="list them with: splicer policy", exit_code=USAGE)
-    return text
+def _require_container(text: object) -> str:
+    if isinstance(text, str) and text:
+        return text
+    raise SplicerError("which container?", hint="list them with: splicer policy", exit_code=USAGE)
+
+
+def _read_subject(request: Mapping[str, Any]) -> tuple[str, str]:
+    """The kind of what an override is about, and what the operator wrote of it."""
+    for kind in KINDS:
+        text = request.get(kind)
+        if isinstance(text, str) and text:
+            return kind, text
+    return CONTAINER, _require_container(None)

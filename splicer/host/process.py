@@ -9,13 +9,15 @@ import re
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 _MOST = 4096
 # A process keeps its pid and its age when it calls execve(2) or renames itself, as servers do early in life.
 _KEPT_S = 10.0
 _COMMAND_LENGTH = 256
+_COMM_LENGTH = 15  # TASK_COMM_LEN without its zero (Linux, include/linux/sched.h)
 # PROC_PID_INIT_INO (Linux, include/linux/proc_ns.h).
 _HOST_PID_NAMESPACE = 0xEFFFFFFC
 HINT_HOST_PIDS = "network namespaces and processes outside are not found; docker run --pid=host"
@@ -84,6 +86,35 @@ class Processes:
         return process
 
 
+def find_by_name(patterns: Collection[str], proc: str = "/proc") -> dict[str, frozenset[int]]:
+    """The processes that have one of these names now, or names like these patterns (* ? [...]), by
+    pattern."""
+    found: dict[str, set[int]] = {pattern: set() for pattern in patterns}
+    if not found:
+        return {}
+    for entry in os.listdir(proc):
+        if entry.isdigit() and (name := read_name(int(entry), proc)):
+            for pattern, pids in found.items():
+                if name == pattern or fnmatchcase(name, pattern):
+                    pids.add(int(entry))
+    return {pattern: frozenset(pids) for pattern, pids in found.items()}
+
+
+def read_name(pid: int, proc: str = "/proc") -> str:
+    """The short name that ps(1) shows; empty for a process that is gone. The kernel cuts it off after 15
+    bytes: then as much more as the name of the program has."""
+    try:
+        with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            name = file.read().rstrip("\n")
+        if len(name) >= _COMM_LENGTH:
+            with open(f"{proc}/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+                program = os.path.basename(file.read(4096).partition("\0")[0])
+            name = program if program.startswith(name) else name
+    except OSError:
+        return ""
+    return name
+
+
 def _join(arguments: list[str]) -> str:
     # A process may write anything there; what breaks a line or drives a terminal does not get through.
     text = " ".join(arguments)[: 4 * _COMMAND_LENGTH].strip()
@@ -97,6 +128,15 @@ def sees_host_pids(proc: str = "/proc") -> bool:
         with contextlib.suppress(OSError):
             return os.stat(f"{proc}/{process}/ns/pid").st_ino == _HOST_PID_NAMESPACE
     return False
+
+
+def is_stopped(pid: int, proc: str = "/proc") -> bool:
+    """True if a signal, or a debugger, has stopped the process: it does nothing until it is continued."""
+    try:
+        with open(f"{proc}/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
 
 
 def read_own_pid() -> int:

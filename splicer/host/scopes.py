@@ -210,6 +210,18 @@ class Scopes:
         return True
 
 
+def list_processes(path: str) -> list[int]:
+    """The processes in a cgroup, by its absolute path, and in those below it."""
+    found: list[int] = []
+    for directory, _, _ in os.walk(path):
+        try:
+            with open(f"{directory}/cgroup.procs", encoding="ascii") as file:
+                found += [int(line) for line in file]
+        except (OSError, ValueError):
+            continue  # removed meanwhile, or one of threads only
+    return found
+
+
 def list_tree(root: str, most: int) -> Iterator[tuple[int, str]]:
     """Ids and paths below `root` of the cgroups there, at most so many, those further up first. That of
     `root` itself is "/"."""

@@ -65,6 +65,53 @@ class Question(enum.IntEnum):
     MARK = 6
 
 
+class Fact(enum.IntEnum):
+    """What measure is asked about an end, besides what waits unread."""
+
+    BITS = 1
+    STATE = 2
+    FILE_FLAGS = 3
+    MANNER = 4
+    RCVLOWAT = 5
+    PEEK_OFF = 6
+    PACING = 7
+    WAITER = 8
+    HABIT = 9
+    SEGMENTS = 10
+
+
+class FactBit(enum.IntFlag):
+    """What a socket is, or has."""
+
+    THERE = 1
+    FILE = 2
+    KERNEL = 4
+    MPTCP = 8
+    ZEROCOPY = 16
+    TIMESTAMPS = 32
+    ULP = 64
+    REPAIR = 128
+    INQ = 256
+    FILTER = 512
+    USER_DATA = 1024
+    TAKEN_OVER = 2048
+
+
+class EndFlag(enum.IntFlag):
+    """What is remembered of an end."""
+
+    IN_MAP = 1
+    FIT = 2
+    PARTIAL = 4
+    RESTED = 8
+    LEFT = 16
+    MOVED = 32
+    SLEEPY = 64
+    BLOCKS = 128
+    RELIANT = 256
+    SLEEPLESS = 512
+
+
 LOOK_BITS = 4
 WATCH_PAIRS = 8
 """So many pairs does one run of watch look at."""
@@ -138,7 +185,7 @@ _END = _ADDRESS + " Q Q Q I I H 2x I I I"
 _END_SIZE = struct.calcsize("=" + _END)
 _DIRECTION = "4Q 6I 2H I"
 PAIR = struct.Struct("=2I I I " + _END + " " + _END + " 3Q 2I 8B I 4x " + _DIRECTION + " " + _DIRECTION)
-MEASURE_SERVER, MEASURE_TCP, MEASURE_ANY = 1, 2, 4
+MEASURE_SERVER, MEASURE_TCP, MEASURE_ANY, MEASURE_FACT_SHIFT = 1, 2, 4, 8
 MEASURE_REQUEST = struct.Struct("=2Q")
 """struct measure_request: a name, and which bytes at which end."""
 WATCH_REQUEST_SIZE = 8 * (WATCH_PAIRS + 1)
@@ -205,7 +252,9 @@ class Direction:
 @dataclass(frozen=True)
 class Pair:
     """One entry of the pairs map. Times are CLOCK_MONOTONIC nanoseconds; `announced` is of enum announced, 0
-    if it is not."""
+    if it is not. `policy` is the number of the policy that it was decided by, 0 if it was not. Of one that is
+    plain, there is no attempt before `retry_ns` (0: none to wait for), `attempts` visits found no quiet
+    moment, and `refusals` and `drains` (of late) make pauses longer. `mode` is of MODES."""
 
     id: tuple[int, int]
     state: int
@@ -217,6 +266,12 @@ class Pair:
     announced: int
     client_sends: Direction
     server_sends: Direction
+    policy: int = 0
+    mode: int = 0
+    retry_ns: int = 0
+    attempts: int = 0
+    drains: int = 0
+    refusals: int = 0
 
     @property
     def name(self) -> int:
@@ -264,6 +319,12 @@ def read_pair(value: bytes) -> Pair:
         announced=rest[7],
         client_sends=Direction(*directions[0:3]),
         server_sends=Direction(*directions[_DIRECTION_FIELDS : _DIRECTION_FIELDS + 3]),
+        policy=rest[4],
+        mode=rest[5],
+        retry_ns=rest[2] if fields[2] == STATE_PAIRED else 0,
+        attempts=rest[9],
+        drains=rest[10],
+        refusals=rest[11],
     )
 
 
@@ -293,6 +354,30 @@ def read_place(seed: bytes) -> bytes | None:
     """The name of the young connection that has this place; None if it is free."""
     fields = SEED.unpack(seed)
     return struct.pack("=2I", *fields[_SEED_NAME]) if fields[_SEED_SOCKET] else None
+
+
+def pack_endpoint(address: str, port: int) -> bytes:
+    """An address and a port, as read_addresses() has them. Raises ValueError."""
+    parsed = ipaddress.ip_address(address)
+    packed = parsed.packed if parsed.version == 6 else b"\0" * 10 + b"\xff\xff" + parsed.packed
+    return struct.pack("=4I", *struct.unpack(">4I", packed)) + struct.pack("=I", port)
+
+
+def read_addresses(value: bytes) -> tuple[bytes, bytes]:
+    """Of a pair its client and its server, each as pack_endpoint() of its own side and then of its peer's.
+    That of a client that was not observed yet has no ports."""
+    client, server = (_pick_end(value, offset) for offset in (16, 16 + _END_SIZE))
+    return client, server
+
+
+def read_seed_end(value: bytes) -> bytes:
+    """The same of a seed's server."""
+    return _pick_end(value, 0)
+
+
+def _pick_end(value: bytes, offset: int) -> bytes:
+    local, remote = value[offset : offset + 16], value[offset + 16 : offset + 32]
+    return local + value[offset + 40 : offset + 44] + remote + value[offset + 44 : offset + 48]
 
 
 def read_seed(value: bytes) -> Pair:

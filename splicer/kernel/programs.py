@@ -128,6 +128,7 @@ MAPS = (
     "seeds",
     "pairs",
     "young",
+    "tenants",
     "rendezvous",
     "waiting",
     "hints",

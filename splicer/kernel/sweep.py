@@ -335,6 +335,17 @@ class Sweeper:
         for values in self._read_pairs(_RECORDS):
             yield [read_pair(value) for value in split(values, PAIR.size)]
 
+    def walk_raw_pairs(self) -> Iterator[bytes]:
+        """The record of each pair, as it is in the map."""
+        for values in self._read_pairs():
+            yield from split(values, PAIR.size)
+
+    def walk_raw_seeds(self) -> Iterator[bytes]:
+        """The same of those that have no pair."""
+        yield from self._list_young().values()
+        for values in self._read_seeds():
+            yield from split(values, SEED.size)
+
     def list_pairs(self) -> list[Pair]:
         return [pair for some in self.walk_pairs_read() for pair in some]
 

@@ -7,6 +7,7 @@ Each value remembers where it came from, so that an error and `--print-config` c
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -45,7 +46,8 @@ DEFAULTS: tuple[str, ...] = get_args(Default)
 FIONREAD: tuple[str, ...] = get_args(Fionread)
 LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 
-CONFIG_VARIABLE = "SPLICER_CONFIG"
+_PREFIX = "SPLICER_"
+CONFIG_VARIABLE = f"{_PREFIX}CONFIG"
 DEFAULT_SOURCE = "default"
 
 
@@ -130,7 +132,7 @@ def option_of(name: str) -> str:
 
 def variable_of(name: str) -> str:
     """The environment variable of a setting: SPLICER_MAX_CONNECTIONS for max_connections."""
-    return "SPLICER_" + name.upper()
+    return _PREFIX + name.upper()
 
 
 def resolve(
@@ -144,10 +146,8 @@ def resolve(
 
     `options` holds the command line's values by setting name; None means not given. An empty variable counts
     as unset. `only` limits which settings are looked at, so that a mistake in one that a command has no use
-    for cannot stop it. Unknown SPLICER_* variables are left alone: Kubernetes makes such names up for any
-    service called "splicer". Raises SplicerError with exit code 2 that names source, key, value and what is
-    accepted.
-    """
+    for cannot stop it. Unknown SPLICER_* variables are no mistake here: see find_unknown_variables(). Raises
+    SplicerError with exit code 2 that names source, key, value and what is accepted."""
     names = [name for name in VALUE_TYPES if only is None or name in only]
     values: dict[str, Any] = {}
     sources = dict.fromkeys((entry.name for entry in dataclasses.fields(Settings)), DEFAULT_SOURCE)
@@ -169,6 +169,37 @@ def resolve(
     for name in {"lease", "stop_timeout"} & values.keys():
         values[name] = float(values[name])
     return Resolved(Settings(**values), sources)
+
+
+@dataclass(frozen=True)
+class UnknownVariable:
+    """A variable that nobody reads, and the one that may have been meant, empty if none is like it."""
+
+    name: str
+    meant: str
+
+    def describe(self) -> str:
+        """In one line."""
+        guess = f"; did you mean {self.meant}?" if self.meant else ""
+        return f"unknown variable {self.name} is ignored{guess}"
+
+
+# What Kubernetes, and Docker's links, put into every container where a service is called "splicer".
+_SERVICE_VARIABLE = re.compile(r"SPLICER_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_.*)?|NAME|ENV_.*)")
+
+
+def find_unknown_variables(environ: Mapping[str, str]) -> list[UnknownVariable]:
+    """The SPLICER_* variables that are set and that no setting has, by name."""
+    # All begin alike: what follows has to be like one, too.
+    known = {name.removeprefix(_PREFIX): name for name in (CONFIG_VARIABLE, *map(variable_of, VALUE_TYPES))}
+    found = []
+    for name in sorted(environ):
+        tail = name.removeprefix(_PREFIX)
+        if name.startswith(_PREFIX) and tail not in known and not _SERVICE_VARIABLE.fullmatch(name):
+            near = difflib.get_close_matches(tail, known, n=1)
+            printed = name if name.isprintable() else ascii(name)
+            found.append(UnknownVariable(printed, known[near[0]] if near else ""))
+    return found
 
 
 def _read(kind: ValueType, given: object, source: str) -> object:

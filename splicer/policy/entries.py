@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Network
+from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
 from splicer.model import Container
@@ -22,6 +23,8 @@ from splicer.policy.precedence import (
     find_eager_ports,
     from_labels,
     from_override,
+    from_place_overrides,
+    from_process_overrides,
     from_rule,
     is_about,
     is_ipv4,
@@ -32,7 +35,7 @@ from splicer.policy.precedence import (
 from splicer.policy.rules import Rule
 
 # Kinds of keys, as in bpf/types.h.
-ANY, CGROUP, NETWORK, NETNS = 0, 1, 2, 3
+ANY, CGROUP, NETWORK, NETNS, PROCESS = 0, 1, 2, 3, 4
 
 _MODES = {"off": 0, "adaptive": 1, "eager": 2}
 _EAGER = _MODES["eager"]
@@ -44,7 +47,8 @@ V = TypeVar("V")
 
 
 class Key(NamedTuple):
-    """`who` is a cgroup id, the number of a network, a netns cookie, or 0 for ANY. `port` 0 means any."""
+    """`who` is a cgroup id, the number of a network, a netns cookie, a pid, or 0 for ANY. `port` 0 means
+    any."""
 
     kind: int
     who: int
@@ -104,11 +108,13 @@ def compile_policy(
     cgroup_ids: Mapping[str, int],
     *,
     root: str = V2_ROOT,
+    processes: Mapping[str, Iterable[int]] = MappingProxyType({}),
 ) -> Compiled:
     """Entries for the kernel.
 
-    `overrides` maps container names to modes, `cgroup_ids` the texts of rules' cgroups to ids; cgroups that
-    are not there are not in it. `root` is where the cgroup v2 hierarchy is mounted.
+    `overrides` maps keys of subjects to modes, `cgroup_ids` the texts of rules' cgroups to ids; cgroups that
+    are not there are not in it. `root` is where the cgroup v2 hierarchy is mounted. `processes` are the pids
+    of those that overrides name.
     """
     draft = _Draft()
     reachable = [container for container in containers if container.cgroup_id]
@@ -116,8 +122,12 @@ def compile_policy(
         for statement in (*from_override(container, overrides), *from_labels(container, host)):
             draft.say(CGROUP, container.cgroup_id, statement)
     by_network: list[tuple[IPv6Network, Statement]] = []
-    for position, rule in enumerate(rules):
-        statement = from_rule(rule, position)
+    for pattern, statement in from_process_overrides(overrides):
+        for pid in processes.get(pattern, ()):
+            draft.say(PROCESS, pid, statement)
+    placed = from_place_overrides(overrides)
+    placed += [(rule, from_rule(rule, position)) for position, rule in enumerate(rules)]
+    for rule, statement in placed:
         if rule.cgroup is not None:
             if rule.cgroup in cgroup_ids:
                 draft.say(CGROUP, cgroup_ids[rule.cgroup], statement)

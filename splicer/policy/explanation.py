@@ -16,6 +16,7 @@ from splicer.policy.precedence import (
     decide,
     find_addresses,
     find_eager_ports,
+    from_place_overrides,
     from_rule,
     list_statements,
     name_companions,
@@ -116,7 +117,8 @@ def explain(
     `containers` are all there are, `root` is where the cgroup v2 hierarchy is mounted.
     """
     said = list_statements(container, host, rules, overrides, root)
-    everywhere = [from_rule(rule, position) for position, rule in enumerate(rules) if not rule.selectors]
+    everywhere = [statement for rule, statement in from_place_overrides(overrides) if not rule.selectors]
+    everywhere += [from_rule(rule, position) for position, rule in enumerate(rules) if not rule.selectors]
     statements = sorted([*said, *everywhere], key=lambda each: each.rank)
     rest = _decide_port(statements, host, 0)
     named = sorted({port for statement in statements for port in statement.ports})
@@ -131,7 +133,7 @@ def explain(
         tcp_inq=rest.tcp_inq,
         tcp_inq_source=rest.tcp_inq_source,
         ports=tuple(each for each in ports if each.values != rest.values),
-        parts=tuple(_list_parts(container, host, rules, statements, used)),
+        parts=tuple(_list_parts(container, host, rules, overrides, statements, used)),
         problems=labels.read(container.labels)[1],
         notes=tuple(_list_notes(container, containers, said)),
     )
@@ -155,6 +157,7 @@ def _list_parts(
     container: Container,
     host: Host,
     rules: Sequence[Rule],
+    overrides: Mapping[str, str],
     statements: Sequence[Statement],
     used: set[str],
 ) -> Iterator[Part]:
@@ -162,6 +165,7 @@ def _list_parts(
     for statement in statements:
         by_source.setdefault(statement.source, []).append(statement)
     by_rule = {rule.source: rule for rule in rules}
+    by_rule |= {statement.source: rule for rule, statement in from_place_overrides(overrides)}
     for source, group in by_source.items():
         says = ", ".join(_word(statement) for statement in group)
         if len(group) > 1:

@@ -7,8 +7,9 @@ typing error must not splice a container that its operator wanted to be left alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 PREFIX = "splicer."
 ENABLE = "splicer.enable"  # true or false: splice this container's connections, or leave it alone
@@ -25,6 +26,7 @@ _ACCEPTED = {
     PORTS: f'up to {MOST_PORTS} ports from 1 to 65535, such as "8080", "80,443" or "8000-8010"',
 }
 _KNOWN = ", ".join(_ACCEPTED)
+_WORDS = {ENABLE: ("true", "false"), MODE: _MODES}
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class LabelPolicy:
 
 @dataclass(frozen=True)
 class Problem:
-    """A label that cannot be used as it is, and what would be accepted in its place."""
+    """A label that cannot be used as it is, what would be accepted in its place, and what may have been
+    meant: a label, or a value of this one; empty if nothing is like it."""
 
     label: str
     value: str
     accepted: str
+    meant: str = field(default="", compare=False)
 
 
 def read(labels: Mapping[str, str]) -> tuple[LabelPolicy | None, tuple[Problem, ...]]:
@@ -51,13 +55,13 @@ def read(labels: Mapping[str, str]) -> tuple[LabelPolicy | None, tuple[Problem, 
     `splicer.` that is unknown is a problem too, and changes nothing.
     """
     problems = [
-        Problem(_shorten(label), _shorten(value), f"the labels {_KNOWN}")
+        Problem(_shorten(label), _shorten(value), f"the labels {_KNOWN}", _guess_label(label))
         for label, value in sorted(labels.items())
-        if label.startswith(PREFIX) and label not in _ACCEPTED
+        if label not in _ACCEPTED and (label.startswith(PREFIX) or _is_a_slip(label))
     ]
     given = {label: labels[label] for label in _ACCEPTED if label in labels}
     unreadable = [
-        Problem(label, _shorten(value), _ACCEPTED[label])
+        Problem(label, _shorten(value), _ACCEPTED[label], _guess_value(label, value))
         for label, value in given.items()
         if not _is_good(label, value)
     ]
@@ -71,6 +75,29 @@ def read(labels: Mapping[str, str]) -> tuple[LabelPolicy | None, tuple[Problem, 
         mode = "off"
     ports = read_ports(given[PORTS], MOST_PORTS) if PORTS in given else ()
     return LabelPolicy(mode, ports), tuple(problems)
+
+
+def name_unreadable(problems: Iterable[Problem]) -> list[str]:
+    """The labels whose values cannot be read. Each of them by itself switches the container off."""
+    return [problem.label for problem in problems if problem.label in _ACCEPTED]
+
+
+def _guess_value(label: str, value: str) -> str:
+    near = difflib.get_close_matches(value[:_SHOWN].strip().lower(), _WORDS.get(label, ()), n=1)
+    return near[0] if near else ""
+
+
+def _guess_label(label: str) -> str:
+    """By what stands behind `splicer.`, in which all labels are alike."""
+    tails = [known.removeprefix(PREFIX) for known in _ACCEPTED]
+    near = difflib.get_close_matches(label[:_SHOWN].lower().rpartition(".")[2], tails, n=1)
+    return PREFIX + near[0] if near else ""
+
+
+def _is_a_slip(label: str) -> bool:
+    """Not below `splicer.`, and all the same one of ours with a typing error, such as spliser.mode."""
+    head = label[:_SHOWN].lower().rpartition(".")[0]
+    return bool(difflib.get_close_matches(head, (PREFIX[:-1],), n=1, cutoff=0.85) and _guess_label(label))
 
 
 def _shorten(text: str) -> str:

@@ -16,12 +16,14 @@ from typing import Literal
 
 from splicer.model import Container
 from splicer.policy import labels
+from splicer.policy.overrides import PROCESS, read_key
 from splicer.policy.rules import CONTAINER_SELECTORS, Rule
 
+# Of the newest override; each older one has the next.
 RANK_OVERRIDE = 1
-RANK_LABELS = 2
+RANK_LABELS = 1000
 # Of the first rule; each further one has the next.
-RANK_RULES = 10
+RANK_RULES = 1010
 
 V2_ROOT = "/sys/fs/cgroup"
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
@@ -70,10 +72,40 @@ def decide(statements: Iterable[Statement], value: Value, port: int) -> Statemen
     return min(speaking, key=lambda each: (each.rank, not each.ports), default=None)
 
 
+def _rank_overrides(overrides: Mapping[str, str]) -> dict[str, int]:
+    return {key: RANK_OVERRIDE + age for age, key in enumerate(reversed(list(overrides)))}
+
+
 def from_override(container: Container, overrides: Mapping[str, str]) -> list[Statement]:
-    """What an operator has set for the container."""
+    """What an operator has set for the container by its name."""
     mode = overrides.get(container.name)
-    return [] if mode is None else [Statement(RANK_OVERRIDE, "override", "override", mode=mode)]
+    if mode is None:
+        return []
+    return [Statement(_rank_overrides(overrides)[container.name], "override", "override", mode=mode)]
+
+
+def from_place_overrides(overrides: Mapping[str, str]) -> list[tuple[Rule, Statement]]:
+    """What an operator has set by cgroup, address or port, each as the rule that would say the same."""
+    ranks = _rank_overrides(overrides)
+    found = []
+    for key, mode in overrides.items():
+        subject = read_key(key)
+        if (rule := subject.rule) is not None:
+            source = f"override of {subject.words}"
+            found.append((rule, Statement(ranks[key], source, source, rule.ports, mode)))
+    return found
+
+
+def from_process_overrides(overrides: Mapping[str, str]) -> list[tuple[str, Statement]]:
+    """What an operator has set by process: names or patterns, each with what is said."""
+    ranks = _rank_overrides(overrides)
+    found = []
+    for key, mode in overrides.items():
+        subject = read_key(key)
+        if subject.kind == PROCESS:
+            source = f"override of {subject.words}"
+            found.append((subject.value, Statement(ranks[key], source, source, mode=mode)))
+    return found
 
 
 def from_labels(container: Container, host: Host) -> list[Statement]:
@@ -82,9 +114,9 @@ def from_labels(container: Container, host: Host) -> list[Statement]:
     if policy is None:
         return []
     mode = policy.mode or host.mode
-    bad = [problem for problem in problems if problem.label in (labels.ENABLE, labels.MODE, labels.PORTS)]
+    bad = labels.name_unreadable(problems)
     if bad:
-        because = f"label {bad[0].label} (bad value)"
+        because = f"label {bad[0]} (bad value)" if len(bad) == 1 else f"labels {', '.join(bad)} (bad values)"
     elif container.labels.get(labels.MODE) == mode:
         because = f"label {labels.MODE}"
     else:
@@ -116,6 +148,11 @@ def list_statements(
     Rules that name nothing but ports are left out: they are about whoever serves there.
     """
     said = [*from_override(container, overrides), *from_labels(container, host)]
+    said += [
+        statement
+        for rule, statement in from_place_overrides(overrides)
+        if rule.selectors and is_about(rule, container, root)
+    ]
     return said + [
         from_rule(rule, position)
         for position, rule in enumerate(rules)

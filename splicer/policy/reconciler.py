@@ -11,10 +11,11 @@ import difflib
 import ipaddress
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from splicer.errors import SplicerError
+from splicer.host.process import HINT_HOST_PIDS, find_by_name, sees_host_pids
 from splicer.kernel.layout import MODES, NETWORK, NETWORK_KEY, NOTHING_SAID, RULE, RULE_KEY
 from splicer.kernel.libbpf import KernelError, Map
 from splicer.kernel.settings import SettingsMap
@@ -22,9 +23,11 @@ from splicer.logs import Logger
 from splicer.model import Container
 from splicer.policy import entries, labels, overrides, precedence
 from splicer.policy.config import Rule, Settings
+from splicer.policy.decision import MEASUREMENT, PAUSE, Book
 from splicer.policy.entries import CGROUP, NETNS, Changes, Compiled, Entry, Key
 from splicer.policy.explanation import Explanation, explain
 from splicer.policy.holds import Holds
+from splicer.policy.overrides import Subject
 
 # Bounds of the verdict; why they are what they are: ARCHITECTURE.md, "Backpressure" and "Streams".
 QUEUE_MESSAGES = 1024
@@ -47,9 +50,10 @@ class PolicyReconciler:
         v2_root: str,
         read_inventory: Callable[[], Mapping[str, Container] | None],
         log: Logger,
+        find_processes: Callable[[Collection[str]], dict[str, frozenset[int]]] = find_by_name,
     ) -> None:
         """`live` are the settings of the loaded programs. `read_inventory` gives the running containers,
-        by id, or None while nobody has listed them yet."""
+        by id, or None while nobody has listed them yet. `find_processes` finds pids by names."""
         self._settings = settings
         self._live = live
         self._maps = maps
@@ -57,8 +61,11 @@ class PolicyReconciler:
         self._read_inventory = read_inventory
         self._log = log
         self._guard = threading.RLock()
+        self._find_processes = find_processes
         self._overrides = overrides.load(settings.run_dir, log)
         self._holds = Holds()
+        self._paused_at = overrides.read_pause(settings.run_dir)
+        self._processes: dict[str, frozenset[int]] = {}
         self._complaints: frozenset[tuple[str, ...]] = frozenset()
         self._cgroup_ids: dict[str, int] = {}
         self._failure = ""
@@ -80,6 +87,15 @@ class PolicyReconciler:
         with self._guard:
             return self._find_cgroups() != self._cgroup_ids
 
+    def have_processes_changed(self) -> bool:
+        """Have processes come or gone whose names an operator has set?"""
+        with self._guard:
+            return self._find_named() != self._processes
+
+    def _find_named(self) -> dict[str, frozenset[int]]:
+        named = [name for name, _ in precedence.from_process_overrides(self._overrides)]
+        return self._find_processes(named) if named else {}
+
     def apply(self) -> bool:
         """Make the kernel's policy what it should be. True if anything had to change.
 
@@ -89,7 +105,7 @@ class PolicyReconciler:
             compiled = self._compile()
             actual = self._read_entries()
             wanted = dict(compiled.entries)
-            if self._read_inventory() is None and not self._is_all_held():
+            if self._read_inventory() is None and not self._is_nothing_spliced():
                 # Until the containers are known, what an earlier daemon knew of them holds.
                 kept = {key: entry for key, entry in actual.items() if key.kind in (CGROUP, NETNS)}
                 wanted = kept | wanted
@@ -112,8 +128,9 @@ class PolicyReconciler:
 
     def _compile(self) -> Compiled:
         self._cgroup_ids = self._find_cgroups()
-        if self._is_all_held():
-            return entries.compile_policy(dataclasses.replace(self._host(), default="off"), (), (), {}, {})
+        self._processes = self._find_named()
+        if self._is_nothing_spliced():
+            return Compiled({}, {}, dataclasses.replace(self._host(), default="off"))
         return entries.compile_policy(
             self._host(),
             self._settings.policies,
@@ -121,16 +138,23 @@ class PolicyReconciler:
             self._list_overrides(),
             self._cgroup_ids,
             root=self._v2_root,
+            processes=self._processes,
         )
+
+    def _is_nothing_spliced(self) -> bool:
+        """Whatever else is said: paused, or all held."""
+        return self._paused_at is not None or self._is_all_held()
 
     def _is_all_held(self) -> bool:
         hold = self._holds.current
         return hold is not None and hold.containers is None
 
     def _list_overrides(self) -> Mapping[str, str]:
-        """The operator's, and over them what is held plain."""
+        """The operator's, oldest first, and newer than all of them what is held plain."""
         hold = self._holds.current
-        return self._overrides | dict.fromkeys((hold and hold.containers) or (), "off")
+        held = (hold and hold.containers) or frozenset()
+        said = {key: mode for key, mode in self._overrides.items() if key not in held}
+        return said | dict.fromkeys(sorted(held), "off")
 
     def _host(self) -> precedence.Host:
         settings = self._settings
@@ -140,9 +164,10 @@ class PolicyReconciler:
         return self._read_inventory() or {}
 
     def _find_cgroups(self) -> dict[str, int]:
-        """The cgroups that rules name, those that are there, to their ids."""
+        """The cgroups that rules and overrides name, those that are there, to their ids."""
         found = {}
-        for rule in self._settings.policies:
+        placed = [rule for rule, _ in precedence.from_place_overrides(self._overrides)]
+        for rule in (*placed, *self._settings.policies):
             if rule.cgroup is not None:
                 path = precedence.find_cgroup(rule.cgroup, self._v2_root)
                 try:
@@ -230,6 +255,7 @@ class PolicyReconciler:
                         "label": problem.label,
                         "value": problem.value,
                         "accepted": problem.accepted,
+                        "meant": problem.meant,
                     }
                 )
         return found
@@ -260,35 +286,99 @@ class PolicyReconciler:
             hint = "no containers are known; splicer status says whether the container engine is reached"
         raise SplicerError(f"no running container of that name, service or id ({text})", hint=hint)
 
-    def override(self, text: str, mode: str | None) -> tuple[list[str], list[str]]:
-        """Set containers to a mode, or take that back (None), and apply it.
+    def override(
+        self, text: str, mode: str | None, kind: str = overrides.CONTAINER
+    ) -> tuple[list[str], list[str]]:
+        """Set what `text` says, something of this kind (overrides.KINDS), to a mode, or take that back
+        (None), and apply it.
 
-        Returns the names of those it changed something for and of the others. Raises SplicerError.
+        Returns what it changed something for and what not, in words. Raises SplicerError.
         """
         with self._guard:
-            if mode is None and text in self._overrides:
-                names = [text]  # it need not run any more
-            else:
-                names = [container.name for container in self.find_containers(text)]
-            changed = [name for name in names if self._overrides.get(name) != mode]
+            subjects = self._find_subjects(text, mode, kind)
+            newest = list(self._overrides)[-len(subjects) :]
+            changed = [
+                each
+                for each in subjects
+                if self._overrides.get(each.key) != mode or (mode is not None and each.key not in newest)
+            ]
             if changed:
                 draft = dict(self._overrides)
-                for name in changed:
-                    if mode is None:
-                        draft.pop(name, None)
-                    else:
-                        draft[name] = mode
-                try:
-                    overrides.store(self._settings.run_dir, draft)
-                except OSError as error:
-                    raise SplicerError(
-                        f"cannot store the override ({self._settings.run_dir}: {error.strerror})",
-                        hint="nothing was changed; see whether the file system is full or read-only",
-                    ) from error
-                self._overrides = draft
-                self._log.info("override", containers=changed, mode=mode or "unset")
+                for subject in changed:
+                    draft.pop(subject.key, None)
+                    if mode is not None:
+                        draft[subject.key] = mode  # at the end: the newest counts first
+                self._store(draft)
+                self._log.info("override", subjects=[each.words for each in changed], mode=mode or "unset")
             self.apply()
-            return changed, [name for name in names if name not in changed]
+            return [each.words for each in changed], [each.words for each in subjects if each not in changed]
+
+    def _find_subjects(self, text: str, mode: str | None, kind: str) -> list[Subject]:
+        if kind != overrides.CONTAINER:
+            return [overrides.read_subject(kind, text)]
+        if mode is None and text in self._overrides:
+            return [Subject(kind, text)]  # it need not run any more
+        return [Subject(kind, container.name) for container in self.find_containers(text)]
+
+    def _store(self, draft: dict[str, str]) -> None:
+        if len(draft) > overrides.MOST:
+            raise SplicerError(
+                f"too many overrides (more than {overrides.MOST})",
+                hint="list them with: splicer policy; take some back with: splicer unset",
+            )
+        try:
+            overrides.store(self._settings.run_dir, draft)
+        except OSError as error:
+            raise self._refuse_store("the override", error) from error
+        self._overrides = draft
+
+    def _refuse_store(self, what: str, error: OSError) -> SplicerError:
+        return SplicerError(
+            f"cannot store {what} ({self._settings.run_dir}: {error.strerror})",
+            hint="nothing was changed; see whether the file system is full or read-only",
+        )
+
+    def note(self, text: str, kind: str) -> str:
+        """What else there is to know of an override of this kind, in a sentence; empty if nothing."""
+        subject = overrides.read_subject(kind, text)
+        if kind == overrides.PROCESS and not sees_host_pids():
+            return f"splicer sees none of the host's processes: {HINT_HOST_PIDS}"
+        if kind == overrides.PROCESS and not self._find_processes([subject.value])[subject.value]:
+            return "no process of that name runs now; it holds from when there is one"
+        if kind == overrides.CGROUP and not os.path.isdir(precedence.find_cgroup(text, self._v2_root)):
+            return "there is no such cgroup now; it holds from when there is one"
+        return ""
+
+    def list_overrides(self) -> list[tuple[Subject, str]]:
+        """What an operator has set, the newest first, with the mode."""
+        return [(overrides.read_key(key), mode) for key, mode in reversed(self._overrides.items())]
+
+    # -- pause -----------------------------------------------------------------------------------------------
+
+    @property
+    def paused_seconds(self) -> float | None:
+        """For how many seconds splicing is paused; None if it is not."""
+        since = self._paused_at
+        return None if since is None else max(0.0, overrides.read_time_since_boot() - since)
+
+    def pause(self, paused: bool) -> bool:
+        """Have nothing spliced until further notice, or end that; True if it changes something. Raises
+        SplicerError."""
+        with self._guard:
+            if paused == (self._paused_at is not None):
+                return False
+            since = overrides.read_time_since_boot() if paused else None
+            try:
+                overrides.store_pause(self._settings.run_dir, since)
+            except OSError as error:
+                raise self._refuse_store("the pause", error) from error
+            self._paused_at = since
+            if paused:
+                self._log.info("paused")
+            else:
+                self._log.info("resumed")
+            self.apply()
+            return True
 
     def hold(self, holder: str, seconds: float, texts: list[str] | None) -> list[str] | None:
         """Keep containers plain for a while, or everything (None), and apply it.
@@ -335,6 +425,30 @@ class PolicyReconciler:
                 for each in chosen
             ]
 
+    def read_book(self) -> Book:
+        """All that is said now, to decide on single connections."""
+        with self._guard:
+            return Book(
+                self._host(),
+                self._settings.policies,
+                dict(self._list_overrides()),
+                tuple(self._containers().values()),
+                self._processes,
+                self._v2_root,
+                self._say_off(),
+            )
+
+    def _say_off(self) -> str:
+        if self._paused_at is not None:
+            return PAUSE
+        return MEASUREMENT if self._is_all_held() else ""
+
+    @property
+    def number(self) -> int:
+        """The number of the policy that is in the kernel: pairs that have another one are yet to be
+        decided."""
+        return self._live.read().policy
+
     def list_rules(self) -> list[tuple[Rule, int]]:
         """The rules of the configuration, each with the number of containers it is about."""
         containers = list(self._containers().values())
@@ -351,6 +465,7 @@ class PolicyReconciler:
             "mode": host.mode,
             "blocking": host.blocking,
             "tcp_inq": host.tcp_inq,
+            "paused": self._paused_at is not None,
         }
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import schemas
 from support.bpf import list_objects
 from support.cgroup import find_v2_root
 from support.daemon import command_line, environment, wait_until
@@ -116,6 +117,7 @@ def test_a_service_before_and_after(host: Host, lab: Lab, service: str, tmp_path
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
+    schemas.check("bench", document)
     (found,) = document["workloads"]
     assert found["errors"] == {"plain": {}, "spliced": {}}
     requests = found["requests"]
@@ -160,6 +162,7 @@ def test_a_number_that_splicing_changes(
     done = bench(host, lab, "--cmd", tell(host, plain, spliced), "-n3", "--json", *options)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
+    schemas.check("bench", document)
     (verdict,) = document["verdicts"]
     assert (verdict["direction"], words in verdict["words"]) == (direction, True), verdict
     metric = document["workloads"][0]["metrics"]["number"]

@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from connection import READ_SIZE, Connection, Overdue, count_waiting, reset_at_close
@@ -391,6 +392,10 @@ class Sockets:
     def wakeup(self, conn: str, timeout: float = 3.0) -> list[str]:
         """The events of one epoll_wait(2) on the set of `watch`; an empty list if none came in time."""
         return _event_names(self._epolls[conn].poll(timeout))
+
+    def rename(self, name: str) -> None:
+        """Have another name in ps(1)."""
+        Path("/proc/self/comm").write_text(name)
 
     def netns_cookie(self) -> int:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:

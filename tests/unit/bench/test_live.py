@@ -114,7 +114,7 @@ def test_what_fails_in_the_middle_leaves_no_hold(
     ("reason", "text"),
     [
         ("blocking_reader", "2 of 2 connections: blocking_reader. An end sleeps in reads"),
-        ("policy_off", "2 of 2 connections: policy_off. The policy of an end is off; splicer policy"),
+        ("policy_off", "2 of 2 connections: policy_off. The policy of an end is off, or splicer is paused"),
     ],
 )
 def test_why_nothing_was_spliced(

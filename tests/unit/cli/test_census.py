@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from splicer.cli.status import describe_census, render
+from splicer.cli.status import describe_census, render, verdict
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,24 @@ def test_words(census: dict[str, object], said: str) -> None:
 
 def test_a_daemon_that_says_nothing_of_it_has_no_line() -> None:
     assert not any("older" in line for line in render({}))
+
+
+@pytest.mark.parametrize(
+    ("census", "said"),
+    [
+        (
+            {"state": "off"},
+            "no local connections since it runs; connections older than splicer are left alone",
+        ),
+        (
+            {"state": "running"},
+            "no local connections since it runs; connections older than splicer are being",
+        ),
+        ({"state": "failed"}, "no local connections since it runs; connections older than splicer could not"),
+        ({"state": "done", "found": 0}, "no local connections right now."),
+        ({"state": "earlier"}, "no local connections right now."),
+        ({}, "no local connections right now."),
+    ],
+)
+def test_the_first_line_does_not_deny_them(census: dict[str, object], said: str) -> None:
+    assert verdict({"mode": "adaptive", "connections": {}, "census": census}).startswith(f"Running: {said}")

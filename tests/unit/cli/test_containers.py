@@ -80,6 +80,36 @@ class TestHealth:
         assert (outcome.code, outcome.stdout.count("\n"), outcome.stderr) == (1, 1, "")
 
 
+class TestFirstLine:
+    """Of `status`, and all of `status --brief`."""
+
+    def say(self, invoke: Invoke, run_dir: str) -> str:
+        brief = invoke("status", "--brief", "--run-dir", run_dir)
+        assert (brief.code, brief.stderr) == (0, ""), "a health check stays green"
+        assert invoke("status", "--run-dir", run_dir).stdout.splitlines()[0] + "\n" == brief.stdout
+        return brief.stdout
+
+    def test_paused(self, invoke: Invoke, run_dir: str, answers: Answers) -> None:
+        answers.status["paused"] = {"since_seconds": 185.0}
+        assert self.say(invoke, run_dir) == (
+            "Paused since 3m05s (13 going back to TCP): nothing is spliced until splicer resume.\n"
+        )
+        answers.status["connections"] = {"paired": 5}
+        assert self.say(invoke, run_dir) == "Paused since 3m05s: nothing is spliced until splicer resume.\n"
+
+    def test_a_reload_that_failed(self, invoke: Invoke, run_dir: str, answers: Answers) -> None:
+        answers.status["reload"] = {"failed": "bad value for mode\x1b", "hint": "", "since_seconds": 60.0}
+        assert self.say(invoke, run_dir).startswith(
+            "Running on old settings: those before hold, since a reload failed 1m00s ago: "
+            "bad value for mode?. Running: 12 connections spliced"
+        )
+
+    def test_both(self, invoke: Invoke, run_dir: str, answers: Answers) -> None:
+        answers.status |= {"reload": {"failed": "x"}, "paused": {"since_seconds": 1.0}}
+        assert "a reload failed" in self.say(invoke, run_dir)
+        assert "Paused since 1.0s" in self.say(invoke, run_dir)
+
+
 class TestStatus:
     @pytest.mark.parametrize(
         ("docker", "said"),
@@ -160,7 +190,13 @@ class TestParties:
         [
             (WEB, "demo-web-1", "demo-web-1/nginx[4711]"),
             ({**WEB, "container": ""}, "web", "web/nginx[4711]"),
-            (REDIS, "redis-server", "redis-server[99]"),
+            (REDIS, "redis.service", "redis.service/redis-server[99]"),
+            (
+                {**REDIS, "cgroup": "/user.slice/session-3.scope"},
+                "session-3.scope/redis-server",
+                "session-3.scope/redis-server[99]",
+            ),
+            ({**REDIS, "cgroup": "/"}, "redis-server", "redis-server[99]"),
             ({"cgroup": "/system.slice/redis.service"}, "redis.service", "redis.service"),
             (POD, f"pod/{POD['pod']}", f"pod/{POD['pod']}"),
             (UNKNOWN, "", ""),
@@ -184,7 +220,7 @@ class TestFlows:
             "10.0.0.2:80",
             "spliced",
         ]
-        assert lines[3].split()[:3] == ["demo-web-1", "redis-server", "127.0.0.1:40001"]
+        assert lines[3].split()[:3] == ["demo-web-1", "redis.service", "127.0.0.1:40001"]
         assert flows.render(NAMED, width=140)[0] == lines[0]
 
     def test_names_instead_of_addresses_on_a_narrow_terminal(self) -> None:
@@ -192,7 +228,7 @@ class TestFlows:
         assert max(map(len, lines)) <= 80
         assert lines[0].split() == ["CLIENT", "SERVER", "STATE", "REASON", "BYTES", "AGE"]
         assert lines[1].split() == ["demo-load-1:40000", "demo-web-1:80", "spliced", "5.00", "MiB", "12s"]
-        assert lines[3].split()[1] == "redis-server:6379"
+        assert lines[3].split()[1] == "redis.service:6379"
         at_100 = flows.render(NAMED, width=100)
         assert max(map(len, at_100)) <= 100
         assert "MESSAGES" in flows.render(NAMED[:2], width=100)[0]
@@ -203,6 +239,13 @@ class TestFlows:
         lines = invoke("flows", "--wide", "--run-dir", run_dir).stdout.splitlines()
         assert lines[1].split()[:3] == ["demo-load-1/wrk[12]", "demo-web-1/nginx[4711]", "10.0.0.1:40000"]
         assert flows.render(NAMED, width=80, wide=True) == lines
+
+    def test_status_and_flows_name_a_party_alike(self) -> None:
+        """What `status` says of a process outside of containers, which it knows by cgroup alone, is how the
+        name in `flows` begins."""
+        for owner in (WEB, REDIS, POD, {"process": "nc", "cgroup": "/user.slice/session-3.scope"}):
+            known = {key: value for key, value in owner.items() if key not in ("process", "pid", "command")}
+            assert owners.name_owner(owner).partition("/nc")[0] == owners.name_party(known)
 
     def test_without_names_as_ever(self) -> None:
         assert flows.render([{**each, "client": UNKNOWN, "server": {}} for each in FLOWS]) == flows.render(

@@ -74,9 +74,20 @@ def test_version(invoke: Invoke) -> None:
         (["run", "--default", "maybe"], 'bad value for --default: "maybe"', "on or off"),
         (["run", "--docker", "/x"], 'bad value for --docker: "/x"', "unix:///"),
         (["status", "--brief", "--json"], "not allowed with argument", "splicer status --help"),
-        (["set", "web"], "required: MODE", "splicer set --help"),
-        (["set", "web", "on"], "invalid choice: 'on'", "splicer set --help"),
-        (["unset"], "required: CONTAINER", "splicer unset --help"),
+        (["set"], "required: MODE", "splicer set --help"),
+        (["set", "web"], "unknown mode (web)", "adaptive, eager, off; such as: splicer set web off"),
+        (["set", "web", "on"], "unknown mode (on)", "adaptive, eager, off"),
+        (["set", "off"], "which container?", "splicer set web off"),
+        (["set", "off", "--port", "80", "--process", "x"], "and not --process and --port", "--address"),
+        (["set", "--port", "80", "on"], "unknown mode (on)", "adaptive, eager, off"),
+        (["set", "--port", "http", "off"], 'bad value for port: "http"', "8000-8010"),
+        (["set", "--address", "10.0.0.1/8", "off"], 'bad value for address: "10.0.0.1/8"', "10.0.0.0/8"),
+        (["set", "--cgroup", "..", "off"], 'bad value for cgroup: ".."', "system.slice"),
+        (["unset"], "which container?", "splicer unset web"),
+        (["unset", "web", "--port", "80"], "one subject at a time", "--cgroup"),
+        (["flows", "--limit", "many"], 'bad value for --limit: "many"', "whole number"),
+        (["flows", "--sort", "size"], "--sort: invalid choice", "splicer flows --help"),
+        (["status", "--timeout", "0"], 'bad value for --timeout: "0"', "seconds"),
         (["flows", "--state", "x"], "--state: invalid choice", "splicer flows --help"),
         (["flows", "--port", "0"], "bad value for --port: 0", "1 to 65535"),
         (["flows", "--port", "http"], "bad value for --port: http", "1 to 65535"),
@@ -187,3 +198,11 @@ def test_a_closed_pipe_leaves_no_noise() -> None:
     )
     assert child.stdout == "0\n"
     assert child.stderr == ""
+
+
+@pytest.mark.parametrize("command", [["status"], ["flows"], ["pause"], ["run", "--print-config"]])
+def test_unknown_variables_are_said(invoke: Invoke, run_dir: str, command: list[str]) -> None:
+    outcome = invoke(*command, "--run-dir", run_dir, environ={"SPLICER_MOED": "x", "SPLICER_PORT": "tcp://1"})
+    said = "splicer: unknown variable SPLICER_MOED is ignored; did you mean SPLICER_MODE?"
+    assert outcome.stderr.splitlines()[0] == said
+    assert "SPLICER_PORT" not in outcome.stderr

@@ -190,16 +190,34 @@ class TestStatus:
         assert (outcome.code, outcome.stdout) == (3, "")
         assert outcome.stderr.splitlines()[0] == f"splicer: not running (run directory {run_dir})"
         assert "splicer run" in outcome.stderr.splitlines()[1]
-        outcome = invoke("status", "--json", *arguments)
+        outcome = invoke("status", "--json", *arguments, environ={"SPLICER_PIN_DIR": run_dir + "/none"})
         assert (outcome.code, outcome.stderr) == (3, "")
-        assert outcome.stdout == '{"schema":1,"running":false}\n'
+        assert outcome.stdout == '{"schema":1,"running":false,"loaded":false}\n'
 
     def test_not_running_but_still_loaded(self, invoke: Invoke, run_dir: str, tmp_path: Path) -> None:
         (tmp_path / "register").touch()
-        outcome = invoke("status", "--run-dir", run_dir, environ={"SPLICER_PIN_DIR": str(tmp_path)})
-        assert outcome.code == 3
-        assert f"programs of an earlier run are still loaded ({tmp_path})" in outcome.stderr
-        assert "splicer unload" in outcome.stderr
+        environ = {"SPLICER_PIN_DIR": str(tmp_path)}
+        for command in (
+            ["status"],
+            ["flows"],
+            ["flows", "--json"],
+            ["policy"],
+            ["explain", "1"],
+            ["set", "web", "off"],
+            ["unset", "web"],
+            ["drain"],
+            ["pause"],
+            ["resume"],
+        ):
+            outcome = invoke(*command, "--run-dir", run_dir, environ=environ)
+            assert (outcome.code, outcome.stdout) == (3, ""), command
+            assert f"programs of an earlier run are still loaded ({tmp_path})" in outcome.stderr, command
+            assert "splicer unload" in outcome.stderr, command
+        brief = invoke("status", "--brief", "--run-dir", run_dir, environ=environ)
+        assert (brief.code, brief.stderr) == (3, "")
+        assert "still loaded" in brief.stdout
+        document = invoke("status", "--json", "--run-dir", run_dir, environ=environ).json()
+        assert document == {"schema": 1, "running": False, "loaded": True}
 
     @pytest.mark.parametrize("command", ["status", "flows"])
     def test_starting_or_stopping(self, invoke: Invoke, run_dir: str, command: str) -> None:

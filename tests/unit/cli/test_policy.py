@@ -45,6 +45,7 @@ def answer(chosen: list[Any], **changes: Any) -> dict[str, Any]:
             "blocking": rule.blocking,
             "tcp_inq": rule.tcp_inq,
             "matches": rule.number,
+            "connections": 10 * rule.number,
         }
         for rule in RULES
     ]
@@ -71,7 +72,9 @@ class Daemon:
             "policy": answer(ALL),
             "set": {"schema": 1, "changed": ["demo-web-1"], "unchanged": ["demo-web-2"], "mode": "off"},
             "unset": {"schema": 1, "changed": ["demo-web-1"], "unchanged": ["demo-web-2"]},
-            "drain": {"schema": 1, "draining": True},
+            "drain": {"schema": 1, "draining": True, "connections": 3},
+            "pause": {"schema": 1, "paused": True, "changed": True, "connections": 3},
+            "resume": {"schema": 1, "paused": False, "changed": True},
         }
 
     def handle(self, request: dict[str, Any]) -> Any:
@@ -99,10 +102,10 @@ class TestPolicy:
         assert lines[2] == "Connections that ask for TCP_INQ are spliced too."
         assert lines[4:10] == [
             f"Rules of {FILE}",
-            "RULE  ABOUT                             SAYS            CONTAINERS",
-            "   1  service web, ports 80, 8000-8001  mode eager               1",
-            "   2  cgroup system.slice               mode eager*              2",
-            "   3  port 5432                         blocking allow         any",
+            "RULE  ABOUT                             SAYS            CONTAINERS  CONNECTIONS",
+            "   1  service web, ports 80, 8000-8001  mode eager               1           10",
+            "   2  cgroup system.slice               mode eager*              2           20",
+            "   3  port 5432                         blocking allow         any           30",
             "* as adaptive for whatever is in no container",
         ]
         heading, web, bad, pod = (" ".join(line.split()) for line in lines[11:])
@@ -160,16 +163,41 @@ class TestPolicy:
         bad, pod = answer([BAD, POD])["containers"]
         text = "\n".join(policy.render_container(bad))
         assert 'Bad label: splicer.enable is "yes ?[2J", accepted: true or false' in text
+        assert "mend label where the container is made: splicer.enable (true or false)" in text
+        assert "[[policy]] with" not in text, "which come after labels, and would not help"
         assert "Note: Eager acts as adaptive" in "\n".join(policy.render_container(pod))
         assert "splicer unset" not in text
+
+    def test_of_several_bad_labels_all_have_to_be_mended(self) -> None:
+        labels = {"splicer.enable": "yes", "splicer.mode": "adaptve", "splicer.prots": "80"}
+        bad = container("demo-bad-2", 9, labels)
+        told = explain(bad, HOST, RULES, {}, [bad]).to_json()
+        assert told["mode_source"] == "labels splicer.enable, splicer.mode (bad values)"
+        text = "\n".join(policy.render_container(told))
+        assert "splicer.mode=adaptive where" not in text, "with that alone it stays off"
+        assert (
+            "mend all of these labels where the container is made: splicer.enable (true or false), " in text
+        )
+        assert 'splicer.mode is "adaptve", accepted: adaptive, eager or off; did you mean adaptive?' in text
+        assert "did you mean splicer.ports?" in text
+
+    def test_overrides_and_how_to_take_them_back(self) -> None:
+        said = [
+            {"kind": "process", "value": "php fpm*", "mode": "off"},
+            {"kind": "container", "value": "demo-web-1", "mode": "eager"},
+        ]
+        lines = policy.render(answer([], overrides=said, paused=True))
+        assert lines[0].startswith("Paused: nothing is spliced until splicer resume.")
+        start = lines.index("Overrides (splicer set), the newest first")
+        assert lines[start + 2].split("  ")[-1].strip() == "splicer unset --process 'php fpm*'"
+        assert lines[start + 3].endswith("splicer unset demo-web-1")
 
     @pytest.mark.parametrize("width", [80, 120])
     def test_it_fits_a_terminal(self, width: int) -> None:
         document = answer(ALL)
         lines = policy.render(document, width=width)
         for told in document["containers"]:
-            drawn = policy.render_container(told | {"cgroup": "/docker/1"}, width=width)
-            lines += drawn[: drawn.index("To change it")]
+            lines += policy.render_container(told | {"cgroup": "/docker/1"}, width=width)
         assert max(map(len, lines)) <= width
 
     def test_nothing_drives_the_terminal(self) -> None:
@@ -202,7 +230,28 @@ class TestVerbs:
                 {"command": "unset", "container": "web"},
                 ["demo-web-1: labels and configuration count again", "demo-web-2: nothing was set"],
             ),
-            (["drain"], {"command": "drain"}, ["Draining: spliced connections go back to plain TCP now."]),
+            (["set", "--port", "80,81", "off"], {"command": "set", "port": "80-81", "mode": "off"}, None),
+            (["set", "--process", "php*", "off"], {"command": "set", "process": "php*", "mode": "off"}, None),
+            (["unset", "--cgroup", "a/b"], {"command": "unset", "cgroup": "a/b"}, None),
+            (["unset", "--address", "::1"], {"command": "unset", "address": "::1"}, None),
+            (
+                ["drain"],
+                {"command": "drain"},
+                ["Draining: 3 spliced connections go back to plain TCP now."],
+            ),
+            (
+                ["pause"],
+                {"command": "pause"},
+                [
+                    "Paused: nothing is spliced until splicer resume; "
+                    "3 spliced connections on the way back to plain TCP."
+                ],
+            ),
+            (
+                ["resume"],
+                {"command": "resume"},
+                ["Resumed: what is busy is spliced again, as splicer policy says."],
+            ),
         ],
     )
     def test_they_say_what_changed(
@@ -212,13 +261,38 @@ class TestVerbs:
         daemon: Daemon,
         arguments: list[str],
         asked: dict[str, str],
-        said: list[str],
+        said: list[str] | None,
     ) -> None:
         outcome = invoke(*arguments, "--run-dir", run_dir)
         assert (outcome.code, outcome.stderr) == (0, "")
-        assert outcome.stdout.splitlines() == said
+        assert said is None or outcome.stdout.splitlines() == said
         assert daemon.asked == [asked]
         assert invoke(*arguments, "--json", "--run-dir", run_dir).json() == daemon.answers[arguments[0]]
+
+    @pytest.mark.parametrize(
+        ("command", "changes", "said"),
+        [
+            ("drain", {"connections": 0}, "Nothing to drain: no connection is spliced."),
+            ("drain", {"connections": 1}, "Draining: 1 spliced connection goes back to plain TCP now."),
+            (
+                "pause",
+                {"changed": False, "connections": 0},
+                "Paused already: nothing is spliced until splicer resume.",
+            ),
+            ("resume", {"changed": False}, "Nothing to resume: splicing is not paused."),
+        ],
+    )
+    def test_they_are_idempotent_and_say_so(
+        self, invoke: Invoke, run_dir: str, daemon: Daemon, command: str, changes: dict[str, Any], said: str
+    ) -> None:
+        daemon.answers[command] |= changes
+        outcome = invoke(command, "--run-dir", run_dir)
+        assert (outcome.code, outcome.stdout, outcome.stderr) == (0, said + "\n", "")
+
+    def test_what_else_there_is_to_know(self, invoke: Invoke, run_dir: str, daemon: Daemon) -> None:
+        daemon.answers["set"] |= {"changed": ["process x"], "unchanged": [], "note": "nobody\x1b"}
+        said = invoke("set", "--process", "x", "off", "--run-dir", run_dir).stdout
+        assert said == "process x: off from now on\nNote: nobody?.\n"
 
     @pytest.mark.parametrize("arguments", [["policy", "x"], ["set", "x", "off"], ["unset", "x"]])
     def test_an_unknown_container(

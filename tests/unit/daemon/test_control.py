@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -499,3 +502,52 @@ def test_rows_are_missing(run_dir: str, last: bytes) -> None:
     with pytest.raises(SplicerError, match=r"cut off|no splicer"):
         list(rows)
     thread.join()
+
+
+SERVE = """
+import os, sys, time
+from splicer.daemon.control import Server
+class Log:
+    def __getattr__(self, name): return lambda *_, **__: None
+with Server(sys.argv[1], {"status": lambda _: {"schema": 1}}, Log(), allowed_uid=os.getuid()):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(run_dir: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that serves."""
+    with subprocess.Popen([sys.executable, "-c", SERVE, run_dir], stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def test_a_daemon_that_was_stopped_is_told_from_one_that_is_busy(
+    run_dir: str, other: subprocess.Popen[str]
+) -> None:
+    """Also by who would wait for longer: it would wait in vain."""
+    assert request(run_dir, "status") == {"schema": 1}
+    other.send_signal(signal.SIGSTOP)
+    for patience in (None, 1.5):
+        with pytest.raises(
+            SplicerError, match=rf"is stopped, by a signal or a debugger \(pid {other.pid}, "
+        ) as told:
+            request(run_dir, "status", timeout=30.0, patience=patience)
+        assert f"kill -CONT {other.pid}" in str(told.value.hint)
+    other.send_signal(signal.SIGCONT)
+    assert request(run_dir, "status") == {"schema": 1}
+
+
+@pytest.mark.parametrize("command", ["status", "drain"])
+def test_who_shows_something_is_told_how_to_wait_longer(run_dir: str, log: Log, command: str) -> None:
+    release = threading.Event()
+    with Server(run_dir, {command: lambda _: {"late": release.wait(10)}}, log, allowed_uid=os.getuid()):
+        with pytest.raises(SplicerError, match=r"did not answer within 0\.2 seconds \(pid \d+, ") as told:
+            request(run_dir, command, timeout=30.0, patience=0.2)
+        assert ("--timeout 30" in str(told.value.hint)) == (command == "status")
+        release.set()

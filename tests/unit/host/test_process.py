@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -177,3 +178,50 @@ def test_the_most_memory_that_there_was() -> None:
     size = before + (64 << 20)
     subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
     assert size <= read_peak() < size + (64 << 20)
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> str:
+    """A /proc with some processes by name; one whose name the kernel has cut off, and one that is gone."""
+    for pid, (comm, command) in {
+        "1": ("init", "/sbin/init"),
+        "20": ("php-fpm8.2", "php-fpm: pool www"),
+        "21": ("php-fpm8.2", "php-fpm: pool www"),
+        "30": ("a-very-long-nam", "/usr/bin/a-very-long-name\0--option"),
+        "31": ("a-very-long-nam", "something else"),
+        "self": ("php-fpm8.2", ""),
+    }.items():
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "comm").write_text(comm + "\n")
+        (tmp_path / pid / "cmdline").write_text(command)
+    (tmp_path / "40").mkdir()
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pids"),
+    [
+        ("init", {1}),
+        ("php-fpm*", {20, 21}),
+        ("php-fpm", set()),
+        ("a-very-long-name", {30}),
+        ("a-very-long-nam", {31}),
+        ("a-very-*", {30, 31}),
+        ("*", {1, 20, 21, 30, 31}),
+    ],
+)
+def test_processes_by_name(names: str, pattern: str, pids: set[int]) -> None:
+    assert process.find_by_name([pattern, "nobody"], names) == {pattern: pids, "nobody": frozenset()}
+
+
+def test_nobody_is_looked_for_in_vain() -> None:
+    assert process.find_by_name([], "/nowhere") == {}
+
+
+def test_who_is_stopped(sleeper: subprocess.Popen[bytes]) -> None:
+    assert not process.is_stopped(sleeper.pid)
+    sleeper.send_signal(signal.SIGSTOP)
+    os.waitpid(sleeper.pid, os.WUNTRACED)
+    assert process.is_stopped(sleeper.pid)
+    sleeper.send_signal(signal.SIGCONT)
+    assert not process.is_stopped(0)

@@ -29,7 +29,7 @@ def test_every_offset_the_programs_use_is_looked_up_and_none_else() -> None:
 def test_every_map_of_the_programs_is_pinned() -> None:
     maps = (compiler.find_sources() / "maps.h").read_text()
     pattern = (
-        r"^BPF_(?:F_TABLE\(.*?, (\w+), \w+, \w+\);|TABLE\(.*?, (\w+), \w+\);"
+        r"^BPF_(?:F_TABLE\(.*?, (\w+), \w+, \w+\);|TABLE\(.*?, (\w+), [\w +]+\);"
         r"|(?:SOCKHASH|SK_STORAGE|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
     )
     declared = re.findall(pattern, maps, re.M)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from splicer.errors import USAGE, SplicerError
+from splicer.policy import config
 from splicer.policy.config import RELOADABLE, VALUE_TYPES, Rule, Settings, load_file, reload, render, resolve
 
 
@@ -334,3 +335,34 @@ def test_what_is_printed_can_be_read_again(tmp_path: Path) -> None:
 
 def test_what_is_not_set_is_printed_as_a_comment() -> None:
     assert "# ready_file is not set" in render(resolve({}, {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SPLICER_MOED", "SPLICER_MODE"),
+        ("SPLICER_RUNDIR", "SPLICER_RUN_DIR"),
+        ("SPLICER_CONFIGURATION", "SPLICER_CONFIG"),
+        ("SPLICER_X", ""),
+    ],
+)
+def test_unknown_variables(name: str, meant: str) -> None:
+    [unknown] = config.find_unknown_variables({name: "1", "SPLICER_MODE": "eager", "PATH": "/bin"})
+    assert (unknown.name, unknown.meant) == (name, meant)
+    assert ("did you mean" in unknown.describe()) == bool(meant)
+
+
+def test_variables_of_kubernetes_and_of_links_are_no_mistake() -> None:
+    names = [
+        "SPLICER_SERVICE_HOST",
+        "SPLICER_SERVICE_PORT",
+        "SPLICER_SERVICE_PORT_METRICS",
+        "SPLICER_PORT",
+        "SPLICER_PORT_9469_TCP",
+        "SPLICER_PORT_9469_TCP_ADDR",
+        "SPLICER_NAME",
+        "SPLICER_ENV_PATH",
+        config.CONFIG_VARIABLE,
+        *map(config.variable_of, config.VALUE_TYPES),
+    ]
+    assert config.find_unknown_variables(dict.fromkeys(names, "x")) == []

@@ -18,7 +18,7 @@ from splicer.policy.entries import (
     compile_policy,
     find_changes,
 )
-from splicer.policy.precedence import RANK_LABELS, RANK_OVERRIDE, Host, find_cgroup, is_about
+from splicer.policy.precedence import RANK_LABELS, RANK_OVERRIDE, RANK_RULES, Host, find_cgroup, is_about
 from splicer.policy.rules import Rule
 
 ROOT = "/sys/fs/cgroup"
@@ -70,7 +70,7 @@ def test_labels_with_ports() -> None:
 
 def test_an_override_beats_labels_on_all_ports() -> None:
     web = container("web", 1, {"splicer.ports": "80"})
-    policy = compiled([web], overrides={"web": "off", "gone": "eager"})
+    policy = compiled([web], overrides={"gone": "eager", "web": "off"})
     assert policy.entries == {
         Key(CGROUP, 101, 80): Entry(ADAPTIVE, RANK_LABELS, 0, 0),
         Key(CGROUP, 101, 0): Entry(OFF, RANK_OVERRIDE, 0, 0),
@@ -90,8 +90,8 @@ def test_each_value_has_the_first_rule_that_says_something_about_it() -> None:
         Rule(container="*", mode="eager", blocking="refuse", ports=(80,), number=3),
     ]
     assert compiled([container("web", 1)], rules).entries == {
-        Key(CGROUP, 101, 0): Entry(OFF, 11, 1, 10),
-        Key(CGROUP, 101, 80): Entry(EAGER, 12, 0, 12),
+        Key(CGROUP, 101, 0): Entry(OFF, RANK_RULES + 1, 1, RANK_RULES),
+        Key(CGROUP, 101, 80): Entry(EAGER, RANK_RULES + 2, 0, RANK_RULES + 2),
     }
 
 
@@ -116,10 +116,13 @@ def test_networks_in_networks() -> None:
         for name, number in names.items()
     }
     assert by_number == {
-        "::ffff:a00:0/104": {0: Entry(OFF, 11, 0, 0)},
-        "::ffff:a01:0/112": {0: Entry(OFF, 11, 0, 0), 80: Entry(EAGER, 10, 0, 0)},
-        "::ffff:a01:203/128": {0: Entry(OFF, 11, 1, 12), 80: Entry(EAGER, 10, 0, 0)},
-        "::/0": {0: Entry(ADAPTIVE, 13, 0, 0)},
+        "::ffff:a00:0/104": {0: Entry(OFF, RANK_RULES + 1, 0, 0)},
+        "::ffff:a01:0/112": {0: Entry(OFF, RANK_RULES + 1, 0, 0), 80: Entry(EAGER, RANK_RULES, 0, 0)},
+        "::ffff:a01:203/128": {
+            0: Entry(OFF, RANK_RULES + 1, 1, RANK_RULES + 2),
+            80: Entry(EAGER, RANK_RULES, 0, 0),
+        },
+        "::/0": {0: Entry(ADAPTIVE, RANK_RULES + 3, 0, 0)},
         "::ffff:0:0/96": {},
     }
 
@@ -128,7 +131,7 @@ def test_containers_that_cannot_be_reached_and_cgroups_that_are_not_there() -> N
     lost = container("lost", 1, {"splicer.mode": "eager"}, cgroup_id=0, cgroup="")
     rules = [Rule(cgroup="gone.slice", mode="off"), Rule(cgroup="here.slice", mode="off", number=2)]
     assert compiled([lost], rules, {"lost": "off"}, cgroup_ids={"here.slice": 9}).entries == {
-        Key(CGROUP, 9, 0): Entry(OFF, 11, 0, 0)
+        Key(CGROUP, 9, 0): Entry(OFF, RANK_RULES + 1, 0, 0)
     }
 
 

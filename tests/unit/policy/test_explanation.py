@@ -134,5 +134,6 @@ def test_json() -> None:
         "addresses": ["172.17.0.1"],
         "notes": [],
     }
-    assert document["problems"] == [{"label": "splicer.enable", "value": "x", "accepted": "true or false"}]
+    problem = {"label": "splicer.enable", "value": "x", "accepted": "true or false", "meant": ""}
+    assert document["problems"] == [problem]
     assert document["parts"][0] == {"source": "labels", "says": "mode off", "used": True}

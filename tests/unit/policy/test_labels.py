@@ -12,7 +12,7 @@ from splicer.policy.labels import ENABLE, MODE, MOST_PORTS, PORTS, LabelPolicy, 
     ("labels", "policy"),
     [
         ({}, None),
-        ({"com.docker.compose.service": "web", "splicers.enable": "x"}, None),
+        ({"com.docker.compose.service": "web", "other.enable": "x"}, None),
         ({ENABLE: "true"}, LabelPolicy(None)),
         ({ENABLE: "TRUE"}, LabelPolicy(None)),
         ({ENABLE: "False"}, LabelPolicy("off")),
@@ -95,3 +95,28 @@ def test_ports() -> None:
     for text in ("1-3", "1,2,3", "1-2,3"):
         with pytest.raises(ValueError, match="more than 2 ports"):
             read_ports(text, 2)
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "meant"),
+    [
+        ("splicer.enabel", "true", ENABLE),
+        ("splicer.prots", "80", PORTS),
+        ("splicer.colour", "red", ""),
+        ("spliser.mode", "off", MODE),
+        ("Splicer.Mode", "off", MODE),
+        (MODE, "adaptve", "adaptive"),
+        (MODE, "OFF", "off"),
+        (ENABLE, "ture", "true"),
+        (ENABLE, "maybe", ""),
+        (PORTS, "http", ""),
+    ],
+)
+def test_what_was_meant(label: str, value: str, meant: str) -> None:
+    [problem] = read({label: value})[1]
+    assert (problem.label, problem.meant) == (label, meant)
+
+
+@pytest.mark.parametrize("label", ["com.docker.compose.service", "slice.mode", "traefik.enable", "s", "spl"])
+def test_other_peoples_labels_are_no_slips(label: str) -> None:
+    assert read({label: "x"}) == (None, ())

@@ -304,6 +304,7 @@ def test_settings_read_again_take_effect(world: World) -> None:
         "mode": "adaptive",
         "blocking": "refuse",
         "tcp_inq": "allow",
+        "paused": False,
     }
 
 
@@ -377,3 +378,102 @@ def test_everything_is_held_before_the_containers_are_known(world: World) -> Non
     assert world.read_rules()
     later.hold("a measurement", 20, None)
     assert not world.read_rules()
+
+
+def test_overrides_by_place_and_by_process(world: World) -> None:
+    """Each as its key, the newest with the lowest rank; processes are looked up again."""
+    (world.run_dir / "slice").mkdir()
+    inode = (world.run_dir / "slice").stat().st_ino
+    pids = {"redis*": frozenset({4711})}
+    reconciler = world.govern()
+    reconciler._find_processes = lambda names: {name: pids[name] for name in names}
+    for kind, text in (
+        ("cgroup", "slice"),
+        ("port", "80,81"),
+        ("address", "10.0.0.0/8"),
+        ("process", "redis*"),
+    ):
+        assert reconciler.override(text, "off", kind)[0]
+        assert reconciler.override(text, "off", kind)[0] == []
+    assert set(world.read_rules()) == {
+        (CGROUP, inode, 0),
+        (PORT, 0, 80),
+        (PORT, 0, 81),
+        (NETWORK, 1, 0),
+        (4, 4711, 0),
+    }
+    ranks = {RULE_KEY.unpack(key)[1]: RULE.unpack(value)[0] >> 33 for key, value in world.rules.items()}
+    assert ranks == {4: 1, NETWORK: 2, PORT: 3, CGROUP: 4}
+    assert not reconciler.have_processes_changed()
+    pids["redis*"] = frozenset({4711, 4712})
+    assert reconciler.have_processes_changed()
+    reconciler.apply()
+    assert (4, 4712, 0) in world.read_rules()
+    another = world.govern()
+    assert [mode for _, mode in another.list_overrides()] == ["off"] * 4
+    assert [subject.kind for subject, _ in another.list_overrides()] == [
+        "process",
+        "address",
+        "port",
+        "cgroup",
+    ]
+    for kind, text in (
+        ("cgroup", "slice"),
+        ("port", "80-81"),
+        ("address", "10.0.0.0/8"),
+        ("process", "redis*"),
+    ):
+        assert reconciler.override(text, None, kind)[0]
+    assert not world.rules.content
+
+
+def test_set_anew_is_the_newest(world: World) -> None:
+    reconciler = world.govern()
+    reconciler.override("80", "off", "port")
+    reconciler.override("::1", "adaptive", "address")
+    assert reconciler.override("80", "off", "port") == (["port 80"], [])
+    assert reconciler.list_overrides()[0][0].kind == "port"
+
+
+def test_too_many_overrides(world: World) -> None:
+    reconciler = world.govern()
+    for port in range(1, 257):
+        reconciler.override(str(port), "off", "port")
+    with pytest.raises(SplicerError, match="too many overrides"):
+        reconciler.override("1000", "off", "port")
+
+
+def test_paused_nothing_is_spliced_whatever_is_said(world: World) -> None:
+    """Also of containers that are not known yet; resumed, all is as before; a next daemon knows."""
+    world.run("web", 7, mode="eager")
+    reconciler = world.govern(mode="eager")
+    reconciler.apply()
+    before = world.read_rules()
+    assert reconciler.pause(True)
+    assert not reconciler.pause(True)
+    assert (world.live.read().mode, world.live.read().has_eager, world.read_rules()) == (0, False, {})
+    assert reconciler.describe()["paused"]
+    world.containers = None
+    another = world.govern(mode="eager")
+    another.apply()
+    assert (world.live.read().mode, world.read_rules()) == (0, {})
+    assert another.paused_seconds is not None
+    world.containers = {}
+    world.run("web", 7, mode="eager")
+    assert another.pause(False)
+    assert not another.pause(False)
+    assert (world.live.read().mode, world.read_rules()) == (2, before)
+    assert world.govern().paused_seconds is None
+
+
+def test_a_pause_that_cannot_be_stored_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reconciler = world.govern()
+    reconciler.apply()
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("splicer.policy.reconciler.overrides.store_pause", refuse)
+    with pytest.raises(SplicerError, match="Read-only"):
+        reconciler.pause(True)
+    assert world.live.read().mode == 1
