@@ -73,7 +73,7 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
             return findings
 
         sweeper.watch_all = watch_and_pause  # type: ignore[method-assign]
-        assert sweeper.drain(0.5) == CONNECTIONS
+        assert sweeper.drain(0.5).left == CONNECTIONS
     finally:
         sweeper.close()
         generation.close()

@@ -234,10 +234,10 @@ def test_asleep_since_before_its_flag_was_set(host: Host, lab: Lab) -> None:
 
 def _is_seen_asleep(host: Host, pair: Pair) -> bool:
     """Has either end of it been seen asleep in a read? struct end in bpf/types.h."""
-    size = struct.calcsize("=4I 4I Q 2I 2I 3Q 2I H 2B 3I")
+    size = struct.calcsize("=4I 4I Q 2I 3Q 2I H 2B 3I")
     for value in read_map(host, "pairs").values():
-        if struct.unpack_from("=I", value, 16 + 48)[0] == pair.client.local[1]:
-            ends = [struct.unpack_from("=88x H 2B", value, 16 + side * size) for side in (0, 1)]
+        if struct.unpack_from("=I", value, 16 + 40)[0] == pair.client.local[1]:
+            ends = [struct.unpack_from("=80x H 2B", value, 16 + side * size) for side in (0, 1)]
             assert ends[1][0] > 0, "it has read nothing"
             return any(asleep for _, _, asleep in ends)
     raise AssertionError("there is no such pair")

@@ -171,9 +171,8 @@ def test_build_whose_watch_was_an_iterator(lab: Lab, how: str) -> None:
 
 def test_build_with_other_records(lab: Lab, tmp_path: Path) -> None:
     """Nobody reads the records of the old generation; it is drained all the same, and nobody loses a byte."""
-    tree = copy_changed(
-        tmp_path, "bpf/types.h", "\tu32 pad;\n\tstruct dir", "\tu32 pad;\n\tu64 more[8];\n\tstruct dir"
-    )
+    last = "\tstruct direction dir[2];"
+    tree = copy_changed(tmp_path, "bpf/types.h", last, f"\tu64 more[8];\n{last}")
     layout = tree / "splicer" / "kernel" / "layout.py"
     text = layout.read_text()
     assert text.count(" 8B I 4x ") == 1
