@@ -16,6 +16,7 @@ from support.daemon import command_line, environment, wait_until
 from support.pauses import Stopwatch
 from support.tiers import thorough
 
+from splicer.bench.naive import NAMES
 from splicer.kernel.layout import WATCH_PAIRS
 
 # Of a connection that carries one request: the calls that the kernel makes at each of its steps, and no more
@@ -163,3 +164,16 @@ def test_what_connecting_costs() -> None:
     found = _measure("--connecting", "--alternations=1", patience=160)["connecting"]
     assert [row["name"] for row in found] == ["as it is", "--default off"]
     assert all(0 < value < 100 for row in found for name in ("ratio", "noise") for value in row[name])
+
+
+@pytest.mark.timeout(320)
+@thorough("three kinds of legs of five workloads; tests/unit/bench/test_naive.py has the sums")
+def test_against_a_program_that_always_redirects() -> None:
+    """It redirects, so does splicer, and nothing of it is left."""
+    before = list_objects()
+    found = _measure("naive", "-n1", "-t1", patience=200)
+    assert found["ok"] and not found["failures"]
+    assert [each["name"] for each in found["naive"]] == list(NAMES)
+    # Others may come and go; what it loads has these names.
+    fresh = {each.name for key, each in list_objects().items() if key not in before}
+    assert not fresh & {"redirect", "put_in", "redirected"}
