@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs with loads of their own, over the bridge: Redis and PostgreSQL, and what each brings for that."""
+"""Programs with loads of their own, over the bridge: Redis and PostgreSQL, with what each brings for that,
+and gRPC."""
 
 from __future__ import annotations
 
 import csv
+import json
 import pwd
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from pathlib import Path
 from splicer.bench import nginx
 from splicer.bench.model import Expected, Load, Metric, Sample
 from splicer.bench.services import find_postgresql
-from splicer.bench.testbed import SERVER_ADDRESS, Testbed, TestbedError, run_program
+from splicer.bench.testbed import LOADS, SERVER_ADDRESS, Testbed, TestbedError, run_load, run_program
 from splicer.bench.workloads import WRK_WORKLOADS, Wrk
 from splicer.host.process import read_machine_cpu_seconds
 
@@ -131,6 +134,16 @@ def read_pgbench(text: str) -> Sample:
     return Sample({"rate": rate, "p50_us": 1000 * latency}, requests=int(requests))
 
 
+def _prepare_grpc(_bed: Testbed) -> list[str]:
+    return [sys.executable, str(LOADS / "rpc.py"), "serve", SERVER_ADDRESS, str(PORT)]
+
+
+def _drive_grpc(bed: Testbed, load: Load) -> Sample:
+    where = (SERVER_ADDRESS, str(PORT), str(load.connections), str(load.seconds))
+    metrics = json.loads(run_load(bed, [sys.executable, str(LOADS / "rpc.py"), "call", *where], bed.client))
+    return Sample(metrics, requests=metrics.pop("calls"))
+
+
 APP_WORKLOADS: tuple[App | Wrk, ...] = (
     App(
         "redis",
@@ -146,6 +159,14 @@ APP_WORKLOADS: tuple[App | Wrk, ...] = (
         _prepare_postgresql,
         _drive_postgresql,
         unit="transaction",
+    ),
+    App(
+        "grpc",
+        "gRPC on its C core, 100 bytes there and back over the bridge; both ends are Python",
+        ("ip", "grpcio"),
+        _prepare_grpc,
+        _drive_grpc,
+        unit="call",
     ),
     *(each for each in WRK_WORKLOADS if each.proxied),
 )

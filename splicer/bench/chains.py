@@ -27,6 +27,7 @@ _PACKAGES = {
     "redis-benchmark": "redis-tools",
     "pgbench": "postgresql",
     "varnishd": "varnish",
+    "grpcio": "python3-grpcio",
 }
 # What is printed in the same way as the default: --only finds it without its suite.
 _FOUND_BY_NAME = ("wrk", "plain", "lives")

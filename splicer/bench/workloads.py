@@ -7,6 +7,7 @@ plain for ever (splicer pairs connections when they are made), or would still be
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from splicer.bench.wrk import COST, P50, P99, RATE, SLOWEST
 from splicer.host.process import read_machine_cpu_seconds
 
 OFF = ("--default", "off")
+# What is imported and not called, by the name of what is to be installed.
+_MODULES = {"grpcio": "grpc"}
 # What splicer does not splice, and what spins, may be so much slower, beyond the noise of the machine.
 REFUSED_BOUND = 0.98
 SPINNING_BOUND = 0.97
@@ -187,8 +190,14 @@ LIFE_WORKLOADS = tuple(
 
 
 def missing_programs(workload: Workload) -> list[str]:
-    """Programs that it wants and that are not installed."""
-    return [program for program in workload.programs if shutil.which(program) is None]
+    """Programs that it wants and that are not installed; or a module of Python's."""
+    return [program for program in workload.programs if not _is_installed(program)]
+
+
+def _is_installed(program: str) -> bool:
+    if module := _MODULES.get(program):
+        return importlib.util.find_spec(module) is not None
+    return shutil.which(program) is not None
 
 
 def describe_nginx() -> str:
