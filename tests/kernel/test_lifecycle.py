@@ -394,7 +394,7 @@ def test_nobody_runs() -> None:
             assert "splicer run" in hint
         outcome = call("status", "--json", place)
         assert outcome.code == NOT_RUNNING
-        assert json.loads(outcome.stdout) == {"schema": 1, "running": False}
+        assert json.loads(outcome.stdout) == {"schema": 1, "running": False, "loaded": False}
 
 
 def test_nouns_after_a_crash() -> None:

@@ -100,6 +100,13 @@ def _by_hand(host: Host) -> Iterator[Sweeper]:
         generation.close()
 
 
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """One of its own: of others' connections some may still be on their way out, for minutes."""
+    with Host() as made:
+        yield made
+
+
 def _sum_traffic(status: dict[str, Any]) -> list[int]:
     """Connections, and what was redirected, whoever it was; those that are closed are among them."""
     return [sum(row[key] for row in status["traffic"]) for key in ("connections", *AMOUNTS)]
