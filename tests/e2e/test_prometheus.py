@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Prometheus scrapes a real daemon: the queries of the dashboard and the alerts of examples/grafana."""
+"""A real Prometheus scrapes a real daemon: the dashboard's queries and the alerts of examples/grafana."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_dashboard_is_one() -> None:
 
 
 def test_every_query_returns_something(lab: Lab, engine: FakeEngine, tmp_path: Path) -> None:
-    """Of the dashboard, with traffic that is spliced and plain; and the sums are those of `splicer status`."""
+    """Of the dashboard, with spliced and plain traffic; and the sums are those of `splicer status`."""
     target = find_port()
     switch = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = switch.read_text()
@@ -104,7 +104,6 @@ def test_every_query_returns_something(lab: Lab, engine: FakeEngine, tmp_path: P
             switch.write_text("1")
             with prometheus(tmp_path / "prometheus", target, hasten(RULES)) as server:
                 host.make_hot(spliced)
-                waiting = dict(QUERIES[::-1])
                 waiting = {expression: title for title, expression in QUERIES}
 
                 def ask_all() -> bool:
@@ -170,9 +169,8 @@ def test_every_alert_fires(lab: Lab, engine: FakeEngine, tmp_path: Path) -> None
         hot = connect(host, lab, "web.service", "db.service")
         host.make_hot(hot)
         wait_until("it is scraped", lambda: server.read("splicer_adoptions_total") == 1, PATIENCE)
-        evaluated = "prometheus_rule_group_iterations_total"
-        wait_until("rules were looked at", lambda: server.ask('up{job="splicer"}'), PATIENCE)
-        assert evaluated and server.list_firing() == set()
+        wait_until("rules were looked at", lambda: server.count_evaluations() > 3, PATIENCE)
+        assert server.list_firing() == set()
 
         off = connect(host, lab, "web.service", "cache.service", OFF)
 

@@ -91,6 +91,12 @@ class Prometheus:
         assert len(found) <= 1, found
         return float(found[0]["value"][1]) if found else float("nan")
 
+    def count_evaluations(self) -> int:
+        """How often all rules were looked at, by the least of what Prometheus says of itself."""
+        text = fetch(self.port)[1]
+        found = re.findall(r"^prometheus_rule_group_iterations_total\{.*\} (\S+)$", text, re.M)
+        return int(min(map(float, found), default=0))
+
     def list_firing(self) -> set[str]:
         return {each["metric"]["alertname"] for each in self.ask('ALERTS{alertstate="firing"}')}
 
