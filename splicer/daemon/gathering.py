@@ -76,10 +76,7 @@ class Gatherer:
         self._pin_dir = pin_dir
         self._log = log
         self._services = Services(attribution.find_cgroup_owner)
-        self._ledgers = {
-            name: Ledger(self._services.name_pair, self._services.admit)
-            for name in (_BYTES, _MESSAGES, _PLAIN)
-        }
+        self._ledgers = {name: Ledger(self._services) for name in (_BYTES, _MESSAGES, _PLAIN)}
         # Nobody writes to a pin, so that is when the programs were loaded; and it tells them from others.
         pin = os.stat(os.path.join(pin_dir, "maps", "counters"))
         self._loaded = pin.st_mtime

@@ -9,24 +9,27 @@ is the difference to the exact total, and goes to the others.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-from splicer.metrics.services import OTHER, Pair
+from splicer.metrics.services import OTHER, Pair, Services
 
 Cgroups = tuple[int, int]
 Key = tuple[int, ...]
 # A difference counts once it was there at so many looks: what one of them missed is not lost.
 _LOOKS = 3
+# What has no name yet waits for one so long.
+NAME_PATIENCE_S = 3.0
 
 
 class Ledger:
     """The sums of one quantity. Not for several threads."""
 
-    def __init__(self, name_pair: Callable[[int, int], Pair], admit: Callable[[Pair], Pair]) -> None:
-        self._name_pair = name_pair
-        self._admit = admit
+    def __init__(self, services: Services, clock: Callable[[], float] = time.monotonic) -> None:
+        self._services = services
+        self._clock = clock
         self.sums: dict[Pair, int] = {}
         # What was last seen of each row in the kernel; of closed connections in all; and of all connections.
         self._rows: dict[Key, int] = {}
@@ -34,6 +37,8 @@ class Ledger:
         self._seen: dict[Cgroups, int] = {}
         self._absent: set[Hashable] = set()
         self._missing: deque[int] = deque(maxlen=_LOOKS)
+        # Until when those wait that have no name yet.
+        self._patience: dict[Cgroups, float] = {}
 
     def update(self, rows: Mapping[Key, int], passing: Mapping[Cgroups, int], total: int) -> None:
         """Take over what is new. `rows` are of closed connections, by keys that begin with the cgroups of
@@ -45,17 +50,29 @@ class Ledger:
             ends = key[0], key[1]
             self._closed[ends] = self._closed.get(ends, 0) + new
             self._rows[key] = value
+        waiting = 0
         for ends in self._closed.keys() | passing.keys():
             value = self._closed.get(ends, 0) + passing.get(ends, 0)
             new = value - self._seen.get(ends, 0)
-            if new > 0:
-                self._add(self._name_pair(*ends), new)
-                self._seen[ends] = value
+            if new <= 0:
+                continue
+            if self._is_waiting(ends):
+                waiting += new
+                continue
+            self._add(self._services.name_pair(*ends), new)
+            self._seen[ends] = value
         self._forget(rows, passing)
-        self._missing.append(total - sum(self.sums.values()))
+        self._missing.append(total - waiting - sum(self.sums.values()))
         if len(self._missing) == _LOOKS and (left := min(self._missing)) > 0:
-            self._add(self._admit((OTHER, OTHER)), left)
+            self._add(self._services.admit((OTHER, OTHER)), left)
             self._missing.clear()
+
+    def _is_waiting(self, ends: Cgroups) -> bool:
+        """It may get a name yet: what has been added to a sum stays there."""
+        if self._services.is_known(*ends):
+            self._patience.pop(ends, None)
+            return False
+        return self._clock() < self._patience.setdefault(ends, self._clock() + NAME_PATIENCE_S)
 
     def _add(self, pair: Pair, value: int) -> None:
         self.sums[pair] = self.sums.get(pair, 0) + value
@@ -65,13 +82,16 @@ class Ledger:
         moment."""
         alive = {(key[0], key[1]) for key in rows} | passing.keys()
         absent: set[Hashable] = {key for key in self._rows if key not in rows}
-        absent |= {("ends", ends) for ends in self._seen if ends not in alive}
+        known = self._seen.keys() | self._closed.keys() | self._patience.keys()
+        absent |= {("ends", ends) for ends in known if ends not in alive}
         for key in [key for key in self._rows if key in absent and key in self._absent]:
             del self._rows[key]
-        for ends in list(self._seen):
+        for ends in known:
             if ("ends", ends) in absent and ("ends", ends) in self._absent:
-                del self._seen[ends]
-                self._closed.pop(ends, None)
+                seen = self._seen.pop(ends, 0)
+                if (left := self._closed.pop(ends, 0) - seen) > 0:  # it got no name
+                    self._add(self._services.name_pair(*ends), left)
+                self._patience.pop(ends, None)
         self._absent = absent
 
     # -- across daemons ------------------------------------------------------------------------------------

@@ -162,9 +162,13 @@ def test_there_is_an_end_to_series(watched: Host, lab: Lab, port: int) -> None:
     host = watched
     server = host.peer(lab, "b", cgroup=host.cgroup.child("db.service"))
     client = host.peer(lab, "a", cgroup=host.cgroup.child("first.service"))
+    letters = "abcdefghij"
+    places = [
+        host.cgroup.child(f"web-{letters[number // 10]}{letters[number % 10]}.service")
+        for number in range(MOST_NAMES + 10)
+    ]
     series: Series = {}
-    for number in range(MOST_NAMES + 10):
-        place = host.cgroup.child(f"web{'abcdefghij'[number % 10]}{'abcdefghij'[number // 10]}.service")
+    for place in places:
         place.add(client.pid)
         pair = host.connect(client, server, lab.address("b"))
         pair.pingpong(5, 300, 300)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from splicer.metrics import store
-from splicer.metrics.ledger import Ledger
+from splicer.metrics.ledger import NAME_PATIENCE_S, Ledger
 from splicer.metrics.services import Services
 from splicer.model import Owner
 
 
 def make() -> tuple[Ledger, Services]:
     services = Services(lambda cgroup: Owner(container=f"c{cgroup % 7}"))
-    return Ledger(services.name_pair, services.admit), services
+    return Ledger(services), services
 
 
 class Kernel:
@@ -93,6 +93,44 @@ def test_what_a_look_missed_is_not_the_others() -> None:
         ledger.update({}, {}, 200)
         ledger.update({(1, 2, 0): 200}, {}, 200)
         assert ledger.sums == {("c1", "c2"): 200}
+
+
+def make_nameless() -> tuple[Ledger, dict[int, Owner], list[float]]:
+    """With names that come later, and a clock."""
+    owners: dict[int, Owner] = {}
+    now = [0.0]
+    services = Services(lambda cgroup: owners.get(cgroup, Owner()))
+    return Ledger(services, lambda: now[0]), owners, now
+
+
+def test_a_name_that_comes_a_moment_later() -> None:
+    """What waits for it is nobody's yet, and not the others' either."""
+    ledger, owners, now = make_nameless()
+    owners[1] = Owner(container="c1")
+    for _ in range(5):
+        ledger.update({}, {(1, 2): 100}, 100)
+        assert not ledger.sums
+    now[0] += NAME_PATIENCE_S / 2
+    owners[2] = Owner(container="late")
+    ledger.update({}, {(1, 2): 150}, 150)
+    assert ledger.sums == {("c1", "late"): 150}
+
+
+def test_a_name_that_never_comes() -> None:
+    ledger, _, now = make_nameless()
+    ledger.update({}, {(1, 2): 100, (0, 0): 7}, 107)
+    assert ledger.sums == {("unknown", "unknown"): 7}, "nobody will tell of cgroup 0"
+    now[0] += NAME_PATIENCE_S
+    ledger.update({}, {(1, 2): 100, (0, 0): 7}, 107)
+    assert ledger.sums == {("unknown", "unknown"): 107}
+
+
+def test_forgotten_before_it_had_a_name() -> None:
+    ledger, _, _ = make_nameless()
+    ledger.update({(1, 2, 0): 100}, {}, 100)
+    for _ in range(4):
+        ledger.update({}, {}, 100)
+    assert ledger.sums == {("unknown", "unknown"): 100}
 
 
 def test_nothing_is_kept_of_those_that_are_gone() -> None:
