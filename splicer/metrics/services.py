@@ -77,7 +77,7 @@ class Services:
         return self.admit((self._name(client), self._name(server)))
 
     def is_known(self, client: int, server: int) -> bool:
-        """Has every cgroup that the programs have noted a name by now? A new one may get it a moment later."""
+        """Has each cgroup that the programs have noted a name? A new one may get it a moment later."""
         return not any(each and name_service(self._find_owner(each)) == UNKNOWN for each in (client, server))
 
     def admit(self, pair: Pair) -> Pair:
