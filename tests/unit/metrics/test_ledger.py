@@ -85,6 +85,13 @@ def test_what_is_forgotten_unseen_is_the_others() -> None:
     assert ledger.sums == {("c1", "c2"): 10, ("other", "other"): 5}
 
 
+def test_a_row_that_was_forgotten_and_begun_anew() -> None:
+    ledger, _ = make()
+    ledger.update({(1, 2, 0): 100}, {}, 100)
+    ledger.update({(1, 2, 0): 30}, {}, 130)
+    assert ledger.sums == {("c1", "c2"): 130}
+
+
 def test_what_a_look_missed_is_not_the_others() -> None:
     """It was open, closed during the look, and is found by the next one."""
     ledger, _ = make()
