@@ -436,7 +436,8 @@ enum counter {
 	COUNT_LOOKS,		/* reads that observe looked into */
 	COUNT_REFUSED,		/* + enum reason */
 	COUNT_PLAIN = COUNT_REFUSED + NR_REASONS,	/* + enum reason: bytes of closed connections through TCP */
-	NR_COUNTERS = COUNT_PLAIN + NR_REASONS,
+	COUNT_WENT_BACK = COUNT_PLAIN + NR_REASONS,	/* + enum reason: COUNT_DRAINED, by why */
+	NR_COUNTERS = COUNT_WENT_BACK + NR_REASONS,
 };
 
 /* What one run of adopt saw. Cleared by the daemon before the run. */

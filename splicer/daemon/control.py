@@ -352,21 +352,19 @@ def peer_uid(peer: socket.socket) -> int:
     return int(uid)
 
 
-def remove_stale(path: str) -> bool:
+def remove_stale(path: str, what: str = "control socket") -> bool:
     """Remove the socket file at `path` that nobody listens on. True when there was one.
 
-    Raises SplicerError when somebody does listen, or when the file is no socket.
+    `what` is what to call it. Raises SplicerError when somebody does listen, or when the file is no socket.
     """
     try:
         status = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+        raise SplicerError(f"cannot look at the {what} ({path}: {error.strerror})") from error
     if not stat.S_ISSOCK(status.st_mode):
-        raise SplicerError(
-            f"a file is in the place of the control socket ({path})", hint=f"look at it: ls -l {path}"
-        )
+        raise SplicerError(f"a file is in the place of the {what} ({path})", hint=f"look at it: ls -l {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -377,9 +375,9 @@ def remove_stale(path: str) -> bool:
             return True
         except OSError as error:
             if error.errno != errno.EAGAIN and not isinstance(error, TimeoutError):
-                raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+                raise SplicerError(f"cannot look at the {what} ({path}: {error.strerror})") from error
     raise SplicerError(
-        f"another process listens on the control socket ({path})", hint=f"find it with: ss -xlp | grep {path}"
+        f"another process listens on the {what} ({path})", hint=f"find it with: ss -xlp | grep {path}"
     )
 
 

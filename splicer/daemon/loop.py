@@ -16,8 +16,10 @@ from splicer.daemon.attribution import Attribution
 from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.coverage import CoverageReporter
+from splicer.daemon.endpoint import Endpoint, Source
 from splicer.daemon.enlistment import Enlistment
 from splicer.daemon.explain import Explainer
+from splicer.daemon.gathering import Gatherer
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
@@ -39,6 +41,9 @@ from splicer.kernel.layout import CensusState, EventType, read_event
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
+from splicer.metrics import store
+from splicer.metrics.histogram import Timings
+from splicer.metrics.page import Page
 from splicer.policy import config
 from splicer.policy.advice import Facts
 from splicer.policy.config import Settings
@@ -90,11 +95,17 @@ class Daemon:
         self._mailbox = Mailbox()
         self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
         self._signals = Signals(self._mailbox.write_fd, log)
+        self._timings = Timings()
+        self._endpoint = Endpoint(settings.metrics, log)
 
     # -- life ----------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Attach, serve until a signal, drain, detach. Returns the exit code."""
+        with self._endpoint:
+            return self._run()
+
+    def _run(self) -> int:
         settings = self._settings
         may_answer = settings.fionread == "auto"
         kernel = probes.require_class(may_answer=may_answer)
@@ -113,6 +124,7 @@ class Daemon:
             )
             fionread = self._find_who_answers(kernel, plan)
             self._sweeper = self._generation.sweeper()
+            self._sweeper.timing = self._timings.sweeps.timing
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
             self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
@@ -130,6 +142,7 @@ class Daemon:
                 if self._enlister is not None:
                     self._enlister.close()
                 self._generation.remove()
+                store.remove(settings.run_dir)
         self._log.info("stopped")
         return 0
 
@@ -202,6 +215,7 @@ class Daemon:
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
         gauge = self._generation.gauge()
+        volumes = self._generation.volumes()
         attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
         explainer = Explainer(
             self._cgroup,
@@ -231,12 +245,10 @@ class Daemon:
             self._leases.describe,
             self._reload_report.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
-            CoverageReporter(
-                self._generation.volumes(), attribution, self._census.describe, self._read_facts
-            ),
+            CoverageReporter(volumes, attribution, self._census.describe, self._read_facts),
         )
         handlers = requests.by_command() | {"explain": explainer.answer}
-        with watcher, self._networks:
+        with contextlib.ExitStack() as opened, watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
             with (
@@ -252,10 +264,34 @@ class Daemon:
                     start_seconds=round(read_own_age(), 2),
                     peak_mib=round(read_peak() / (1 << 20)),
                 )
+                if self._endpoint.is_on:
+                    gatherer = Gatherer(
+                        kernel_class,
+                        fionread,
+                        maps,
+                        self._sweeper,
+                        volumes,
+                        attribution,
+                        self._reconciler,
+                        watcher.describe,
+                        self._mailbox,
+                        self._timings,
+                        requests.find_trouble,
+                        self._settings.run_dir,
+                        self._settings.pin_dir,
+                        self._log,
+                    )
+                    page = Page(gatherer.read)
+                    source = Source(page.render, requests.find_trouble, self._find_hindrance)
+                    opened.enter_context(self._endpoint.serving(source))
                 notify.tell(os.environ, "READY=1")
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+
+    def _find_hindrance(self) -> str:
+        """Why this is not ready, or not any more; empty if it is."""
+        return "stopping" if self._signals.stops else ""
 
     def _read_facts(self) -> Facts:
         host = self._reconciler.describe()
@@ -308,8 +344,9 @@ class Daemon:
                 while not self._signals.stops:
                     poll.poll(self._next_timeout())
                     self._mailbox.empty_pipe()
-                    ring.consume()
-                    self._work()
+                    with self._timings.turns.timing():
+                        ring.consume()
+                        self._work()
         finally:
             ring.close()
 
@@ -381,7 +418,8 @@ class Daemon:
             self._log.warning("sweeps_held_up", namespaces=self._held)
 
     def _go_on_patrol(self) -> None:
-        report = self._patrol.work()
+        with self._timings.rounds.timing():
+            report = self._patrol.work()
         if report.rescued:
             self._log.warning("rescued", ends=report.rescued)
         for cookie in report.orphaned:

@@ -123,7 +123,7 @@ class RequestHandlers:
             states[name] += living.states[number]
         host = self._reconciler.describe()
         settings = self._sweeper.settings.read()
-        beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
+        trouble = self.find_trouble()
         status = Status(
             pid=read_own_pid(),
             version=__version__,
@@ -146,8 +146,8 @@ class RequestHandlers:
             adoption="walk" if settings.walking else "name",
             blocking_readers="told apart" if settings.switched else "refused",
             uptime_seconds=round(time.monotonic() - self._started, 3),
-            healthy=beating and not self._reconciler.failure,
-            trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),
+            healthy=not trouble,
+            trouble=trouble,
             docker=self._watcher.describe(),
             census=self._describe_census(),
             networks=self._describe_networks(),
@@ -163,6 +163,11 @@ class RequestHandlers:
             usage=asdict(read_own_usage()),
         )
         return status.to_json()
+
+    def find_trouble(self) -> str:
+        """Why this is not healthy; empty if it is."""
+        beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
+        return self._reconciler.failure or ("" if beating else "the daemon's loop does not turn")
 
     def _describe_pause(self) -> dict[str, Any]:
         since = self._reconciler.paused_seconds

@@ -36,6 +36,9 @@ COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
 COUNT_PLAIN = COUNT_REFUSED + len(REASON_NAMES)
 """Index of the first of as many more: bytes of closed connections that TCP has carried."""
+COUNT_WENT_BACK = COUNT_PLAIN + len(REASON_NAMES)
+"""Index of the first of as many more: connections that went back to plain TCP, by why."""
+NR_COUNTERS = COUNT_WENT_BACK + len(REASON_NAMES)
 
 
 class EventType(enum.IntEnum):

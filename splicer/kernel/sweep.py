@@ -150,6 +150,8 @@ class Sweeper:
         # Cookies of the namespaces where a sweep is held up.
         self._held: set[int] = set()
         self.settings = SettingsMap(maps["settings"])
+        self.timing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered around each sweep by who wants to know how long they take."""
 
     def _clear(self) -> None:
         for index in range(len(SWEEP)):
@@ -172,6 +174,10 @@ class Sweeper:
 
     def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         """Visit every socket of the namespaces (cookie to processes likely in it) once."""
+        with self.timing():
+            return self._sweep(namespaces)
+
+    def _sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         self._clear()
         held = 0
         for cookie, pids in namespaces.items():

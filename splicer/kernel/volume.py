@@ -59,6 +59,19 @@ class Volumes:
     is_complete: bool
 
 
+@dataclass(frozen=True)
+class VolumeRows:
+    """What TCP has carried, in bytes, row by row: `closed` as the kernel keeps it, until it forgets;
+    `passing` by the cgroups of client and server, what is open and what is about to be among the closed.
+    `total` is of all, exact but for what closed meanwhile, and `reasons` of all that is closed, by enum
+    reason."""
+
+    closed: Mapping[tuple[int, ...], int]
+    passing: Mapping[tuple[int, int], int]
+    total: int
+    reasons: tuple[int, ...]
+
+
 class VolumeReader:
     """Reads the maps, and runs tally. May be used by several threads."""
 
@@ -84,6 +97,25 @@ class VolumeReader:
                 is_complete = False
             redirected = self._sum(_REDIRECTED)
             return Volumes(self._since, redirected, dict(found), is_complete)
+
+    def read_rows(self) -> VolumeRows:
+        """For who adds up by himself. Raises KernelError."""
+        with self._guard:
+            reasons = tuple(self._sum(COUNT_PLAIN + reason) for reason in range(len(REASON_NAMES)))
+            closed = {
+                VOLUME_KEY.unpack(key): VOLUME.unpack(raw)[1] for key, raw in self._maps["volumes"].items()
+            }
+            passing: defaultdict[tuple[int, int], int] = defaultdict(int)
+            for client, server, _, connections, size in self._read_recent():
+                if connections:
+                    passing[client, server] += size
+            standing: defaultdict[VolumeKey, Volume] = defaultdict(Volume)
+            with contextlib.suppress(libbpf.KernelError):
+                self._read_open(standing)
+            for key, volume in standing.items():
+                passing[key.client, key.server] += volume.size
+            total = sum(reasons) + sum(volume.size for volume in standing.values())
+            return VolumeRows(closed, dict(passing), total, reasons)
 
     def find_tenants(self) -> dict[int, set[int]]:
         """Ids of cgroups that have living connections, each with the processes that read last on them.
@@ -111,15 +143,18 @@ class VolumeReader:
 
         for key, value in self._maps["volumes"].items():
             add(*VOLUME_KEY.unpack(key), *VOLUME.unpack(value))
-        recent = self._maps["recent"]
-        for slot in range(recent.max_entries):
-            for fields in RECENT_VOLUME.iter_unpack(recent.get(struct.pack("=I", slot)) or b""):
-                if fields[3]:
-                    add(*fields)
+        for fields in self._read_recent():
+            if fields[3]:
+                add(*fields)
         for reason, size in enumerate(known):
             # The sums are exact. Parties are forgotten when there are too many.
             if (missing := self._sum(COUNT_PLAIN + reason) - size) > 0:
                 found[VolumeKey(0, 0, reason)] += Volume(0, missing)
+
+    def _read_recent(self) -> Iterator[tuple[int, ...]]:
+        recent = self._maps["recent"]
+        for slot in range(recent.max_entries):
+            yield from RECENT_VOLUME.iter_unpack(recent.get(struct.pack("=I", slot)) or b"")
 
     def _read_open(self, found: defaultdict[VolumeKey, Volume]) -> bool:
         if self._run is None:

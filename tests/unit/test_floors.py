@@ -26,7 +26,7 @@ PACKAGE = Path(splicer.__file__).resolve().parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "model", "text", "logs"),
     ("host",),
-    ("kernel", "containers"),
+    ("kernel", "containers", "metrics"),
     ("policy",),
     ("daemon",),
     ("doctor", "bench"),
@@ -44,12 +44,13 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "structlog": frozenset({"logs"}),
     "docker": frozenset({"containers.engine"}),
     "matplotlib": frozenset({"bench.plots"}),
+    "prometheus_client": frozenset({"metrics.page"}),
 }
 # Shared objects are found by name and not by an import statement. libbcc carries a libbpf of its own.
 SHARED_OBJECTS: dict[str, str] = {"bpf": "kernel.libbpf", "bcc": "kernel.compiler"}
 
 # What must not be needed to show a help text, or to ask a daemon that somebody else has started.
-HEAVY = ("bcc", "ctypes", "docker", "matplotlib", "psutil", "pyroute2", "structlog")
+HEAVY = ("bcc", "ctypes", "docker", "matplotlib", "prometheus_client", "psutil", "pyroute2", "structlog")
 
 
 @dataclass(frozen=True)
