@@ -22,6 +22,7 @@ from . import (
     completion,
     doctor,
     drain,
+    events,
     explain,
     flows,
     invocation,
@@ -44,6 +45,7 @@ COMMANDS = {
     "status": status,
     "flows": flows,
     "explain": explain,
+    "events": events,
     "policy": policy,
     "advise": advise,
     "set": set_,
@@ -69,6 +71,7 @@ examples:
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
   splicer explain 10.0.0.1:40000 10.0.0.2:80    all about one connection
+  splicer events --follow               what happens, as it happens
   splicer advise                        what would have more of it spliced
   splicer policy                        which containers are, and who says so
   splicer set demo-web-1 off            leave a container alone for now

@@ -17,7 +17,9 @@ from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.enlistment import Enlistment
+from splicer.daemon.events import EventHandler, EventNoter
 from splicer.daemon.explain import Explainer
+from splicer.daemon.journal import Journal, NotingLog
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
@@ -68,7 +70,8 @@ class Daemon:
         `require_compiler`, where nothing can be compiled."""
         self._settings = settings
         self._cgroup = cgroup
-        self._log = log
+        self._journal = Journal()
+        self._log: Logger = NotingLog(log, self._journal)
         self._reread = reread or (lambda: settings)
         self._require_compiler = require_compiler
         self._generation: generation.Generation
@@ -78,6 +81,8 @@ class Daemon:
         self._leases: LeaseKeeper
         self._enlister: Enlister | None = None
         self._enlistment: Enlistment
+        self._events: EventNoter
+        self._attribution: Attribution
         self._census: CensusTaker
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
@@ -88,8 +93,8 @@ class Daemon:
         self._reload_report = ReloadReport()
         self._attempts = Attempts()
         self._mailbox = Mailbox()
-        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
-        self._signals = Signals(self._mailbox.write_fd, log)
+        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), self._log)
+        self._signals = Signals(self._mailbox.write_fd, self._log)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -117,8 +122,13 @@ class Daemon:
             self._patrol = Patrol(self._sweeper)
             self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
             self._enlister = self._generation.enlister(self._log)
+            self._events = EventNoter(self._journal, self._sweeper)
             self._enlistment = Enlistment(
-                self._enlister, self._queues, self._patrol.ask, self._sweeper.find_pair
+                self._enlister,
+                self._queues,
+                self._patrol.ask,
+                self._sweeper.find_pair,
+                note=self._events.note_outcome,
             )
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
@@ -202,7 +212,9 @@ class Daemon:
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
         gauge = self._generation.gauge()
-        attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
+        attribution = self._attribution = Attribution(
+            lambda: watcher.read_inventory() or {}, scopes, Processes()
+        )
         explainer = Explainer(
             self._cgroup,
             maps,
@@ -235,7 +247,8 @@ class Daemon:
                 self._generation.volumes(), attribution, self._census.describe, self._read_facts
             ),
         )
-        handlers = requests.by_command() | {"explain": explainer.answer}
+        events = EventHandler(self._journal, attribution, self._sweeper.find_raw_pair)
+        handlers = requests.by_command() | {"explain": explainer.answer, "events": events.answer}
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
@@ -256,6 +269,7 @@ class Daemon:
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+                events.end()
 
     def _read_facts(self) -> Facts:
         host = self._reconciler.describe()
@@ -316,6 +330,7 @@ class Daemon:
     def _receive(self, record: bytes) -> None:
         """Take note of an event of the programs."""
         event = read_event(record)
+        self._events.receive(event)
         if event.type == EventType.ADOPT:
             self._attempts.note(event.name)
             self._networks.attend(event.netns, event.tgid)
@@ -373,6 +388,7 @@ class Daemon:
         ended = wanted.is_hold_over()
         if ended or wanted.failure or wanted.have_cgroups_changed() or wanted.have_processes_changed():
             self._apply_policy()
+        self._events.tend(self._attribution)
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
             process.give_memory_back()
