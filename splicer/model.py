@@ -66,6 +66,9 @@ REASONS: dict[str, str] = {name: text for name, text in _REASONS if name}
 """Reason name to one sentence, for help texts and documents."""
 
 
+TOP_KEYS = ("bytes", "redirected", "plain", "messages", "connections")
+"""What `splicer top` can be sorted by: rates, and the number of connections."""
+
 # The last ones are what the command adds to what the daemon tells.
 MISSED = "missed"
 DAEMON_GONE, DAEMON_BACK, DAEMON_RESTARTED = "daemon_gone", "daemon_back", "daemon_restarted"

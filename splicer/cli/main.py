@@ -33,6 +33,7 @@ from . import (
     resume,
     run,
     status,
+    top,
     unload,
     unset,
     version,
@@ -46,6 +47,7 @@ COMMANDS = {
     "flows": flows,
     "explain": explain,
     "events": events,
+    "top": top,
     "policy": policy,
     "advise": advise,
     "set": set_,
@@ -71,6 +73,7 @@ examples:
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
   splicer explain 10.0.0.1:40000 10.0.0.2:80    all about one connection
+  splicer top                           how much goes between whom, live
   splicer events --follow               what happens, as it happens
   splicer advise                        what would have more of it spliced
   splicer policy                        which containers are, and who says so

@@ -24,6 +24,7 @@ from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
+from splicer.daemon.rates import RateReporter
 from splicer.daemon.ready import ready_file
 from splicer.daemon.reloading import ReloadReport
 from splicer.daemon.requests import RequestHandlers
@@ -83,6 +84,7 @@ class Daemon:
         self._enlistment: Enlistment
         self._events: EventNoter
         self._attribution: Attribution
+        self._rates: RateReporter
         self._census: CensusTaker
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
@@ -226,6 +228,12 @@ class Daemon:
             self._census.describe,
             v2_root,
         )
+        # One for all: they share a map in which is added up.
+        volumes = self._generation.volumes()
+        coverage = CoverageReporter(volumes, attribution, self._census.describe, self._read_facts)
+        rates = self._rates = RateReporter(
+            self._sweeper, maps["traffic"], volumes, attribution, coverage.find_owner
+        )
         requests = RequestHandlers(
             self._cgroup,
             kernel_class,
@@ -243,12 +251,14 @@ class Daemon:
             self._leases.describe,
             self._reload_report.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
-            CoverageReporter(
-                self._generation.volumes(), attribution, self._census.describe, self._read_facts
-            ),
+            coverage,
         )
         events = EventHandler(self._journal, attribution, self._sweeper.find_raw_pair)
-        handlers = requests.by_command() | {"explain": explainer.answer, "events": events.answer}
+        handlers = requests.by_command() | {
+            "explain": explainer.answer,
+            "events": events.answer,
+            "top": rates.answer,
+        }
         with watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
@@ -391,6 +401,7 @@ class Daemon:
         self._events.tend(self._attribution)
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
+            self._rates.forget()
             process.give_memory_back()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held

@@ -433,6 +433,11 @@ def read_standing(value: bytes) -> tuple[int, int]:
     return _STANDING.unpack_from(value, _STATE)
 
 
+def read_standings(values: memoryview) -> Iterator[tuple[int, int]]:
+    """The same of pairs, given one after the other."""
+    return zip(_read_column(values, "I", _STATE), _read_column(values, "I", _STATE + 4), strict=True)
+
+
 def read_names(values: memoryview) -> list[int]:
     """The names (both numbers in one) of pairs, given one after the other."""
     return _read_column(values, "Q", 0)

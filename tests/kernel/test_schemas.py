@@ -19,7 +19,7 @@ from splicer.cli.main import COMMANDS
 # What has no --json: one that runs, one that prints what it removes, and one that prints a script.
 WITHOUT = {"run", "unload", "completion"}
 # What prints an object for each thing that it has to tell.
-LINES = {"events"}
+LINES = {"events", "top"}
 
 
 def test_every_command_that_has_json_has_a_schema() -> None:
@@ -86,6 +86,8 @@ def _walk(lab: Lab, engine: FakeEngine) -> None:
             ("unset", "web"),
             ("unset", "--port", "1"),
             ("events",),
+            ("top", "-n", "1"),
+            ("top", "-n", "1", "--connections"),
             ("version",),
         ]
         for arguments in asked:
