@@ -19,6 +19,7 @@ from splicer.text import ColourChoice, Palette, printable, wants_colour
 from . import (
     advise,
     bench,
+    bundle,
     completion,
     doctor,
     drain,
@@ -58,6 +59,7 @@ COMMANDS = {
     "unload": unload,
     "bench": bench,
     "doctor": doctor,
+    "bundle": bundle,
     "version": version,
     "completion": completion,
 }
