@@ -18,12 +18,15 @@ from splicer.daemon.control import Server
 from splicer.daemon.coverage import CoverageReporter
 from splicer.daemon.endpoint import Endpoint, Source
 from splicer.daemon.enlistment import Enlistment
+from splicer.daemon.events import EventHandler, EventNoter
 from splicer.daemon.explain import Explainer
 from splicer.daemon.gathering import Gatherer
+from splicer.daemon.journal import Journal, NotingLog
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
+from splicer.daemon.rates import RateReporter
 from splicer.daemon.ready import ready_file
 from splicer.daemon.reloading import ReloadReport
 from splicer.daemon.requests import RequestHandlers
@@ -73,7 +76,8 @@ class Daemon:
         `require_compiler`, where nothing can be compiled."""
         self._settings = settings
         self._cgroup = cgroup
-        self._log = log
+        self._journal = Journal()
+        self._log: Logger = NotingLog(log, self._journal)
         self._reread = reread or (lambda: settings)
         self._require_compiler = require_compiler
         self._generation: generation.Generation
@@ -83,6 +87,9 @@ class Daemon:
         self._leases: LeaseKeeper
         self._enlister: Enlister | None = None
         self._enlistment: Enlistment
+        self._events: EventNoter
+        self._attribution: Attribution
+        self._rates: RateReporter
         self._census: CensusTaker
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
@@ -93,10 +100,10 @@ class Daemon:
         self._reload_report = ReloadReport()
         self._attempts = Attempts()
         self._mailbox = Mailbox()
-        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
-        self._signals = Signals(self._mailbox.write_fd, log)
+        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), self._log)
+        self._signals = Signals(self._mailbox.write_fd, self._log)
         self._timings = Timings()
-        self._endpoint = Endpoint(settings.metrics, log)
+        self._endpoint = Endpoint(settings.metrics, self._log)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -129,8 +136,13 @@ class Daemon:
             self._patrol = Patrol(self._sweeper)
             self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
             self._enlister = self._generation.enlister(self._log)
+            self._events = EventNoter(self._journal, self._sweeper)
             self._enlistment = Enlistment(
-                self._enlister, self._queues, self._patrol.ask, self._sweeper.find_pair
+                self._enlister,
+                self._queues,
+                self._patrol.ask,
+                self._sweeper.find_pair,
+                note=self._events.note_outcome,
             )
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
@@ -215,8 +227,9 @@ class Daemon:
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
         gauge = self._generation.gauge()
-        volumes = self._generation.volumes()
-        attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
+        attribution = self._attribution = Attribution(
+            lambda: watcher.read_inventory() or {}, scopes, Processes()
+        )
         explainer = Explainer(
             self._cgroup,
             maps,
@@ -227,6 +240,12 @@ class Daemon:
             self._attempts,
             self._census.describe,
             v2_root,
+        )
+        # One for all: they share a map in which is added up.
+        volumes = self._generation.volumes()
+        coverage = CoverageReporter(volumes, attribution, self._census.describe, self._read_facts)
+        rates = self._rates = RateReporter(
+            self._sweeper, maps["traffic"], volumes, attribution, coverage.find_owner
         )
         requests = RequestHandlers(
             self._cgroup,
@@ -245,9 +264,14 @@ class Daemon:
             self._leases.describe,
             self._reload_report.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
-            CoverageReporter(volumes, attribution, self._census.describe, self._read_facts),
+            coverage,
         )
-        handlers = requests.by_command() | {"explain": explainer.answer}
+        events = EventHandler(self._journal, attribution, self._sweeper.find_raw_pair)
+        handlers = requests.by_command() | {
+            "explain": explainer.answer,
+            "events": events.answer,
+            "top": rates.answer,
+        }
         with contextlib.ExitStack() as opened, watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
@@ -288,6 +312,7 @@ class Daemon:
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+                events.end()
 
     def _find_hindrance(self) -> str:
         """Why this is not ready, or not any more; empty if it is."""
@@ -353,6 +378,7 @@ class Daemon:
     def _receive(self, record: bytes) -> None:
         """Take note of an event of the programs."""
         event = read_event(record)
+        self._events.receive(event)
         if event.type == EventType.ADOPT:
             self._attempts.note(event.name)
             self._networks.attend(event.netns, event.tgid)
@@ -410,8 +436,10 @@ class Daemon:
         ended = wanted.is_hold_over()
         if ended or wanted.failure or wanted.have_cgroups_changed() or wanted.have_processes_changed():
             self._apply_policy()
+        self._events.tend(self._attribution)
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
+            self._rates.forget()
             process.give_memory_back()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held

@@ -405,6 +405,7 @@ def read_seed(value: bytes) -> Pair:
 
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
+_STANDING = struct.Struct("=2I")
 _END_TGID = (16 + 84, 16 + _END_SIZE + 84)
 _END_FLAGS = (16 + 88, 16 + _END_SIZE + 88)
 _END_CGROUP = (16 + 64, 16 + _END_SIZE + 64)
@@ -428,6 +429,16 @@ def _read_column(values: memoryview, kind: str, offset: int) -> list[int]:
     words = values.cast(kind)  # type: ignore[call-overload]  # it wants a literal
     column: list[int] = words[offset // size :: PAIR.size // size].tolist()
     return column
+
+
+def read_standing(value: bytes) -> tuple[int, int]:
+    """State and reason of a pair."""
+    return _STANDING.unpack_from(value, _STATE)
+
+
+def read_standings(values: memoryview) -> Iterator[tuple[int, int]]:
+    """The same of pairs, given one after the other."""
+    return zip(_read_column(values, "I", _STATE), _read_column(values, "I", _STATE + 4), strict=True)
 
 
 def read_names(values: memoryview) -> list[int]:

@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from splicer.kernel import libbpf
@@ -24,6 +24,7 @@ from splicer.kernel.layout import (
 )
 from splicer.model import REASON_NAMES
 
+_NAME = struct.Struct("=Q")
 _REDIRECTED = COUNTERS.index("redirected_bytes")
 
 
@@ -116,6 +117,30 @@ class VolumeReader:
                 passing[key.client, key.server] += volume.size
             total = sum(reasons) + sum(volume.size for volume in standing.values())
             return VolumeRows(closed, dict(passing), total, reasons)
+
+    def read_each(self, wanted: Iterable[tuple[int, VolumeKey]]) -> dict[int, int]:
+        """Bytes that TCP has carried of these open connections, one by one: by name. Each comes with what it
+        counts for, as its record says; of one for which that has changed meanwhile nothing is known.
+
+        Raises KernelError.
+        """
+        if self._run is None:
+            return {}
+        found: dict[int, int] = {}
+        standing, run, context = self._maps["standing"], self._run.run, self._run.context
+        with self._guard:
+            self._empty(standing)
+            so_far: dict[VolumeKey, int] = {}
+            context[:] = bytes(TALLY_REQUEST_SIZE)
+            for name, key in wanted:
+                _NAME.pack_into(context, 0, name)
+                run()
+                value = standing.get(VOLUME_KEY.pack(key.client, key.server, key.reason))
+                size = VOLUME.unpack(value)[1] if value else 0
+                found[name] = size - so_far.get(key, 0)
+                so_far[key] = size
+            self._empty(standing)
+        return found
 
     def find_tenants(self) -> dict[int, set[int]]:
         """Ids of cgroups that have living connections, each with the processes that read last on them.

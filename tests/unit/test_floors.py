@@ -45,12 +45,23 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "docker": frozenset({"containers.engine"}),
     "matplotlib": frozenset({"bench.plots"}),
     "prometheus_client": frozenset({"metrics.page"}),
+    "curses": frozenset({"cli.screen"}),
 }
 # Shared objects are found by name and not by an import statement. libbcc carries a libbpf of its own.
 SHARED_OBJECTS: dict[str, str] = {"bpf": "kernel.libbpf", "bcc": "kernel.compiler"}
 
 # What must not be needed to show a help text, or to ask a daemon that somebody else has started.
-HEAVY = ("bcc", "ctypes", "docker", "matplotlib", "prometheus_client", "psutil", "pyroute2", "structlog")
+HEAVY = (
+    "bcc",
+    "ctypes",
+    "curses",
+    "docker",
+    "matplotlib",
+    "prometheus_client",
+    "psutil",
+    "pyroute2",
+    "structlog",
+)
 
 
 @dataclass(frozen=True)
