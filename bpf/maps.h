@@ -21,6 +21,8 @@
 #define MAX_VOLUMES	4096
 #define RECENT_SLOTS	32	/* a power of two */
 #define EVENT_PAGES		16	/* a power of two */
+#define MAX_TAPPED		1	/* the command makes its own, larger */
+#define TAP_PAGES		1	/* the same */
 
 /* The spliced ends. The verdict program is attached to this map. */
 BPF_SOCKHASH(spliced, struct end_key, MAX_PAIRS * 2);
@@ -102,3 +104,17 @@ BPF_TABLE("percpu_array", int, u64, counters, NR_COUNTERS);
 BPF_TABLE("array", int, struct pair, blank, 1);
 
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
+
+/*
+ * For `splicer tap`. Its program stands in the one place of `taps` while somebody taps. It
+ * is not pinned: the kernel empties such a map as soon as nobody has it open, so however
+ * the command ends, nothing is left. The others are made by the command, for its program.
+ */
+BPF_PROG_ARRAY(taps, 1);
+BPF_TABLE("array", int, struct tap_settings, tap_settings, 1);
+BPF_F_TABLE("hash", struct pair_id, struct tap_flow, tap_flows, MAX_TAPPED, BPF_F_NO_PREALLOC);
+/* enum tap_choice, where the command decides. */
+BPF_F_TABLE("hash", struct pair_id, u32, tap_choices, MAX_TAPPED, BPF_F_NO_PREALLOC);
+/* Bytes and pieces of connections for which there was no room in tap_flows. */
+BPF_TABLE("array", int, u64, tap_unknown, 2);
+BPF_RINGBUF_OUTPUT(tap_ring, TAP_PAGES);
