@@ -226,17 +226,22 @@ def _make_flow(fields: tuple[int, ...], about: str) -> Flow:
     return Flow((ways[CLIENT], ways[SERVER]), netns, about)
 
 
+def _count(number: int, noun: str) -> str:
+    """To the byte: somebody may add it up."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def explain_gap(piece: Piece) -> str:
     """What is missing before it, and why; empty if nothing is."""
     said = []
     if piece.missed:
         said.append(
-            f"{plural(piece.missed_bytes, 'byte')} before this missed by splicer tap "
-            f"({plural(piece.missed, 'message')}: no room in the buffer)"
+            f"{_count(piece.missed_bytes, 'byte')} before this missed by splicer tap "
+            f"({_count(piece.missed, 'message')}: no room in the buffer)"
         )
     if piece.through_tcp:
         said.append(
-            f"{plural(piece.through_tcp, 'byte')} before this went through TCP, where tcpdump sees them"
+            f"{_count(piece.through_tcp, 'byte')} before this went through TCP, where tcpdump sees them"
         )
     return "; ".join(said)
 
@@ -349,16 +354,19 @@ def summarise(totals: Totals, *, most: int = 10) -> list[str]:
         return [f"{said}; none missed"]
     lines = [said]
     if missed:
-        lines.append(f"missed: {plural(missed, 'message')} ({size} bytes), there was no room in the buffer")
+        lines.append(
+            f"missed: {_count(missed, 'message')} ({_count(size, 'byte')}), there was no room in the buffer"
+        )
         ordered = sorted(totals.lost.items(), key=lambda item: -item[1][1])
         lines += [
-            f"  {name}: {plural(pieces, 'message')}, {lost} bytes" for name, (pieces, lost) in ordered[:most]
+            f"  {name}: {_count(pieces, 'message')}, {_count(lost, 'byte')}"
+            for name, (pieces, lost) in ordered[:most]
         ]
         if len(ordered) > most:
             lines.append(f"  and {len(ordered) - most} more")
         lines.append("hint: a larger --buffer, a filter, or a smaller --snaplen")
     if totals.undecided:
         lines.append(
-            f"left out: {plural(totals.undecided, 'message')} of connections that the daemon did not describe"
+            f"left out: {_count(totals.undecided, 'message')} of connections that the daemon did not describe"
         )
     return lines
