@@ -8,8 +8,9 @@ that of TCP is 0: nothing was ever sent.
 
 from __future__ import annotations
 
+import os
 import struct
-from typing import BinaryIO
+from collections.abc import Sequence
 
 _SECTION, _INTERFACE, _STATISTICS, _PACKET = 0x0A0D0D0A, 1, 5, 6
 _BYTE_ORDER = 0x1A2B3C4D
@@ -83,12 +84,33 @@ def _options(*options: tuple[int, bytes]) -> bytes:
     return found + bytes(4) if found else b""
 
 
-class Writer:
-    """One section. The first block is written as it is made."""
+# Less than so many bytes are sooner copied than given to the kernel apart.
+_COPIED = 1024
+# IOV_MAX, include/uapi/linux/uio.h.
+_AT_ONCE = 1024
 
-    def __init__(self, file: BinaryIO, *, snaplen: int, application: str, system: str) -> None:
+
+def write_all(fd: int, parts: Sequence[bytes | memoryview]) -> None:
+    """Write all of them, one after the other, as they lie there. Raises OSError."""
+    for start in range(0, len(parts), _AT_ONCE):
+        some = list(parts[start : start + _AT_ONCE])
+        left = sum(map(len, some))
+        while left:
+            written = os.writev(fd, some)
+            left -= written
+            if left:
+                while written >= len(some[0]):
+                    written -= len(some.pop(0))
+                some[0] = memoryview(some[0])[written:]
+
+
+class Writer:
+    """One section. Everything is written at the next `flush`, without being copied before."""
+
+    def __init__(self, fd: int, *, snaplen: int, application: str, system: str) -> None:
         """`snaplen`: bytes that are kept of a packet at most, its headers among them."""
-        self._file = file
+        self._fd = fd
+        self._parts: list[bytes | memoryview] = []
         self._snaplen = snaplen
         self._interfaces = 0
         options = _options((_SECTION_OS, system.encode()), (_SECTION_APPLICATION, application.encode()))
@@ -96,7 +118,12 @@ class Writer:
 
     def _write(self, kind: int, body: bytes) -> None:
         size = len(body) + 12
-        self._file.write(b"".join((struct.pack("=2I", kind, size), body, struct.pack("=I", size))))
+        self._parts.append(b"".join((struct.pack("=2I", kind, size), body, struct.pack("=I", size))))
+
+    def flush(self) -> None:
+        """Write what there is. Raises OSError."""
+        write_all(self._fd, self._parts)
+        self._parts.clear()
 
     def add_interface(self, name: str, description: str) -> int:
         """Returns its number."""
@@ -120,8 +147,8 @@ class Writer:
         comment: str = "",
         dropped: int = 0,
     ) -> None:
-        """`time_ns`: since 1970. `size`: of the payload, of which so many bytes are given as are kept.
-        `dropped`: packets of this interface before this one that are missing."""
+        """`time_ns`: since 1970. `size`: of the payload, of which so many bytes are given as are kept; they
+        must stay there until `flush`. `dropped`: packets of this interface before this one that are missing."""
         room = self._snaplen - len(headers)
         if len(payload) > room:
             payload, headers = payload[: max(room, 0)], headers[: self._snaplen]
@@ -136,7 +163,10 @@ class Writer:
             _PACKET, total, interface, time_ns >> 32, time_ns & 0xFFFFFFFF, kept, len(headers) + size
         )
         tail = bytes(padding) + options + struct.pack("=I", total)
-        self._file.write(b"".join((head, headers, payload, tail)))
+        if len(payload) < _COPIED:
+            self._parts.append(b"".join((head, headers, payload, tail)))
+        else:
+            self._parts += (head + headers, payload, tail)
 
     def add_statistics(
         self, interface: int, time_ns: int, *, received: int, dropped: int, comment: str = ""

@@ -7,7 +7,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from splicer.kernel.layout import CLIENT, SERVER, TAP_RECORD, TapChoice, format_endpoint
 from splicer.pcapng import Route, Writer
@@ -140,13 +140,15 @@ class Capture:
         for name, fields in fresh.items():
             row = rows.get(name)
             if self._is_wanted is not None:
-                if row is None:
+                # One that has ended meanwhile is known by its addresses only.
+                if self._is_wanted(row or _list_addresses(fields)):
+                    self._choose(name, TapChoice.WANTED)
+                elif row is None:
                     continue  # asked about again with its next message
-                if not self._is_wanted(row):
+                else:
                     self._unwanted.add(name)
                     self._choose(name, TapChoice.UNWANTED)
                     continue
-                self._choose(name, TapChoice.WANTED)
             self._flows[name] = _make_flow(fields, _name_ends(row))
             self.totals.connections += 1
 
@@ -213,11 +215,20 @@ def _name_ends(row: Row | None) -> str:
     return f"client {client or '?'}, server {server or '?'}" if client or server else ""
 
 
+def _find_ends(fields: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
+    """Address and port of the client, and of the server."""
+    ends = [(fields[2:6], fields[11]), (fields[6:10], fields[12])]
+    return ends[::-1] if fields[18] == SERVER else ends
+
+
+def _list_addresses(fields: tuple[int, ...]) -> Row:
+    """What a row would say of them."""
+    client, server = (format_endpoint(*end) for end in _find_ends(fields))
+    return {"local": client, "remote": server}
+
+
 def _make_flow(fields: tuple[int, ...], about: str) -> Flow:
-    local, remote, netns = fields[2:6], fields[6:10], fields[10]
-    ends = [(local, fields[11]), (remote, fields[12])]
-    if fields[18] == SERVER:
-        ends.reverse()
+    ends, netns = _find_ends(fields), fields[10]
     ways = []
     for sender in (CLIENT, SERVER):
         source, target = ends[sender], ends[1 - sender]
@@ -250,9 +261,8 @@ class Packets:
     """A pcapng file. The ends of each network namespace are an interface of their own, since addresses in
     one are no addresses in another."""
 
-    def __init__(self, file: BinaryIO, *, snaplen: int, version: str, system: str) -> None:
-        self._file = file
-        self._writer = Writer(file, snaplen=snaplen, application=f"splicer tap {version}", system=system)
+    def __init__(self, fd: int, *, snaplen: int, version: str, system: str) -> None:
+        self._writer = Writer(fd, snaplen=snaplen, application=f"splicer tap {version}", system=system)
         self._interfaces: dict[int, int] = {}
         self._received: dict[int, int] = {}
         self._dropped: dict[int, int] = {}
@@ -284,7 +294,7 @@ class Packets:
         return found
 
     def flush(self) -> None:
-        self._file.flush()
+        self._writer.flush()
 
     def finish(self, totals: Totals, time_ns: int) -> None:
         missed, size = totals.missed
@@ -296,7 +306,7 @@ class Packets:
             self._writer.add_statistics(
                 number, time_ns, received=received, dropped=dropped, comment=comment if number == 0 else ""
             )
-        self._file.flush()
+        self._writer.flush()
 
 
 class Text:

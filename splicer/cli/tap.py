@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from splicer import __version__
 from splicer.doctor import prerequisites
@@ -131,9 +131,11 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     if arguments.hex and arguments.write:
         raise SplicerError("--hex is for the terminal, and -w for a file", hint="choose one", exit_code=USAGE)
     prerequisites.require_privileges("tap")
+    from splicer.kernel.layout import TAP_PORTS
     from splicer.kernel.tap import Tap, TapPlan
 
-    is_filtered = bool(ports or names or networks)
+    # A few ports are chosen by the program itself, so nothing can come too late.
+    is_filtered = bool(names or networks or len(ports) > TAP_PORTS)
 
     def is_wanted(row: Row) -> bool:
         return bool(flows.select([row], (), ports, names)) and _is_in(row, networks)
@@ -257,13 +259,14 @@ def _open_sink(
     if path == "-" and context.stdout.isatty():
         raise SplicerError("packets are nothing for a terminal", hint="give a file to -w", exit_code=USAGE)
     try:
-        file: BinaryIO = os.fdopen(os.dup(1), "wb") if path == "-" else open(path, "wb")  # noqa: SIM115
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.dup(1) if path == "-" else os.open(path, flags, 0o600)
     except OSError as error:
         raise SplicerError(f"cannot write {printable(path)}: {error.strerror}") from error
-    opened.callback(file.close)
+    opened.callback(os.close, fd)
     kernel = os.uname()
     return Packets(
-        file,
+        fd,
         snaplen=snaplen,
         version=__version__,
         system=f"{kernel.sysname} {kernel.release} {kernel.machine}",
