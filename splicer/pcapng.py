@@ -148,7 +148,7 @@ class Writer:
         dropped: int = 0,
     ) -> None:
         """`time_ns`: since 1970. `size`: of the payload, of which so many bytes are given as are kept; they
-        must stay there until `flush`. `dropped`: packets of this interface before this one that are missing."""
+        must stay there until `flush`. `dropped`: so many of this interface are missing before this one."""
         room = self._snaplen - len(headers)
         if len(payload) > room:
             payload, headers = payload[: max(room, 0)], headers[: self._snaplen]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
+from splicer.errors import SplicerError
 from splicer.kernel.layout import CLIENT, SERVER, TAP_RECORD, TapChoice, format_endpoint
 from splicer.pcapng import Route, Writer
 from splicer.text import human_bytes, plural
@@ -294,7 +295,12 @@ class Packets:
         return found
 
     def flush(self) -> None:
-        self._writer.flush()
+        try:
+            self._writer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise SplicerError(f"cannot write packets: {error.strerror}") from error
 
     def finish(self, totals: Totals, time_ns: int) -> None:
         missed, size = totals.missed
@@ -306,7 +312,7 @@ class Packets:
             self._writer.add_statistics(
                 number, time_ns, received=received, dropped=dropped, comment=comment if number == 0 else ""
             )
-        self._writer.flush()
+        self.flush()
 
 
 class Text:
