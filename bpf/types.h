@@ -602,4 +602,9 @@ struct tap_record {
 	u64 missed;
 };
 
+/* As splicer/kernel/layout.py has them. */
+_Static_assert(sizeof(struct tap_settings) == 48, "a setting was added");
+_Static_assert(sizeof(struct tap_flow) == 40, "a number was added");
+_Static_assert(sizeof(struct tap_record) == 104, "a field was added");
+
 #endif
