@@ -105,12 +105,10 @@ BPF_TABLE("array", int, struct pair, blank, 1);
 
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 
-/*
- * For `splicer tap`. Its program stands in the one place of `taps` while somebody taps. It
- * is not pinned: the kernel empties such a map as soon as nobody has it open, so however
- * the command ends, nothing is left. The others are made by the command, for its program.
- */
+/* Where the program of `splicer tap` stands while somebody taps. */
 BPF_PROG_ARRAY(taps, 1);
+
+/* The rest is made by the command, for its program. */
 BPF_TABLE("array", int, struct tap_settings, tap_settings, 1);
 BPF_F_TABLE("hash", struct pair_id, struct tap_flow, tap_flows, MAX_TAPPED, BPF_F_NO_PREALLOC);
 /* enum tap_choice, where the command decides. */

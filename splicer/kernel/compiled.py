@@ -13,7 +13,7 @@ from typing import Any
 
 from splicer.kernel import libbpf
 from splicer.kernel.libbpf import MapShape
-from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS, TAPS
+from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS
 
 _INSTRUCTION = 8  # bytes
 
@@ -93,7 +93,7 @@ class Compiled:
     def _check(self) -> None:
         """Everything is there that is asked for."""
         missing = {program.function for program in (*PROGRAMS, *ANSWERS, TAP)} - set(self.code)
-        missing |= {*MAPS, *TAP_MAPS, TAPS} - {shape.name for shape in self.maps}
+        missing |= {*MAPS, *TAP_MAPS} - {shape.name for shape in self.maps}
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for function, code in self.code.items():

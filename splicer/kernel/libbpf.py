@@ -44,7 +44,6 @@ CALL = 0x85
 PSEUDO_KFUNC_CALL = 2
 
 BPF_MAP_TYPE_ARRAY = 2
-BPF_MAP_TYPE_PROG_ARRAY = 3
 BPF_MAP_TYPE_SOCKHASH = 18
 BPF_ANY = 0
 ENOTSUPP = 524  # include/linux/errno.h, not for user space and seen there all the same

@@ -128,24 +128,6 @@ def _open(kind: str, number: int) -> int | None:
         raise
 
 
-def open_map_of(program_fd: int, name: str) -> int | None:
-    """Descriptor of the map with this name (15 characters at most) that a program uses, pinned or not; None
-    if it uses none such. Raises KernelError."""
-    info = libbpf.ProgramInfo()
-    libbpf.read_info(program_fd, info)
-    numbers = (ct.c_uint32 * info.nr_map_ids)()
-    wanted = libbpf.ProgramInfo(nr_map_ids=len(numbers), map_ids=ct.addressof(numbers))
-    libbpf.read_info(program_fd, wanted)
-    for number in numbers:
-        fd = _open("map", number)
-        if fd is None:
-            continue
-        if read_map(fd).name == name:
-            return fd
-        os.close(fd)
-    return None
-
-
 def query(fd: int, attach_type: int) -> list[int]:
     """Ids of the programs that are attached to a cgroup, or to a sockmap, itself. Raises KernelError."""
     attached = (ct.c_uint32 * _MOST_ATTACHED)()

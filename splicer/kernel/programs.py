@@ -151,9 +151,9 @@ MAPS = (
     "counters",
     "blank",
     "events",
+    "taps",
 )
-# Not pinned: verdict has the first one, and the command makes the others for its program.
-TAPS = "taps"
+# Not pinned: the command makes them for its program.
 TAP_MAPS = ("tap_settings", "tap_flows", "tap_choices", "tap_unknown", "tap_ring")
 
 # What it takes to drain a generation; those of other builds may lack the rest.

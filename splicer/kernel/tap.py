@@ -2,9 +2,8 @@
 """The tap: a program that verdict goes on in while somebody wants to see what is redirected.
 
 verdict has a map of programs with one place (`taps`), which is empty. A tail call into an empty place costs a
-few instructions. The map is pinned nowhere, and the kernel empties such a map when its last descriptor is
-closed (prog_array_map_clear() in kernel/bpf/arraymap.c). So however the process ends that taps, the program
-is out of the way, and all of it is gone.
+few instructions. Whoever taps has a lock on the directory of pinned programs, which ends with his process. If
+a program stands there and nobody has the lock, the daemon takes it away.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import dataclasses
 import fcntl
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from splicer.errors import FAILURE, NOT_RUNNING, SplicerError
+from splicer.errors import NOT_RUNNING, SplicerError
 from splicer.kernel import compiler, libbpf, objects
 from splicer.kernel.cache import Cache
 from splicer.kernel.layout import TAP_FLOW, TAP_PORTS, TAP_SETTINGS, TapChoice
 from splicer.kernel.loader import Linker
-from splicer.kernel.programs import MAPS, TAP, TAP_MAPS, TAPS
+from splicer.kernel.programs import MAPS, TAP, TAP_MAPS
 from splicer.kernel.ring import Ring
 from splicer.kernel.store import Store
 from splicer.logs import Logger
@@ -77,18 +76,15 @@ class Tap:
             ) from error
         self._pairs = libbpf.Map(os.dup(pinned["pairs"]))
         self._files.callback(self._pairs.close)
-        self._claim()
-        taps = objects.open_map_of(verdict, TAPS)
+        self._files.enter_context(_claim(plan.pin_dir))
         sources = compiler.collect(self._pairs.max_entries)
         built = os.readlink(os.path.join(plan.pin_dir, "build"))
-        if taps is None or built not in (sources.name_build(True), sources.name_build(False)):
-            if taps is not None:
-                os.close(taps)
+        if built not in (sources.name_build(True), sources.name_build(False)):
             raise SplicerError(
                 "the programs that are loaded are of another version of splicer than this command",
                 hint="restart the daemon, or use the command that belongs to it",
             )
-        self._taps = libbpf.Map(taps)
+        self._taps = libbpf.Map(os.dup(pinned["taps"]))
         self._files.callback(self._taps.close)
         compiled = Store(sources, Cache(plan.cache_dir), log, require_compiler).fetch()
         sizes = {"tap_flows": MAX_FLOWS, "tap_choices": MAX_FLOWS, "tap_ring": plan.buffer}
@@ -121,16 +117,6 @@ class Tap:
     def _keep(self, fd: int) -> int:
         self._files.callback(os.close, fd)
         return fd
-
-    def _claim(self) -> None:
-        """Be the only one. Ends with the process."""
-        fd = self._keep(os.open(os.path.join(self._plan.pin_dir, "programs"), os.O_RDONLY | os.O_CLOEXEC))
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SplicerError(
-                "somebody taps already, and there can be one", hint="end the other one", exit_code=FAILURE
-            ) from None
 
     @property
     def is_of_use(self) -> bool:
@@ -179,3 +165,31 @@ class Tap:
         with contextlib.suppress(OSError):
             self.stop()
         self._files.close()
+
+
+class _ClaimedError(SplicerError):
+    """Somebody else taps."""
+
+
+@contextlib.contextmanager
+def _claim(pin_dir: str) -> Iterator[None]:
+    """Be the only one. Ends with the process. Raises SplicerError."""
+    fd = os.open(os.path.join(pin_dir, "programs"), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise _ClaimedError("somebody taps already, and there can be one", hint="end the other one") from None
+    finally:
+        os.close(fd)
+
+
+def remove_dead(pin_dir: str, taps: libbpf.Map) -> bool:
+    """Take away the program of somebody who is gone. One look at a map, if there is none. Raises OSError."""
+    if taps.get(_PLACE) is None:
+        return False
+    try:
+        with _claim(pin_dir):
+            return taps.delete(_PLACE)
+    except _ClaimedError:
+        return False

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from splicer.kernel import libbpf, objects
+from splicer.kernel import libbpf
 from support.daemon import Outcome, command_line, environment, wait_until
 from support.host import Host
 
@@ -99,13 +99,7 @@ def list_complaints(file: Path) -> list[list[str]]:
 
 def list_tappers(pin_dir: Path) -> list[bytes]:
     """Ids of the programs that verdict goes on in."""
-    verdict = libbpf.open_pin(str(pin_dir / "programs" / "verdict"))
-    try:
-        fd = objects.open_map_of(verdict, "taps")
-    finally:
-        os.close(verdict)
-    assert fd is not None, "verdict has no such map"
-    taps = libbpf.Map(fd)
+    taps = libbpf.Map.open(str(pin_dir / "maps" / "taps"))
     try:
         found = taps.get(bytes(4))
     finally:

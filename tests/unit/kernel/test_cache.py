@@ -20,11 +20,11 @@ from splicer.kernel.cache import KEPT, OFF, Cache, CacheError
 from splicer.kernel.compiled import Compiled, find_references
 from splicer.kernel.compiler import Sources
 from splicer.kernel.libbpf import LD_IMM64, PSEUDO_MAP_FD, MapShape
-from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS, TAPS
+from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS
 
 NAME = "0123456789abcdef" * 2
 OTHER = "f" * 32
-ALL_MAPS = (*MAPS, *TAP_MAPS, TAPS)
+ALL_MAPS = (*MAPS, *TAP_MAPS)
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 
 

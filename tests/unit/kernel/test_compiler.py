@@ -30,7 +30,7 @@ def test_every_map_of_the_programs_is_pinned_or_the_taps() -> None:
     maps = (compiler.find_sources() / "maps.h").read_text()
     pattern = (
         r"^BPF_(?:F_TABLE\(.*?, (\w+), \w+, \w+\);|TABLE\(.*?, (\w+), [\w +]+\);"
-        r"|(?:SOCKHASH|SK_STORAGE|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
+        r"|(?:SOCKHASH|SK_STORAGE|PROG_ARRAY|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
     )
     declared = re.findall(pattern, maps, re.M)
     assert sorted(name for names in declared for name in names if name) == sorted((*MAPS, *TAP_MAPS))
