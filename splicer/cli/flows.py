@@ -156,7 +156,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's flows."""
     settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
     states = frozenset(arguments.state or ())
-    ports = frozenset(_read_port(given) for given in arguments.port or ())
+    ports = frozenset(read_port(given) for given in arguments.port or ())
     names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
     limit = _read_limit(arguments.limit)
     patience = options.read_timeout(arguments)
@@ -197,7 +197,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
-def _read_port(given: str) -> int:
+def read_port(given: str) -> int:
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= 65535):
         raise SplicerError(
             f"bad value for --port: {printable(given)}",

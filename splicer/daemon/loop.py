@@ -37,7 +37,7 @@ from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.host.process import Processes, read_own_age, read_peak, sees_host_pids
 from splicer.host.scopes import Scopes
-from splicer.kernel import answer, generation, libbpf, neighbours, probes, trials
+from splicer.kernel import answer, generation, libbpf, neighbours, probes, tap, trials
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
@@ -437,6 +437,8 @@ class Daemon:
         if ended or wanted.failure or wanted.have_cgroups_changed() or wanted.have_processes_changed():
             self._apply_policy()
         self._events.tend(self._attribution)
+        if tap.remove_dead(self._settings.pin_dir, self._generation.maps["taps"]):
+            self._log.info("tap_removed", note="its command ended without taking it away")
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
             self._rates.forget()

@@ -115,6 +115,14 @@ class EndFlag(enum.IntFlag):
     SLEEPLESS = 512
 
 
+class TapChoice(enum.IntEnum):
+    """Does `splicer tap` want a connection?"""
+
+    UNDECIDED = 0
+    WANTED = 1
+    UNWANTED = 2
+
+
 LOOK_BITS = 4
 WATCH_PAIRS = 8
 """So many pairs does one run of watch look at."""
@@ -212,6 +220,10 @@ TALLY_PAIRS = 12
 TALLY_REQUEST_SIZE = 8 * TALLY_PAIRS
 """struct tally_request in bytes: names."""
 EVENT = struct.Struct("=2I Q 2Q 2I")
+TAP_PORTS = 8
+TAP_SETTINGS = struct.Struct(f"=3I {TAP_PORTS}I 4x")
+TAP_FLOW = struct.Struct("=2I 2Q 2Q")
+TAP_RECORD = struct.Struct("=2Q " + _ADDRESS + " 4I 3B 5x 2Q")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
 _ADDRESS_FIELDS = 8 + 1 + 2

@@ -24,7 +24,7 @@ PACKAGE = Path(splicer.__file__).resolve().parent
 
 # From the ground up. Rooms on one floor know nothing of each other, and a room may use all that is below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "model", "text", "logs"),
+    ("errors", "model", "text", "logs", "pcapng"),
     ("host",),
     ("kernel", "containers", "metrics"),
     ("policy",),
