@@ -42,12 +42,12 @@ def name(legend: str, labels: dict[str, str]) -> str:
 
 
 def draw_panel(axes: Any, panel: dict[str, Any], server: str, seconds: float) -> None:
-    """A line for each series that is not 0 all the time."""
+    """A line for each series; of several by label, those that are not 0 all the time."""
     factor, unit = SCALES.get(panel["fieldConfig"]["defaults"]["unit"], (1, ""))
     for target in panel["targets"]:
         for series in fetch(server, target["expr"], seconds):
             points = [(float(when), factor * float(value)) for when, value in series["values"]]
-            if len(panel["targets"]) > 1 or any(value for _, value in points):
+            if "{{" not in target["legendFormat"] or any(value for _, value in points):
                 label = name(target["legendFormat"], series["metric"])
                 times = [(when - time.time()) / 60 for when, _ in points]
                 axes.plot(times, [value for _, value in points], label=label, linewidth=1)
@@ -76,7 +76,7 @@ def main(server: str, output: str, minutes: str = "60") -> None:
     for axes in list(places.flat)[len(panels) :]:
         axes.axis("off")
     figure.tight_layout()
-    figure.savefig(output, dpi=90)
+    figure.savefig(output, dpi=65)
 
 
 if __name__ == "__main__":

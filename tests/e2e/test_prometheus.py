@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ def test_every_query_returns_something(lab: Lab, engine: FakeEngine, tmp_path: P
                 wait_until("it was drained", lambda: host.daemon.totals()["drained"] == 1)
                 spliced.close()
                 wait_until("Prometheus and status agree", lambda: not find_difference(server, host), PATIENCE)
+                picture = tmp_path / "dashboard.png"
+                draw = [sys.executable, str(EXAMPLES / "draw.py")]
+                check(*draw, f"http://127.0.0.1:{server.port}", str(picture), "1")
+                assert picture.read_bytes().startswith(b"\x89PNG")
                 said = check("promtool", "check", "metrics", stdin=fetch(target)[1])
                 assert not said, said
         finally:
