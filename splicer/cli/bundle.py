@@ -35,9 +35,9 @@ SUMMARY = "put what a bug report needs into one file"
 
 DESCRIPTION = """\
 Write a tar.gz with what splicer doctor, status, flows, policy and events say,
-versions, facts of the kernel, what is loaded, and the end of the log. A file in
-it, manifest.json, says what could be private, and what is missing and why. Works
-without a daemon as well. Nothing is sent anywhere. Takes some seconds."""
+versions, facts of the kernel, what is loaded, and the end of the log. A file
+in it, manifest.json, says what could be private, and what is missing and why.
+Works without a daemon as well. Nothing is sent anywhere. Takes some seconds."""
 
 EPILOG = """\
 private:
