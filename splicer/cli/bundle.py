@@ -35,9 +35,9 @@ SUMMARY = "put what a bug report needs into one file"
 
 DESCRIPTION = """\
 Write a tar.gz with what splicer doctor, status, flows, policy and events say,
-versions, facts of the kernel, what is loaded, and the end of the log. A file in
-it, manifest.json, says what could be private, and what is missing and why. Works
-without a daemon as well. Nothing is sent anywhere. Takes some seconds."""
+versions, facts of the kernel, what is loaded, and the end of the log. A file
+in it, manifest.json, says what could be private, and what is missing and why.
+Works without a daemon as well. Nothing is sent anywhere. Takes some seconds."""
 
 EPILOG = """\
 private:
@@ -240,6 +240,10 @@ def _collect_log(pid: int) -> Piece:
 
 def _cover(piece: Piece, veil: Veil) -> Piece:
     # What has nothing private is as it is.
+    from splicer.doctor.veil import KEPT
+
+    # There the checks have names.
+    veil.kept = KEPT | {"name"} if piece.name == "doctor.json" else KEPT
     content = veil.cover(piece.content) if PRIVATE[piece.name] else piece.content
     return Piece(piece.name, content, veil.cover_sentence(piece.why))
 

@@ -109,20 +109,21 @@ def opened() -> Iterator[Screen]:
     handlers = {number: signal.signal(number, _end) for number in _ENDING}
     ended: _EndedError | None = None
     try:
-        window = curses.initscr()
-        curses.noecho()
-        curses.cbreak()
-        window.keypad(True)
-        with contextlib.suppress(curses.error):
-            curses.curs_set(0)
-        yield Screen(window, curses)
+        try:
+            window = curses.initscr()
+            curses.noecho()
+            curses.cbreak()
+            window.keypad(True)
+            with contextlib.suppress(curses.error):
+                curses.curs_set(0)
+            yield Screen(window, curses)
+        finally:
+            # A signal that comes between these lines is as one before.
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_IGN)
     except _EndedError as error:
         ended = error
     finally:
-        # A second signal must not come in between.
-        for number in (*_ENDING, signal.SIGINT):
-            if number in handlers:
-                signal.signal(number, signal.SIG_IGN)
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         # The terminal may be gone.
         with contextlib.suppress(curses.error, OSError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # Keys whose texts are words of splicer's or the kernel's, or numbers.
@@ -73,7 +73,9 @@ _PATH = re.compile(r"(?<![\w/.])/[^\s,;:()'\"]+")
 class Veil:
     """Replaces texts, the same one by the same word."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Collection[str] = KEPT) -> None:
+        """`kept` are the keys whose texts stay."""
+        self.kept = kept
         self._words: dict[str, str] = {}
         self._counts: dict[str, int] = {}
         self._known: tuple[int, re.Pattern[str]] | None = None
@@ -84,9 +86,9 @@ class Veil:
             named = [(self._cover_key(str(name)), str(name), value) for name, value in document.items()]
             # A key that was replaced is no word for what it is the key of.
             return {key: self.cover(value, name if key == name else "value") for key, name, value in named}
-        if isinstance(document, list):
+        if isinstance(document, list | tuple):
             return [self.cover(each, key) for each in document]
-        if not isinstance(document, str) or not document or key in KEPT:
+        if not isinstance(document, str) or not document or key in self.kept:
             return document
         if key in SENTENCES:
             return self.cover_sentence(document)

@@ -39,6 +39,14 @@ def test_a_key_that_nobody_thought_of_is_replaced() -> None:
     }
 
 
+def test_whatever_holds_it() -> None:
+    """A tuple is a list in JSON."""
+    assert Veil().cover({"more": ("at /home/anna",), "x": [["secret"]]}) == {
+        "more": ["at path-1"],
+        "x": [["x-1"]],
+    }
+
+
 def test_keys_that_are_somebodys() -> None:
     covered = Veil().cover({"labels": {"com.customer.name": "x", "10": 1}, "com.customer.id": ["y"]})
     assert "customer" not in str(covered)
