@@ -65,6 +65,7 @@ _BATCH = 4096
 """So many records at a time are taken."""
 _NAP_S = 0.01
 _CHECK_S = 1.0
+_NICE = 10
 _SWEEP = 256
 """So many connections are looked at for their end in each second's check, in turn."""
 _DESCRIBED = 256
@@ -155,6 +156,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         is_filtered,
         settings.cache_dir,
     )
+    _yield_to_others()
     with contextlib.ExitStack() as opened:
         sink = _open_sink(arguments.write, snaplen, arguments.hex, context, opened)
         tap = opened.enter_context(contextlib.closing(Tap(plan, _Teller(context), prerequisites.require_bcc)))
@@ -173,6 +175,14 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
             exit_code=NOT_RUNNING,
         )
     return OK
+
+
+def _yield_to_others() -> None:
+    """What is tapped comes first, where there are fewer CPUs than work. Whoever has said another priority is
+    obeyed."""
+    with contextlib.suppress(OSError):
+        if os.getpriority(os.PRIO_PROCESS, 0) == 0:
+            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 
 
 def _run(tap: Tap, capture: Capture, count: int) -> bool:

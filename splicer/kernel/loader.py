@@ -32,7 +32,7 @@ from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.compiled import Compiled
 from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, TALLY_REQUEST_SIZE, WATCH_REQUEST_SIZE
-from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, Program, explain_refusal
+from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, TAP, Program, explain_refusal
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -138,7 +138,7 @@ def rehearse(compiled: Compiled, maps: Mapping[str, int], *, debug: bool, answer
     refused: dict[str, tuple[str, str | None]] = {}
     loaded: dict[str, int] = {}
     with contextlib.closing(Linker(compiled, maps, debug)) as linker:
-        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
+        for program in (*PROGRAMS, TAP, *(ANSWERS if answer else ())):
             try:
                 loaded[program.name] = linker.load(program)
             except SplicerError as error:

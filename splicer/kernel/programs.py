@@ -123,7 +123,14 @@ ANSWERS = tuple(
     for name, function in (("answer4", "inet_ioctl"), ("answer6", "inet6_ioctl"))
 )
 # What `splicer tap` loads for itself.
-TAP = Program("tap", "tap", "SK_MSG program", libbpf.BPF_PROG_TYPE_SK_MSG, libbpf.BPF_SK_MSG_VERDICT)
+TAP = Program(
+    "tap",
+    "tap",
+    "SK_MSG program",
+    libbpf.BPF_PROG_TYPE_SK_MSG,
+    libbpf.BPF_SK_MSG_VERDICT,
+    is_optional=True,
+)
 MAPS = (
     "spliced",
     "ends",
