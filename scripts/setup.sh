@@ -305,7 +305,7 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk socat haproxy)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze lintian)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark strace)
