@@ -306,7 +306,7 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk socat haproxy)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump tshark unshare systemd-analyze lintian)
 # Its package has promtool as well.
 e2e_pieces+=(prometheus)

@@ -16,8 +16,8 @@ from support.lab import Lab
 
 from splicer.cli.main import COMMANDS
 
-# What has no --json: one that runs, one that prints what it removes, one that writes what others have sent, and
-# one that prints a script.
+# What has no --json: one that runs, one that prints what it removes, one that writes what others have sent,
+# and one that prints a script.
 WITHOUT = {"run", "unload", "tap", "completion"}
 # What prints an object for each thing that it has to tell.
 LINES = {"events", "top"}

@@ -117,9 +117,9 @@ def test_the_daemon_goes_away(lab: Lab) -> None:
             assert b"not running" in terminal.shown
 
 
-@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed (scripts/setup.sh e2e)")
 def test_in_tmux(host: Host, lab: Lab) -> None:
     """What a person sees: drawn, resized, and the shell's screen again at the end."""
+    assert shutil.which("tmux"), "the program tmux is missing: make setup-test installs it"
     socket = host.directory / "tmux"
 
     def tmux(*arguments: str) -> str:
