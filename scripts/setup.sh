@@ -305,8 +305,8 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk socat haproxy)
-e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump tshark unshare systemd-analyze lintian)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy tshark redis-server)
+e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze lintian)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark strace)
 apps_pieces=(iperf3 memcached postgresql mariadbd php php-mysql h2load node javac go ruby-grpc)
