@@ -306,8 +306,8 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux)
-e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump tshark unshare systemd-analyze lintian)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux tshark redis-server)
+e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze lintian)
 # Its package has promtool as well.
 e2e_pieces+=(prometheus)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.

@@ -164,9 +164,7 @@ def test_requests_and_answers_of_nginx(host: Host, lab: Lab, tmp_path: Path) -> 
 
 def test_commands_of_redis(host: Host, lab: Lab, tmp_path: Path) -> None:
     """A protocol with binary values: each comes out as it was set, and as it was read."""
-    assert shutil.which("redis-server"), (
-        "the program redis-server is missing: scripts/setup.sh e2e installs it"
-    )
+    assert shutil.which("redis-server"), "the program redis-server is missing: make setup-test installs it"
     address, count = lab.address("b"), 12
     server = ["redis-server", "--port", str(REDIS), "--bind", address, "--save", "", "--dir", str(tmp_path)]
     server += ["--protected-mode", "no"]
@@ -345,10 +343,12 @@ def test_text_and_hex(host: Host, lab: Lab, tmp_path: Path) -> None:
 
 
 def test_snaplen(host: Host, lab: Lab, tmp_path: Path) -> None:
+    """And without anything that was compiled earlier."""
     pair = _seeded(host, lab)
     file = tmp_path / "tap.pcapng"
-    with tapping(host, tmp_path, "-w", str(file), "--snaplen", "140"):
+    with tapping(host, tmp_path, "-w", str(file), "--snaplen", "140", "--cache-dir=off") as tap:
         pair.pingpong(2, 5000, 60)
+    assert "compiling" in tap.outcome.stderr
     rows = read_fields(file, "tcp", "frame.cap_len", "frame.len")
     assert rows == [["140", "5040"], ["100", "100"]] * 2
     pair.verify()
@@ -378,3 +378,21 @@ def test_splicer_ends_first(lab: Lab, tmp_path: Path) -> None:
         assert tap.outcome.code == 3
         assert "splicer was stopped" in tap.outcome.stderr
         assert len(read_fields(file, "tcp.len > 0", "tcp.len")) == 10
+
+
+def test_daemon_dies_and_is_started_anew(lab: Lab, tmp_path: Path) -> None:
+    """The programs go on, and so does the tap: with nobody there, and with the one that takes them over."""
+    with Host() as host:
+        pair = _seeded(host, lab)
+        before = _sent(pair)
+        file = tmp_path / "tap.pcapng"
+        with tapping(host, tmp_path, "-w", str(file)) as tap:
+            pair.pingpong(5)
+            host.daemon.kill()
+            pair.pingpong(5)
+            host.start()
+            pair.pingpong(5)
+            assert tap.process.poll() is None
+        assert tap.outcome.code == 0 and "none missed" in tap.outcome.stderr, tap.outcome
+        assert list(follow(file)) == _look(before, _sent(pair))
+        pair.verify()

@@ -62,7 +62,7 @@ def tapping(host: Host, place: Path, *arguments: str, end_by: int = signal.SIGIN
 
 def tshark(file: Path, *arguments: str) -> str:
     """What it says of a file."""
-    assert shutil.which("tshark"), "the program tshark is missing: scripts/setup.sh e2e installs it"
+    assert shutil.which("tshark"), "the program tshark is missing: make setup-test installs it"
     # No configuration of whoever runs the tests, and no files in his home.
     environ = {**os.environ, "HOME": str(file.parent), "XDG_CONFIG_HOME": str(file.parent)}
     command = ["tshark", "-n", "-r", str(file), *arguments]
