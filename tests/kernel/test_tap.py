@@ -342,6 +342,17 @@ def test_text_and_hex(host: Host, lab: Lab, tmp_path: Path) -> None:
         assert "length 14" in tap.outcome.stdout
 
 
+def test_it_gives_way_to_what_it_taps(host: Host, lab: Lab, tmp_path: Path) -> None:
+    """Unless somebody has said another priority."""
+    pair = _seeded(host, lab)
+    for gives_way, policy in ((True, os.SCHED_IDLE), (False, os.SCHED_OTHER)):
+        with tapping(host, tmp_path, gives_way=gives_way) as tap:
+            wait_until("it records", lambda: os.sched_getscheduler(tap.process.pid) == policy)
+            pair.pingpong(5)
+        assert tap.outcome.code == 0, tap.outcome
+    pair.verify()
+
+
 def test_snaplen(host: Host, lab: Lab, tmp_path: Path) -> None:
     """And without anything that was compiled earlier."""
     pair = _seeded(host, lab)
