@@ -105,13 +105,14 @@ class Capture:
         self._choose = choose
         self._flows: dict[int, Flow] = {}
         self._unwanted: set[int] = set()
+        self._unknown: set[int] = set()
         # Of the kernel's clock, which stands in the records.
         self._since_1970 = time.time_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
     @property
     def names(self) -> list[int]:
-        """Names of all connections that it knows, wanted or not."""
-        return [*self._flows, *self._unwanted]
+        """Names of all connections that it has met, wanted or not."""
+        return [*self._flows, *self._unwanted, *self._unknown]
 
     def take(self, records: Iterable[memoryview]) -> int:
         """Write some. Returns how many pieces that made."""
@@ -145,11 +146,14 @@ class Capture:
                 if self._is_wanted(row or _list_addresses(fields)):
                     self._choose(name, TapChoice.WANTED)
                 elif row is None:
-                    continue  # asked about again with its next message
+                    self._unknown.add(name)  # asked about again with its next message
+                    continue
                 else:
+                    self._unknown.discard(name)
                     self._unwanted.add(name)
                     self._choose(name, TapChoice.UNWANTED)
                     continue
+            self._unknown.discard(name)
             self._flows[name] = _make_flow(fields, _name_ends(row))
             self.totals.connections += 1
 
@@ -185,6 +189,7 @@ class Capture:
     def close_flow(self, name: int, missed: tuple[tuple[int, int], tuple[int, int]]) -> None:
         """It has ended; of each way so many bytes and pieces found no room."""
         self._unwanted.discard(name)
+        self._unknown.discard(name)
         if (flow := self._flows.pop(name, None)) is not None:
             self._settle(flow, missed)
 

@@ -65,8 +65,7 @@ _BATCH = 4096
 """So many records at a time are taken."""
 _NAP_S = 0.01
 _CHECK_S = 1.0
-_NICE = 10
-_SWEEP = 256
+_SWEEP = 2048
 """So many connections are looked at for their end in each second's check, in turn."""
 _DESCRIBED = 256
 """So many connections the daemon is asked about at once."""
@@ -156,7 +155,6 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         is_filtered,
         settings.cache_dir,
     )
-    _yield_to_others()
     with contextlib.ExitStack() as opened:
         sink = _open_sink(arguments.write, snaplen, arguments.hex, context, opened)
         tap = opened.enter_context(contextlib.closing(Tap(plan, _Teller(context), prerequisites.require_bcc)))
@@ -177,51 +175,73 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
-def _yield_to_others() -> None:
-    """What is tapped comes first, where there are fewer CPUs than work. Whoever has said another priority is
-    obeyed."""
-    with contextlib.suppress(OSError):
-        if os.getpriority(os.PRIO_PROCESS, 0) == 0:
-            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7)). Whoever has
+    said another priority is obeyed."""
+    is_ours = os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) == 0
+    before = os.sched_param(0)
+    try:
+        if is_ours:
+            os.sched_setscheduler(0, os.SCHED_IDLE, before)
+        yield
+    finally:
+        if is_ours:
+            os.sched_setscheduler(0, os.SCHED_OTHER, before)
 
 
 def _run(tap: Tap, capture: Capture, count: int) -> bool:
     """Tap to the end. False if splicer ended first."""
-    is_of_use, taken = True, 0
+    taken = 0
+
+    def take() -> int:
+        nonlocal taken
+        records = tap.ring.read(min(_BATCH, count - taken) if count else _BATCH)
+        taken += capture.take(records)
+        tap.ring.release()
+        return len(records)
+
+    def is_enough() -> bool:
+        return bool(count) and taken >= count
+
     with _Ending() as ending:
-        checked, turn = time.monotonic(), 0
-        while not ending.is_due and not (count and taken >= count):
-            records = tap.ring.read(min(_BATCH, count - taken) if count else _BATCH)
-            taken += capture.take(records)
-            tap.ring.release()
-            if len(records) < _BATCH:
-                time.sleep(_NAP_S)
-            if time.monotonic() - checked > _CHECK_S:
-                checked = time.monotonic()
-                if not (is_of_use := tap.is_of_use):
-                    break
-                turn = _forget_closed(tap, capture, turn)
+        is_of_use = True
+        checked, sweep = time.monotonic(), _Sweep(tap, capture)
+        with _giving_way():
+            while is_of_use and not ending.is_due and not is_enough():
+                if take() < _BATCH:
+                    time.sleep(_NAP_S)
+                if time.monotonic() - checked > _CHECK_S:
+                    checked = time.monotonic()
+                    is_of_use = tap.is_of_use
+                    sweep.go_on()
         tap.stop()
         # A program that had begun may still be writing.
         time.sleep(_NAP_S)
-        while records := tap.ring.read(min(_BATCH, count - taken) if count else _BATCH):
-            taken += capture.take(records)
-            tap.ring.release()
-            if count and taken >= count:
-                break
+        while not is_enough() and take():
+            pass
         capture.finish(tap.read_missed, tap.read_unknown())
     return is_of_use
 
 
-def _forget_closed(tap: Tap, capture: Capture, turn: int) -> int:
-    """Look at some connections. Returns where to go on."""
-    names = capture.names
-    start = turn if turn < len(names) else 0
-    for name in names[start : start + _SWEEP]:
-        if tap.is_closed(name):
-            capture.close_flow(name, tap.read_missed(name))
-            tap.forget(name)
-    return start + _SWEEP
+class _Sweep:
+    """Finds connections that have ended, some at a time. What is known of them goes one turn later, when all
+    of their records have been read."""
+
+    def __init__(self, tap: Tap, capture: Capture) -> None:
+        self._tap = tap
+        self._capture = capture
+        self._turn = 0
+        self._closed: list[int] = []
+
+    def go_on(self) -> None:
+        for name in self._closed:
+            self._capture.close_flow(name, self._tap.read_missed(name))
+            self._tap.forget(name)
+        names = self._capture.names
+        start = self._turn if self._turn < len(names) else 0
+        self._turn = start + _SWEEP
+        self._closed = [name for name in names[start : self._turn] if self._tap.is_closed(name)]
 
 
 class _Ending:
@@ -232,7 +252,9 @@ class _Ending:
 
     def __enter__(self) -> _Ending:
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._note) for number in signals}
+        # nohup(1) means it.
+        heard = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def _note(self, *_: object) -> None:

@@ -342,6 +342,19 @@ def test_text_and_hex(host: Host, lab: Lab, tmp_path: Path) -> None:
         assert "length 14" in tap.outcome.stdout
 
 
+def test_it_gives_way_to_what_it_taps(host: Host, lab: Lab, tmp_path: Path) -> None:
+    """Unless somebody has said another priority."""
+    pair = _seeded(host, lab)
+    with tapping(host, tmp_path, gives_way=True) as tap:
+        wait_until("it gives way", lambda: os.sched_getscheduler(tap.process.pid) == os.SCHED_IDLE)
+        pair.pingpong(5)
+    with tapping(host, tmp_path) as told:
+        pair.pingpong(5)
+        assert os.sched_getscheduler(told.process.pid) == os.SCHED_OTHER
+    assert tap.outcome.code == told.outcome.code == 0
+    pair.verify()
+
+
 def test_snaplen(host: Host, lab: Lab, tmp_path: Path) -> None:
     """And without anything that was compiled earlier."""
     pair = _seeded(host, lab)

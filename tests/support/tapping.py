@@ -36,10 +36,15 @@ class Tap:
 
 
 @contextmanager
-def tapping(host: Host, place: Path, *arguments: str, end_by: int = signal.SIGINT) -> Iterator[Tap]:
-    """From the moment at which it records until the block is left. `place` is a directory for its output."""
+def tapping(
+    host: Host, place: Path, *arguments: str, end_by: int = signal.SIGINT, gives_way: bool = False
+) -> Iterator[Tap]:
+    """From the moment at which it records until the block is left. `place` is a directory for its output.
+
+    With a priority of its own it does not give way: other tests may keep all CPUs busy."""
     stdout, stderr = place / "tap.out", place / "tap.err"
-    command = command_line("tap", f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}", *arguments)
+    where = (f"--run-dir={host.run_dir}", f"--pin-dir={host.pin_dir}")
+    command = [*(() if gives_way else ("nice", "-n", "-1")), *command_line("tap", *where, *arguments)]
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, cwd="/", env=environment())
     tap = Tap(process, stdout, stderr)
