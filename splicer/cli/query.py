@@ -30,11 +30,7 @@ def ask(
     Raises SplicerError, with exit code 3 when no daemon is running in `run_dir`.
     """
     with _who_holds(run_dir, command):
-        return _require_schema(
-            control.request(
-                run_dir, command, fields, timeout=max(timeout, patience or 0.0), patience=patience
-            )
-        )
+        return _require_schema(control.request(run_dir, command, fields, timeout=timeout, patience=patience))
 
 
 def ask_rows(

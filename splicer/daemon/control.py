@@ -340,16 +340,19 @@ def _check_length(path: str) -> None:
 
 def peer_pid(peer: socket.socket) -> int:
     """Process that made the other end, as this pid namespace sees it; 0 if it does not, or has none."""
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, _, _ = struct.unpack("3i", credentials)
-    return int(pid)
+    return _read_credentials(peer)[0]
 
 
 def peer_uid(peer: socket.socket) -> int:
     """User id of the process that connected, as this user namespace sees it (SO_PEERCRED, unix(7))."""
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
+    return _read_credentials(peer)[1]
+
+
+def _read_credentials(peer: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group."""
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid
 
 
 def remove_stale(path: str) -> bool:
@@ -392,7 +395,8 @@ def request(
     patience: float | None = None,
 ) -> dict[str, object]:
     """Ask the daemon of `run_dir` and return its result. `timeout`, in seconds, is for the whole exchange,
-    and `patience` for the time until the answer begins, the same if it is not given.
+    and `patience` for the time until the answer begins, the same if it is not given. One that is longer
+    counts for all of it.
 
     Raises SplicerError: with exit code 3 when no daemon listens; else with what the daemon said or what went
     wrong.
@@ -436,9 +440,9 @@ class _Question:
         _check_length(self.path)
         self._run_dir = run_dir
         self._command = command
-        self._timeout = timeout
-        # How long this waits for what is to come next.
-        self._patience = timeout if patience is None else min(patience, timeout)
+        # How long this waits for what is to come next, and for all of it.
+        self._patience = timeout if patience is None else patience
+        self._timeout = max(timeout, self._patience)
         self._daemon = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lines = _Lines(self._daemon, REPLY_LIMIT)
 

@@ -551,3 +551,15 @@ def test_who_shows_something_is_told_how_to_wait_longer(run_dir: str, log: Log, 
             request(run_dir, command, timeout=30.0, patience=0.2)
         assert ("--timeout 30" in str(told.value.hint)) == (command == "status")
         release.set()
+
+
+def test_who_is_more_patient_than_others_waits_for_rows_too(run_dir: str, log: Log) -> None:
+    """However long the exchange takes otherwise: `splicer flows --timeout 30`."""
+
+    def answer(_: Mapping[str, Any]) -> Rows:
+        time.sleep(0.3)
+        return Rows({"schema": 1}, "flows", [[{"n": 1}]])
+
+    with Server(run_dir, {"flows": answer}, log, allowed_uid=os.getuid()):
+        head, rows = request_rows(run_dir, "flows", "flows", timeout=0.1, patience=30.0)
+        assert (head, list(rows)) == ({"schema": 1}, [{"n": 1}])
