@@ -7,14 +7,13 @@ import argparse
 import textwrap
 from collections.abc import Mapping
 
-from splicer.errors import OK
 from splicer.model import REASONS
 from splicer.text import PLAIN, Palette, human_bytes, printable, terminal_width
 
 from . import options
 from .context import Context
 from .coverage import describe_share, headline, list_notes, name_parties
-from .query import ask, number, seconds, sections, text
+from .query import number, seconds, sections, show, text
 
 SUMMARY = "say what would have more of the traffic redirected"
 
@@ -46,21 +45,15 @@ def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer advise`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's advice."""
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "advise")
-    if arguments.json:
-        context.write_json(answer)
-    else:
-        width = min(terminal_width(context.stdout) or _WIDTH, _WIDTH)
-        context.write(render(answer, palette=context.palette, width=width))
-    return OK
+    width = min(terminal_width(context.stdout) or _WIDTH, _WIDTH)
+    return show(
+        arguments, context, "advise", lambda answer: render(answer, palette=context.palette, width=width)
+    )
 
 
 def render(answer: Mapping[str, object], *, palette: Palette = PLAIN, width: int = _WIDTH) -> list[str]:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
-from splicer.errors import OK
 from splicer.text import plural
 
 from . import options
 from .context import Context
-from .query import ask, number
+from .query import number, show
 
 SUMMARY = "take every connection back to plain TCP, once"
 
@@ -31,20 +31,17 @@ def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer drain`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Tell the daemon."""
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "drain")
-    if arguments.json:
-        context.write_json(answer)
-    elif count := number(answer, "connections"):
+    return show(arguments, context, "drain", render)
+
+
+def render(answer: Mapping[str, object]) -> list[str]:
+    """How many go back."""
+    if count := number(answer, "connections"):
         goes = "goes" if count == 1 else "go"
-        context.write([f"Draining: {plural(count, 'spliced connection')} {goes} back to plain TCP now."])
-    else:
-        context.write(["Nothing to drain: no connection is spliced."])
-    return OK
+        return [f"Draining: {plural(count, 'spliced connection')} {goes} back to plain TCP now."]
+    return ["Nothing to drain: no connection is spliced."]

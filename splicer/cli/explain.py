@@ -7,13 +7,13 @@ import argparse
 import textwrap
 from collections.abc import Mapping
 
-from splicer.errors import OK, USAGE, SplicerError
+from splicer.errors import USAGE, SplicerError
 from splicer.text import PLAIN, Palette, human_age, legend, plural, printable, terminal_width
 
 from . import options
 from .context import Context
 from .owners import describe_owner
-from .query import ask, number, section, sections, text, texts
+from .query import number, section, sections, show, text, texts
 
 SUMMARY = "say why a connection is spliced or not, and what would change it"
 
@@ -63,10 +63,7 @@ def add(parser: options.Parser) -> None:
         metavar="SUBJECT",
         help="two addresses with ports; or a container (name, compose service, id); or a pid",
     )
-    options.add_json(parser)
-    options.add_timeout(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser, patient=True)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
@@ -81,15 +78,16 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     if len(given) == 2:
         for each in given:
             _check_endpoint(each)
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
     fields = {"subject": given[0]} if len(given) == 1 else {"local": given[0], "remote": given[1]}
-    answer = ask(settings.run_dir, "explain", fields, patience=options.read_timeout(arguments))
-    if arguments.json:
-        context.write_json(answer)
-        return OK
     width = terminal_width(context.stdout) or _WIDTH
-    context.write(render(answer, palette=context.palette, width=width))
-    return OK
+    return show(
+        arguments,
+        context,
+        "explain",
+        lambda answer: render(answer, palette=context.palette, width=width),
+        fields,
+        patience=options.read_timeout(arguments),
+    )
 
 
 def _check_endpoint(given: str) -> None:

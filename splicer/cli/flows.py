@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 
 from splicer.errors import OK, USAGE, SplicerError
 from splicer.model import REASONS, STATES
-from splicer.policy.values import check_value, integer
+from splicer.policy.values import integer
 from splicer.text import (
     PLAIN,
     Cell,
@@ -146,10 +146,7 @@ def add(parser: options.Parser) -> None:
     parser.add_argument(
         "--wide", action="store_true", help="names, processes and addresses in full, however wide that is"
     )
-    options.add_json(parser)
-    options.add_timeout(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser, patient=True)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
@@ -171,10 +168,14 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         context.write_json_rows(answer, "flows", itertools.islice(ordered, limit or None))
         return OK
     known = 0
-    chosen: list[Mapping[str, object]] = []
-    for row in rows:
-        known += 1
-        chosen += select([row], states, ports, names)
+
+    def count() -> Iterator[Mapping[str, object]]:
+        nonlocal known
+        for row in rows:
+            known += 1
+            yield row
+
+    chosen = select(count(), states, ports, names)
     width = terminal_width(context.stdout)
     if chosen and arguments.summary:
         context.write(grouping.summarise(chosen, palette=context.palette, width=width))
@@ -211,12 +212,7 @@ def _read_limit(given: str | None) -> int | None:
     """None if none is given, 0 for all."""
     if given is None:
         return None
-    kind = integer(0, 1_000_000)
-    try:
-        value = kind.read(given)
-    except ValueError:
-        value = None
-    return int(str(check_value(kind, value, "--limit", given)))
+    return int(str(options.read_value(integer(0, 1_000_000), given, "--limit")))
 
 
 def select(

@@ -16,7 +16,7 @@ from splicer.policy.config import (
     option_of,
     resolve,
 )
-from splicer.policy.values import check_value, seconds
+from splicer.policy.values import ValueType, check_value, seconds
 
 from .context import Context
 
@@ -63,6 +63,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help='one JSON object with "schema": 1')
+
+
+def add_asking(parser: argparse.ArgumentParser, *, patient: bool = False) -> None:
+    """What a command has that prints an answer of the daemon. `patient`: one may say how long to wait."""
+    add_json(parser)
+    if patient:
+        add_timeout(parser)
+    add_run_dir(parser)
+    add_config(parser)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -121,15 +130,18 @@ def add_timeout(parser: argparse._ActionsContainer) -> None:
 
 def read_timeout(arguments: argparse.Namespace) -> float:
     """Seconds that the daemon may take to answer."""
-    given = arguments.timeout
-    if given is None:
+    if arguments.timeout is None:
         return QUICK_S
-    kind = seconds(0.1, 3600)
+    return float(str(read_value(seconds(0.1, 3600), arguments.timeout, "--timeout")))
+
+
+def read_value(kind: ValueType, given: str, option: str) -> object:
+    """What was given with an option that is no setting. Raises SplicerError with exit code 2."""
     try:
         value = kind.read(given)
     except ValueError:
         value = None
-    return float(str(check_value(kind, value, "--timeout", given)))
+    return check_value(kind, value, option, given)
 
 
 def spell_run_dir(run_dir: str) -> str:

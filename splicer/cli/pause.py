@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
-from splicer.errors import OK
 from splicer.text import plural
 
 from . import options
 from .context import Context
-from .query import ask, number
+from .query import number, show
 
 SUMMARY = "splice nothing until splicer resume"
 
@@ -33,20 +33,17 @@ def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer pause`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Tell the daemon, and say what that changed."""
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "pause")
-    if arguments.json:
-        context.write_json(answer)
-        return OK
+    return show(arguments, context, "pause", render)
+
+
+def render(answer: Mapping[str, object]) -> list[str]:
+    """What that changed."""
     count = number(answer, "connections")
     tail = f"; {plural(count, 'spliced connection')} on the way back to plain TCP" if count else ""
     state = "Paused" if answer.get("changed") is True else "Paused already"
-    context.write([f"{state}: nothing is spliced until splicer resume{tail}."])
-    return OK
+    return [f"{state}: nothing is spliced until splicer resume{tail}."]

@@ -73,10 +73,7 @@ def add(parser: options.Parser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     parser.add_argument("container", nargs="?", metavar="CONTAINER", help="name, compose service, or id")
-    options.add_json(parser)
-    options.add_timeout(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser, patient=True)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:

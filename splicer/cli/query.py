@@ -6,14 +6,16 @@ The daemon may be of another version than the command: an unknown schema is refu
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from splicer.daemon import control, instance
-from splicer.errors import NOT_RUNNING, SplicerError
+from splicer.errors import NOT_RUNNING, OK, SplicerError
 from splicer.model import SCHEMA
 
-from .options import spell_run_dir
+from .context import Context
+from .options import resolve_settings, spell_run_dir
 
 
 def ask(
@@ -31,6 +33,26 @@ def ask(
     """
     with _who_holds(run_dir, command):
         return _require_schema(control.request(run_dir, command, fields, timeout=timeout, patience=patience))
+
+
+def show(
+    arguments: argparse.Namespace,
+    context: Context,
+    command: str,
+    render: Callable[[Mapping[str, object]], Sequence[str]],
+    fields: Mapping[str, object] | None = None,
+    *,
+    patience: float | None = None,
+) -> int:
+    """Print the daemon's answer: as it is with --json, else the lines that `render` makes of it. The exit
+    code. Raises SplicerError as `ask` does."""
+    settings = resolve_settings(arguments, context, only=("run_dir",)).settings
+    answer = ask(settings.run_dir, command, fields, patience=patience)
+    if arguments.json:
+        context.write_json(answer)
+    else:
+        context.write(render(answer))
+    return OK
 
 
 def ask_rows(

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-
-from splicer.errors import OK
+from collections.abc import Mapping
 
 from . import options
 from .context import Context
-from .query import ask
+from .query import show
 
 SUMMARY = "end splicer pause"
 
@@ -29,19 +28,16 @@ def add(parser: options.Parser) -> None:
     """Describe the command line of `splicer resume`."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Tell the daemon, and say what that changed."""
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "resume")
-    if arguments.json:
-        context.write_json(answer)
-    elif answer.get("changed") is True:
-        context.write(["Resumed: what is busy is spliced again, as splicer policy says."])
-    else:
-        context.write(["Nothing to resume: splicing is not paused."])
-    return OK
+    return show(arguments, context, "resume", render)
+
+
+def render(answer: Mapping[str, object]) -> list[str]:
+    """What that changed."""
+    if answer.get("changed") is True:
+        return ["Resumed: what is busy is spliced again, as splicer policy says."]
+    return ["Nothing to resume: splicing is not paused."]

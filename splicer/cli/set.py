@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
-from splicer.errors import OK, USAGE, SplicerError
+from splicer.errors import USAGE, SplicerError
 from splicer.policy.config import CONTAINER_MODES
 from splicer.text import printable
 
 from . import options, subjects
 from .context import Context
-from .query import ask, text, texts
+from .query import show, text, texts
 
 SUMMARY = "give a container, process, port ... another mode, at once"
 
@@ -53,9 +54,7 @@ def add(parser: options.Parser) -> None:
     subjects.add(parser)
     # Not with argparse's choices: a container without a mode would be called a bad one.
     parser.add_argument("set_mode", metavar="MODE", help=", ".join(CONTAINER_MODES))
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
@@ -68,15 +67,14 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
             exit_code=USAGE,
         )
     subject = subjects.read(arguments, f"set web {mode}")
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "set", {**subject, "mode": mode})
-    if arguments.json:
-        context.write_json(answer)
-        return OK
+    return show(arguments, context, "set", lambda answer: render(answer, mode), {**subject, "mode": mode})
+
+
+def render(answer: Mapping[str, object], mode: str) -> list[str]:
+    """What that changed. `mode` was asked for."""
     mode = printable(text(answer, "mode") or mode)
     lines = [f"{printable(name)}: {mode} from now on" for name in texts(answer, "changed")]
     lines += [f"{printable(name)}: {mode} already" for name in texts(answer, "unchanged")]
     if note := text(answer, "note"):
         lines.append(f"Note: {printable(note)}.")
-    context.write(lines or ["Nothing to set."])
-    return OK
+    return lines or ["Nothing to set."]

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
-from splicer.errors import OK
 from splicer.text import printable
 
 from . import options, subjects
 from .context import Context
-from .query import ask, texts
+from .query import show, texts
 
 SUMMARY = "take back what splicer set did"
 
@@ -35,20 +35,17 @@ def add(parser: options.Parser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     subjects.add(parser)
-    options.add_json(parser)
-    options.add_run_dir(parser)
-    options.add_config(parser)
+    options.add_asking(parser)
 
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Tell the daemon, and say what that changed."""
     subject = subjects.read(arguments, "unset web")
-    settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
-    answer = ask(settings.run_dir, "unset", subject)
-    if arguments.json:
-        context.write_json(answer)
-        return OK
+    return show(arguments, context, "unset", render, subject)
+
+
+def render(answer: Mapping[str, object]) -> list[str]:
+    """What that changed."""
     lines = [f"{printable(name)}: labels and configuration count again" for name in texts(answer, "changed")]
     lines += [f"{printable(name)}: nothing was set" for name in texts(answer, "unchanged")]
-    context.write(lines or ["Nothing to unset."])
-    return OK
+    return lines or ["Nothing to unset."]
