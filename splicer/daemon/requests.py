@@ -36,7 +36,7 @@ from splicer.model import (
     Totals,
 )
 from splicer.policy.config import CONTAINER_MODES
-from splicer.policy.overrides import CONTAINER, KINDS
+from splicer.policy.overrides import KINDS
 from splicer.policy.reconciler import PolicyReconciler
 
 # The daemon's loop turns at least once a second; a sweep that waits for a socket's lock may take longer.
@@ -301,7 +301,11 @@ class RequestHandlers:
 def _require_container(text: object) -> str:
     if isinstance(text, str) and text:
         return text
-    raise SplicerError("which container?", hint="list them with: splicer policy", exit_code=USAGE)
+    raise _ask_which()
+
+
+def _ask_which() -> SplicerError:
+    return SplicerError("which container?", hint="list them with: splicer policy", exit_code=USAGE)
 
 
 def _read_subject(request: Mapping[str, Any]) -> tuple[str, str]:
@@ -310,4 +314,4 @@ def _read_subject(request: Mapping[str, Any]) -> tuple[str, str]:
         text = request.get(kind)
         if isinstance(text, str) and text:
             return kind, text
-    return CONTAINER, _require_container(None)
+    raise _ask_which()

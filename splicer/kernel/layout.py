@@ -356,6 +356,11 @@ def read_place(seed: bytes) -> bytes | None:
     return struct.pack("=2I", *fields[_SEED_NAME]) if fields[_SEED_SOCKET] else None
 
 
+def find_young(places: Iterable[bytes]) -> dict[bytes, bytes]:
+    """Seeds of young connections by name, of those places that are not free."""
+    return {name: seed for seed in places if (name := read_place(seed))}
+
+
 def pack_endpoint(address: str, port: int) -> bytes:
     """An address and a port, as read_addresses() has them. Raises ValueError."""
     parsed = ipaddress.ip_address(address)

@@ -298,9 +298,8 @@ class Map:
     def items(self) -> list[tuple[bytes, bytes]]:
         """All entries. Not for per-CPU maps or the SOCKHASH."""
         found: list[tuple[bytes, bytes]] = []
-        walk = self.walk()
-        while (step := walk.step(BATCH)) is not None:
-            found += zip(split(step[0], self.key_size), split(step[1], self.value_size), strict=True)
+        for keys, values in read_steps(self.walk()):
+            found += zip(split(keys, self.key_size), split(values, self.value_size), strict=True)
         return found
 
 
@@ -308,6 +307,12 @@ def split(text: memoryview, size: int) -> list[bytes]:
     """What lies one after the other there, each with so many bytes."""
     whole = bytes(text)
     return [whole[i : i + size] for i in range(0, len(whole), size)]
+
+
+def read_steps(walk: Walk, most: int | None = None) -> Iterator[tuple[memoryview, memoryview]]:
+    """A walk to its end: keys and values, so many at a time (None: BATCH)."""
+    while (step := walk.step(most or BATCH)) is not None:
+        yield step
 
 
 class Walk:

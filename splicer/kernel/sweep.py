@@ -30,11 +30,11 @@ from splicer.kernel.layout import (
     Pair,
     Place,
     Question,
+    find_young,
     read_ends,
     read_in_map,
     read_names,
     read_pair,
-    read_place,
     read_places,
     read_readers,
     read_seed,
@@ -198,18 +198,15 @@ class Sweeper:
         return self._maps["pairs"].walk()
 
     def _read_pairs(self, most: int | None = None) -> Iterator[memoryview]:
-        walk = self.walk_pairs()
-        while (step := walk.step(most or libbpf.BATCH)) is not None:
-            yield step[1]
+        for _, values in libbpf.read_steps(self.walk_pairs(), most):
+            yield values
 
     def _list_young(self) -> dict[bytes, bytes]:
-        """Seeds of the young, by name."""
-        return {name: seed for _, seed in self._maps["young"].items() if (name := read_place(seed))}
+        return find_young(seed for _, seed in self._maps["young"].items())
 
     def _read_seeds(self, most: int | None = None) -> Iterator[memoryview]:
-        walk = self._maps["seeds"].walk()
-        while (step := walk.step(most or libbpf.BATCH)) is not None:
-            yield step[1]
+        for _, values in libbpf.read_steps(self._maps["seeds"].walk(), most):
+            yield values
 
     def watch_all(self) -> WatchFindings:
         """Look at every pair that is spliced or on its way back."""

@@ -19,7 +19,7 @@ from splicer.kernel.layout import (
     TALLY_REQUEST_SIZE,
     VOLUME,
     VOLUME_KEY,
-    read_place,
+    find_young,
     read_tenants,
 )
 from splicer.model import REASON_NAMES
@@ -91,9 +91,8 @@ class VolumeReader:
         Raises KernelError.
         """
         found: defaultdict[int, set[int]] = defaultdict(set)
-        walk = self._maps["pairs"].walk()
-        while (step := walk.step(libbpf.BATCH)) is not None:
-            for cgroup, tgid in read_tenants(step[1]):
+        for _, values in libbpf.read_steps(self._maps["pairs"].walk()):
+            for cgroup, tgid in read_tenants(values):
                 found[cgroup].add(tgid)
         return found
 
@@ -143,10 +142,9 @@ class VolumeReader:
         """Of all connections that are known. Pairs come first: one that grows up meanwhile is missing, and
         none is there twice."""
         for name in ("pairs", "seeds"):
-            walk = self._maps[name].walk()
-            while (step := walk.step(libbpf.BATCH)) is not None:
-                yield step[0]
-        yield b"".join(place for _, seed in self._maps["young"].items() if (place := read_place(seed)))
+            for keys, _ in libbpf.read_steps(self._maps[name].walk()):
+                yield keys
+        yield b"".join(find_young(seed for _, seed in self._maps["young"].items()))
 
     @staticmethod
     def _empty(standing: libbpf.Map) -> None:

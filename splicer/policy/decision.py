@@ -18,10 +18,9 @@ from splicer.policy.precedence import (
     find_cgroup,
     from_labels,
     from_override,
-    from_place_overrides,
     from_process_overrides,
-    from_rule,
     is_about,
+    list_rules,
     read_network,
 )
 from splicer.policy.rules import CONTAINER_SELECTORS, Rule
@@ -105,10 +104,10 @@ class Book:
         for pattern, statement in from_process_overrides(self.overrides):
             if party.pid and party.pid in self.processes.get(pattern, ()):
                 said.append(statement)
-        placed = from_place_overrides(self.overrides)
-        placed += [(rule, from_rule(rule, position)) for position, rule in enumerate(self.rules)]
         return said + [
-            statement for rule, statement in placed if self.covers(rule, party, container, serves=serves)
+            statement
+            for rule, statement in list_rules(self.rules, self.overrides)
+            if self.covers(rule, party, container, serves=serves)
         ]
 
     def covers(self, rule: Rule, party: Party, container: Container | None, *, serves: bool) -> bool:

@@ -23,11 +23,10 @@ from splicer.policy.precedence import (
     find_eager_ports,
     from_labels,
     from_override,
-    from_place_overrides,
     from_process_overrides,
-    from_rule,
     is_about,
     is_ipv4,
+    list_rules,
     list_statements,
     read_network,
     shares_network,
@@ -125,9 +124,7 @@ def compile_policy(
     for pattern, statement in from_process_overrides(overrides):
         for pid in processes.get(pattern, ()):
             draft.say(PROCESS, pid, statement)
-    placed = from_place_overrides(overrides)
-    placed += [(rule, from_rule(rule, position)) for position, rule in enumerate(rules)]
-    for rule, statement in placed:
+    for rule, statement in list_rules(rules, overrides):
         if rule.cgroup is not None:
             if rule.cgroup in cgroup_ids:
                 draft.say(CGROUP, cgroup_ids[rule.cgroup], statement)

@@ -16,8 +16,7 @@ from splicer.policy.precedence import (
     decide,
     find_addresses,
     find_eager_ports,
-    from_place_overrides,
-    from_rule,
+    list_rules,
     list_statements,
     name_companions,
     shares_network,
@@ -117,8 +116,7 @@ def explain(
     `containers` are all there are, `root` is where the cgroup v2 hierarchy is mounted.
     """
     said = list_statements(container, host, rules, overrides, root)
-    everywhere = [statement for rule, statement in from_place_overrides(overrides) if not rule.selectors]
-    everywhere += [from_rule(rule, position) for position, rule in enumerate(rules) if not rule.selectors]
+    everywhere = [statement for rule, statement in list_rules(rules, overrides) if not rule.selectors]
     statements = sorted([*said, *everywhere], key=lambda each: each.rank)
     rest = _decide_port(statements, host, 0)
     named = sorted({port for statement in statements for port in statement.ports})
@@ -164,8 +162,7 @@ def _list_parts(
     by_source: dict[str, list[Statement]] = {}
     for statement in statements:
         by_source.setdefault(statement.source, []).append(statement)
-    by_rule = {rule.source: rule for rule in rules}
-    by_rule |= {statement.source: rule for rule, statement in from_place_overrides(overrides)}
+    by_rule = {statement.source: rule for rule, statement in list_rules(rules, overrides)}
     for source, group in by_source.items():
         says = ", ".join(_word(statement) for statement in group)
         if len(group) > 1:

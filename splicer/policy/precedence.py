@@ -140,6 +140,13 @@ def from_rule(rule: Rule, position: int) -> Statement:
     )
 
 
+def list_rules(rules: Sequence[Rule], overrides: Mapping[str, str]) -> list[tuple[Rule, Statement]]:
+    """What an operator has set by place and what the rules say, each with what it is about."""
+    return from_place_overrides(overrides) + [
+        (rule, from_rule(rule, position)) for position, rule in enumerate(rules)
+    ]
+
+
 def list_statements(
     container: Container, host: Host, rules: Sequence[Rule], overrides: Mapping[str, str], root: str
 ) -> list[Statement]:
@@ -148,14 +155,9 @@ def list_statements(
     Rules that name nothing but ports are left out: they are about whoever serves there.
     """
     said = [*from_override(container, overrides), *from_labels(container, host)]
-    said += [
-        statement
-        for rule, statement in from_place_overrides(overrides)
-        if rule.selectors and is_about(rule, container, root)
-    ]
     return said + [
-        from_rule(rule, position)
-        for position, rule in enumerate(rules)
+        statement
+        for rule, statement in list_rules(rules, overrides)
         if rule.selectors and is_about(rule, container, root)
     ]
 

@@ -105,7 +105,7 @@ class PolicyReconciler:
             compiled = self._compile()
             actual = self._read_entries()
             wanted = dict(compiled.entries)
-            if self._read_inventory() is None and not self._is_nothing_spliced():
+            if self._read_inventory() is None and not self._say_off():
                 # Until the containers are known, what an earlier daemon knew of them holds.
                 kept = {key: entry for key, entry in actual.items() if key.kind in (CGROUP, NETNS)}
                 wanted = kept | wanted
@@ -129,7 +129,7 @@ class PolicyReconciler:
     def _compile(self) -> Compiled:
         self._cgroup_ids = self._find_cgroups()
         self._processes = self._find_named()
-        if self._is_nothing_spliced():
+        if self._say_off():
             return Compiled({}, {}, dataclasses.replace(self._host(), default="off"))
         return entries.compile_policy(
             self._host(),
@@ -141,13 +141,12 @@ class PolicyReconciler:
             processes=self._processes,
         )
 
-    def _is_nothing_spliced(self) -> bool:
-        """Whatever else is said: paused, or all held."""
-        return self._paused_at is not None or self._is_all_held()
-
-    def _is_all_held(self) -> bool:
+    def _say_off(self) -> str:
+        """What keeps everything plain, whatever else is said; empty if nothing does."""
+        if self._paused_at is not None:
+            return PAUSE
         hold = self._holds.current
-        return hold is not None and hold.containers is None
+        return MEASUREMENT if hold is not None and hold.containers is None else ""
 
     def _list_overrides(self) -> Mapping[str, str]:
         """The operator's, oldest first, and newer than all of them what is held plain."""
@@ -437,11 +436,6 @@ class PolicyReconciler:
                 self._v2_root,
                 self._say_off(),
             )
-
-    def _say_off(self) -> str:
-        if self._paused_at is not None:
-            return PAUSE
-        return MEASUREMENT if self._is_all_held() else ""
 
     @property
     def number(self) -> int:

@@ -17,7 +17,7 @@ from support.daemon import ControlError
 from support.host import Host
 
 from splicer.kernel import libbpf
-from splicer.kernel.layout import read_place
+from splicer.kernel.layout import find_young
 
 FLOWS_EVERY = 2.0  # seconds
 SUMMED = (
@@ -170,7 +170,7 @@ def count_young(pin_dir: Path) -> int:
         return -1
     places = libbpf.Map.open(str(pins[0]))
     try:
-        return sum(read_place(seed) is not None for _, seed in places.items())
+        return len(find_young(seed for _, seed in places.items()))
     finally:
         places.close()
 

@@ -66,9 +66,7 @@ def read_map(host: Host, name: str) -> dict[bytes, bytes]:
 
 def read_seeds(host: Host) -> dict[bytes, bytes]:
     """All seeds by name, the young ones included."""
-    places = read_map(host, "young").values()
-    young = {name: seed for seed in places if (name := layout.read_place(seed))}
-    return young | read_map(host, "seeds")
+    return layout.find_young(read_map(host, "young").values()) | read_map(host, "seeds")
 
 
 def make_seed(name: Name, socket: int = 1) -> bytes:
