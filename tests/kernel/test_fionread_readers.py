@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import pytest
 from support.daemon import call
+from support.enlisting import sweeping
 from support.host import Host
 from support.lab import Lab
 from support.pauses import Stopwatch
 from support.players import HABITS, Pair, stopped
 from support.tiers import thorough
 
-from splicer.kernel.generation import open_pinned
 from splicer.kernel.sweep import WatchFindings
 
 CONNECTIONS = 3
@@ -62,9 +62,7 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
     """The same by somebody who is held up between the beginning of the stop and the first look at a socket,
     for longer than a pair has to find rest."""
     host.daemon.kill()
-    generation = open_pinned(str(host.pin_dir))
-    sweeper = generation.sweeper()
-    try:
+    with sweeping(host) as sweeper:
         watch = sweeper.watch_all
 
         def watch_and_pause() -> WatchFindings:
@@ -74,9 +72,6 @@ def _unload_late(host: Host, pairs: list[Pair]) -> None:
 
         sweeper.watch_all = watch_and_pause  # type: ignore[method-assign]
         assert sweeper.drain(0.5).left == CONNECTIONS
-    finally:
-        sweeper.close()
-        generation.close()
     _unload(host, pairs)
 
 

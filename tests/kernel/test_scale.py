@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 from support.bpf import counting_runs, read_counter, read_runs
 from support.daemon import REPOSITORY, call, wait_until
+from support.enlisting import sweeping
 from support.host import Host
 from support.lab import Lab
 
 from splicer.kernel import libbpf
-from splicer.kernel.generation import open_pinned
 from splicer.kernel.layout import PAIR, STATE_SPLICED, WATCH_PAIRS
-from splicer.kernel.sweep import Sweeper
 
 THRONG = REPOSITORY / "splicer" / "bench" / "loads" / "throng.py"
 PORT = 900
@@ -88,18 +87,6 @@ def _throng(host: Host, lab: Lab, number: int = NUMBER) -> Iterator[Throng]:
         throng.close()
 
 
-@contextmanager
-def _by_hand(host: Host) -> Iterator[Sweeper]:
-    """The programs, with nobody to run them but the test."""
-    generation = open_pinned(str(host.pin_dir))
-    sweeper = generation.sweeper()
-    try:
-        yield sweeper
-    finally:
-        sweeper.close()
-        generation.close()
-
-
 @pytest.fixture
 def host() -> Iterator[Host]:
     """One of its own: of others' connections some may still be on their way out, for minutes."""
@@ -149,7 +136,7 @@ def test_status_and_flows_of_many(host: Host, lab: Lab) -> None:
 
 def test_records_are_read_some_at_a_time(host: Host, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """For status, for flows, and to find out what is left at a stop: never all of them."""
-    with _throng(host, lab), _by_hand(host) as sweeper:
+    with _throng(host, lab), sweeping(host) as sweeper:
         monkeypatch.setattr(libbpf, "BATCH", 256)
         sizes: list[int] = []
         step = libbpf.Walk.step
@@ -177,7 +164,7 @@ def test_records_are_read_some_at_a_time(host: Host, lab: Lab, monkeypatch: pyte
 def test_a_look_at_all_takes_a_run_for_eight(lab: Lab) -> None:
     with Host() as host, _throng(host, lab):
         host.daemon.kill()
-        with _by_hand(host) as sweeper, counting_runs():
+        with sweeping(host) as sweeper, counting_runs():
             spliced = sweeper.tally().states[STATE_SPLICED]
             before = read_runs(host.pin_dir, "watch")
             assert sweeper.watch_all().looked == spliced

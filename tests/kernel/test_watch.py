@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from support.daemon import wait_until
+from support.enlisting import sweeping
 from support.host import CHANGED_NS, Host
 from support.lab import Lab
 from support.players import Pair
 from support.tiers import spread
 
 from splicer.kernel import libbpf
-from splicer.kernel.generation import open_pinned
 from splicer.kernel.layout import MODES, PAIR, STATE_SPLICED, WATCH_PAIRS
 from splicer.kernel.sweep import Sweeper
 from splicer.model import REASON_NAMES
@@ -31,13 +31,8 @@ SERVER_BORN, SERVER_TGID = 39, 41  # among the fields of layout.PAIR
 def _by_hand(host: Host) -> Iterator[Sweeper]:
     """The programs, with nobody to run them but the test; then the next daemon comes."""
     host.daemon.kill()
-    generation = open_pinned(str(host.pin_dir))
-    sweeper = generation.sweeper()
-    try:
+    with sweeping(host) as sweeper:
         yield sweeper
-    finally:
-        sweeper.close()
-        generation.close()
     host.start()
 
 

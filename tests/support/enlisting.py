@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running enlist by hand: no daemon is there to do it, so a test says when, and on which pair."""
+"""Running enlist and the others by hand: no daemon is there to do it, so a test says when, and on which
+pair."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from typing import Any
 
 from splicer.kernel import layout, libbpf
 from splicer.kernel.enlist import Enlister, EnlistRequest
+from splicer.kernel.generation import open_pinned
 from splicer.kernel.layout import EnlistOutcome, EnlistTask
+from splicer.kernel.sweep import Sweeper
 from splicer.model import REASON_NAMES, STATES
 from support.daemon import wait_until
 from support.host import Host
@@ -19,6 +22,18 @@ from support.players import Pair
 
 STATE, REASON = 2, 3  # among the fields of layout.PAIR
 LOOK_PAUSE = 0.002  # seconds
+
+
+@contextmanager
+def sweeping(host: Host) -> Iterator[Sweeper]:
+    """The programs that are loaded, with nobody but the test to run them through this."""
+    generation = open_pinned(str(host.pin_dir))
+    sweeper = generation.sweeper()
+    try:
+        yield sweeper
+    finally:
+        sweeper.close()
+        generation.close()
 
 
 class ByHand:
