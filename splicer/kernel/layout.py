@@ -36,6 +36,9 @@ COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
 COUNT_PLAIN = COUNT_REFUSED + len(REASON_NAMES)
 """Index of the first of as many more: bytes of closed connections that TCP has carried."""
+COUNT_WENT_BACK = COUNT_PLAIN + len(REASON_NAMES)
+"""Index of the first of as many more: connections that went back to plain TCP, by why."""
+NR_COUNTERS = COUNT_WENT_BACK + len(REASON_NAMES)
 
 
 class EventType(enum.IntEnum):
@@ -110,6 +113,14 @@ class EndFlag(enum.IntFlag):
     BLOCKS = 128
     RELIANT = 256
     SLEEPLESS = 512
+
+
+class TapChoice(enum.IntEnum):
+    """Does `splicer tap` want a connection?"""
+
+    UNDECIDED = 0
+    WANTED = 1
+    UNWANTED = 2
 
 
 LOOK_BITS = 4
@@ -209,6 +220,10 @@ TALLY_PAIRS = 12
 TALLY_REQUEST_SIZE = 8 * TALLY_PAIRS
 """struct tally_request in bytes: names."""
 EVENT = struct.Struct("=2I Q 2Q 2I")
+TAP_PORTS = 8
+TAP_SETTINGS = struct.Struct(f"=3I {TAP_PORTS}I 4x")
+TAP_FLOW = struct.Struct("=2I 2Q 2Q")
+TAP_RECORD = struct.Struct("=2Q " + _ADDRESS + " 4I 3B 5x 2Q")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
 _ADDRESS_FIELDS = 8 + 1 + 2
@@ -407,6 +422,7 @@ def read_seed(value: bytes) -> Pair:
 
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
+_STANDING = struct.Struct("=2I")
 _END_TGID = (16 + 84, 16 + _END_SIZE + 84)
 _END_FLAGS = (16 + 88, 16 + _END_SIZE + 88)
 _END_CGROUP = (16 + 64, 16 + _END_SIZE + 64)
@@ -430,6 +446,16 @@ def _read_column(values: memoryview, kind: str, offset: int) -> list[int]:
     words = values.cast(kind)  # type: ignore[call-overload]  # it wants a literal
     column: list[int] = words[offset // size :: PAIR.size // size].tolist()
     return column
+
+
+def read_standing(value: bytes) -> tuple[int, int]:
+    """State and reason of a pair."""
+    return _STANDING.unpack_from(value, _STATE)
+
+
+def read_standings(values: memoryview) -> Iterator[tuple[int, int]]:
+    """The same of pairs, given one after the other."""
+    return zip(_read_column(values, "I", _STATE), _read_column(values, "I", _STATE + 4), strict=True)
 
 
 def read_names(values: memoryview) -> list[int]:
