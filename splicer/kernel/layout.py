@@ -16,7 +16,6 @@ from splicer.model import REASON_NAMES
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
 REASON_COLD = 1
 CLIENT, SERVER = 0, 1
-END_IN_MAP = 1
 MODES = {"off": 0, "adaptive": 1, "eager": 2}
 
 COUNTERS = (
@@ -295,7 +294,7 @@ class Pair:
 
     @property
     def is_in_map(self) -> bool:
-        return bool((self.client.flags | self.server.flags) & END_IN_MAP)
+        return bool((self.client.flags | self.server.flags) & EndFlag.IN_MAP)
 
 
 def _read_end(fields: tuple[int, ...]) -> End:
@@ -484,7 +483,7 @@ def read_amounts(values: memoryview) -> tuple[list[int], Iterator[tuple[int, ...
 def read_in_map(values: memoryview) -> list[bool]:
     """Is an end of each of those pairs in the SOCKHASH?"""
     client, server = (_read_column(values, "I", offset) for offset in _END_FLAGS)
-    return [bool((mine | other) & END_IN_MAP) for mine, other in zip(client, server, strict=True)]
+    return [bool((mine | other) & EndFlag.IN_MAP) for mine, other in zip(client, server, strict=True)]
 
 
 def read_ends(values: memoryview, chosen: Iterable[object]) -> set[tuple[int, int]]:

@@ -96,7 +96,7 @@ def test_a_pair_is_read_field_by_field() -> None:
         22,
         layout.STATE_SPLICED,
         0,
-        *end(1, 40000, 80, 1001, layout.END_IN_MAP),
+        *end(1, 40000, 80, 1001, layout.EndFlag.IN_MAP),
         *end(2, 80, 40000, 1002, 0),
         5,
         6,
