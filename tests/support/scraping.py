@@ -10,7 +10,7 @@ import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,24 @@ class Prometheus:
 
     def list_firing(self) -> set[str]:
         return {each["metric"]["alertname"] for each in self.ask('ALERTS{alertstate="firing"}')}
+
+
+def find_difference(server: Prometheus, status: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Where it is not what `splicer status` has just said, with coverage: both, by query."""
+    totals, coverage = status["totals"], status["coverage"]
+    both = {
+        query: (server.read(query), said)
+        for query, said in (
+            ("sum(splicer_redirected_bytes_total)", totals["redirected_bytes"]),
+            ("sum(splicer_redirected_messages_total)", totals["redirected_messages"]),
+            ("sum(splicer_plain_bytes_total)", coverage["plain_bytes"]),
+            ("splicer_adoptions_total", totals["spliced"]),
+            ("sum(splicer_drains_total)", totals["drained"]),
+            ("sum(splicer_refusals_total)", sum(totals["refused"].values())),
+            ("sum(splicer_connections)", sum(status["connections"].values())),
+        )
+    }
+    return {query: values for query, values in both.items() if values[0] != values[1]}
 
 
 @contextmanager
