@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from splicer.errors import OK, SplicerError
 from splicer.model import DAEMON_BACK, DAEMON_GONE, DAEMON_RESTARTED, EVENTS, MISSED, SCHEMA
@@ -89,7 +89,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
         limit = LIMIT
     patience = options.read_timeout(arguments)
     if arguments.follow:
-        events = follow(settings.run_dir, limit, patience)
+        events = follow(settings.run_dir, limit, patience, idle=context.require_reader)
     else:
         _, events = ask_rows(settings.run_dir, "events", "events", {"limit": limit}, patience=patience)
     count = 0
@@ -107,10 +107,16 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
 
 
 def follow(
-    run_dir: str, limit: int, patience: float, *, retry: float = _RETRY_S
+    run_dir: str,
+    limit: int,
+    patience: float,
+    *,
+    idle: Callable[[], None] | None = None,
+    retry: float = _RETRY_S,
 ) -> Iterator[Mapping[str, object]]:
     """The latest events, and those that come, without end. Of a daemon that goes away it tries to hear again
-    each `retry` seconds, and says so. Raises SplicerError if there is none at first."""
+    each `retry` seconds, and says so. While nothing happens `idle` is called about once a second. Raises
+    SplicerError if there is no daemon at first."""
     daemon, last = "", 0
     is_gone = False
     why: SplicerError | None = None
@@ -124,6 +130,7 @@ def follow(
                 {**place, "follow": True},
                 timeout=_SILENCE_S,
                 patience=patience,
+                idle=idle,
             )
         except SplicerError as error:
             if not daemon:
@@ -131,6 +138,8 @@ def follow(
             if not is_gone:
                 is_gone = True
                 yield _make_own(DAEMON_GONE, (why or error).message)
+            if idle is not None:
+                idle()
             time.sleep(retry)
             continue
         if daemon and text(head, "daemon") != daemon:

@@ -422,9 +422,11 @@ def request_rows(
     *,
     timeout: float = 10.0,
     patience: float | None = None,
+    idle: Callable[[], None] | None = None,
 ) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
     """Ask for what has many rows under `name`: the rest of the result, and the rows as they come. `patience`
-    is for the time until the answer begins, and `timeout` for each further part.
+    is for the time until the answer begins, and `timeout` for each further part. `idle` is called whenever
+    the daemon says that there is nothing new.
 
     Raises SplicerError as `request` does, also as one goes through the rows.
     """
@@ -435,7 +437,7 @@ def request_rows(
         head = _decode(line, question.path)
         if "rows" in _read_object(line):
             opened.pop_all()
-            return head, question.read_rows()
+            return head, question.read_rows(idle)
     # It knows nothing of streams.
     rows = head.pop(name, None)
     return head, iter([row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else [])
@@ -472,7 +474,7 @@ class _Question:
             line = self._lines.read(max(deadline - time.monotonic(), 0.001))
         return self._require(line)
 
-    def read_rows(self) -> Iterator[Mapping[str, object]]:
+    def read_rows(self, idle: Callable[[], None] | None = None) -> Iterator[Mapping[str, object]]:
         """The rows that follow the first line; then there is nothing more to ask."""
         count = 0
         self._patience = self._timeout
@@ -482,6 +484,8 @@ class _Question:
                     line = self._lines.read(self._timeout)
                 part = _read_object(self._require(line))
                 if isinstance(rows := part.get("rows"), list):
+                    if not rows and idle is not None:
+                        idle()
                     count += len(rows)
                     yield from rows
                     continue
