@@ -247,8 +247,12 @@ static __always_inline void finish(struct pair *p)
 	p->retry_ns = now + get_cool_down(p);
 	p->changed_ns = now;
 	WRITE_ONCE(p->state, STATE_PAIRED);
-	if (p->was_spliced)
+	if (p->was_spliced) {
+		u32 reason = p->reason;
+
 		count(COUNT_DRAINED, 1);
+		count(COUNT_WENT_BACK + (reason < NR_REASONS ? reason : 0), 1);
+	}
 	p->was_spliced = 0;
 	count_sweep(SWEEP_DRAINED);
 }

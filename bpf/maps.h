@@ -21,6 +21,8 @@
 #define MAX_VOLUMES	4096
 #define RECENT_SLOTS	32	/* a power of two */
 #define EVENT_PAGES		16	/* a power of two */
+#define MAX_TAPPED		1	/* the command makes its own, larger */
+#define TAP_PAGES		1	/* the same */
 
 /* The spliced ends. The verdict program is attached to this map. */
 BPF_SOCKHASH(spliced, struct end_key, MAX_PAIRS * 2);
@@ -102,3 +104,15 @@ BPF_TABLE("percpu_array", int, u64, counters, NR_COUNTERS);
 BPF_TABLE("array", int, struct pair, blank, 1);
 
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
+
+/* Where the program of `splicer tap` stands while somebody taps. */
+BPF_PROG_ARRAY(taps, 1);
+
+/* The rest is made by the command, for its program. */
+BPF_TABLE("array", int, struct tap_settings, tap_settings, 1);
+BPF_F_TABLE("hash", struct pair_id, struct tap_flow, tap_flows, MAX_TAPPED, BPF_F_NO_PREALLOC);
+/* enum tap_choice, where the command decides. */
+BPF_F_TABLE("hash", struct pair_id, u32, tap_choices, MAX_TAPPED, BPF_F_NO_PREALLOC);
+/* Bytes and pieces of connections for which there was no room in tap_flows. */
+BPF_TABLE("array", int, u64, tap_unknown, 2);
+BPF_RINGBUF_OUTPUT(tap_ring, TAP_PAGES);

@@ -436,7 +436,8 @@ enum counter {
 	COUNT_LOOKS,		/* reads that observe looked into */
 	COUNT_REFUSED,		/* + enum reason */
 	COUNT_PLAIN = COUNT_REFUSED + NR_REASONS,	/* + enum reason: bytes of closed connections through TCP */
-	NR_COUNTERS = COUNT_PLAIN + NR_REASONS,
+	COUNT_WENT_BACK = COUNT_PLAIN + NR_REASONS,	/* + enum reason: COUNT_DRAINED, by why */
+	NR_COUNTERS = COUNT_WENT_BACK + NR_REASONS,
 };
 
 /* What one run of adopt saw. Cleared by the daemon before the run. */
@@ -560,5 +561,51 @@ struct enlist_batch {
 	u32 requests;		/* how many there are */
 	struct enlist_request request[ENLIST_PAIRS];
 };
+
+/* For `splicer tap`. Which connections it wants is decided by the command; until it has, they are undecided. */
+enum tap_choice {
+	TAP_UNDECIDED,		/* recorded: the command keeps the records until it knows */
+	TAP_WANTED,
+	TAP_UNWANTED,
+};
+
+#define TAP_PORTS	8
+
+struct tap_settings {
+	u32 choice;		/* enum tap_choice: of a connection that is met first */
+	u32 kept;		/* so many bytes of a piece at most */
+	u32 nr_ports;		/* if not 0: only connections with one of these, as either end calls them */
+	u32 ports[TAP_PORTS];
+	u32 pad;
+};
+
+/* What is known of a connection. One direction is written by its sender only, which has its socket locked. */
+struct tap_flow {
+	u32 end[2];		/* by who sends: the sequence number behind all that was recorded or missed */
+	u64 missed_bytes[2];	/* redirected while there was no room in the ring buffer */
+	u64 missed[2];		/* the same in pieces */
+};
+
+/* What stands before the bytes of one piece of a message. */
+struct tap_record {
+	struct pair_id id;
+	u64 time_ns;		/* CLOCK_MONOTONIC */
+	struct address at;
+	u32 seq;		/* of the first byte: where TCP is in this direction, and all redirected bytes */
+	u32 ack;
+	u32 size;
+	u32 kept;		/* bytes that are here */
+	u8 sender;		/* enum side */
+	u8 viewer;		/* enum side: whose addresses these are */
+	u8 choice;		/* enum tap_choice */
+	u8 pad[5];
+	u64 missed_bytes;	/* of this direction, so far */
+	u64 missed;
+};
+
+/* As splicer/kernel/layout.py has them. */
+_Static_assert(sizeof(struct tap_settings) == 48, "a setting was added");
+_Static_assert(sizeof(struct tap_flow) == 40, "a number was added");
+_Static_assert(sizeof(struct tap_record) == 104, "a field was added");
 
 #endif

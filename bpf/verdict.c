@@ -350,6 +350,8 @@ int verdict(struct sk_msg_md *msg)
 		d->redirected_messages++;
 		count(COUNT_REDIRECTED_BYTES, size);
 		count(COUNT_REDIRECTED_MESSAGES, 1);
+		/* Goes on in tap, and returns from there, if somebody taps. */
+		taps.call(msg, 0);
 		return SK_PASS;
 	}
 	if (way == WAY_REFUSE) {

@@ -190,6 +190,7 @@ install_packages() { # pieces
             redis-server | postgresql | haproxy | memcached) new_services+=("$piece") ;;
             mariadbd) new_services+=(mariadb) ;;
             varnishd) new_services+=(varnish varnishncsa) ;;
+            prometheus) new_services+=(prometheus) ;;
         esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
@@ -305,8 +306,10 @@ sys.exit(not ok)" 2>/dev/null; then
 
 level=${1:-run}
 pieces=(python venv bcc libbpf)
-test_pieces=(ip nft bpftool nginx wrk socat haproxy)
+test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux tshark redis-server)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze lintian)
+# Its package has promtool as well.
+e2e_pieces+=(prometheus)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.
 small_pieces=(testsuite curl openssl redis-server redis-benchmark strace)
 apps_pieces=(iperf3 memcached postgresql mariadbd php php-mysql h2load node javac go ruby-grpc)

@@ -66,6 +66,46 @@ REASONS: dict[str, str] = {name: text for name, text in _REASONS if name}
 """Reason name to one sentence, for help texts and documents."""
 
 
+TOP_KEYS = ("bytes", "redirected", "plain", "messages", "connections")
+"""What `splicer top` can be sorted by: rates, and the number of connections."""
+
+# The last ones are what the command adds to what the daemon tells.
+MISSED = "missed"
+DAEMON_GONE, DAEMON_BACK, DAEMON_RESTARTED = "daemon_gone", "daemon_back", "daemon_restarted"
+EVENTS: dict[str, str] = {
+    "spliced": "The connection was spliced. Without names: so many were, by an eager policy or by a walk.",
+    "draining": "The connection begins to go back to plain TCP, for the reason named.",
+    "rescued": "The same, since bytes waited unread in a spliced socket.",
+    "refused": "It is not spliced, for the reason named. Without names: so many times since the last line.",
+    "lost": "So many words of the programs did not reach the daemon, which was too slow.",
+    "override": "splicer set or splicer unset has changed something.",
+    "policy_changed": "The policy in the kernel is another one: by labels, rules, overrides, or a pause.",
+    "policy_incomplete": "The policy does not fit into the kernel.",
+    "bad_label": "A container has a label of ours that cannot be read.",
+    "paused": "splicer pause.",
+    "resumed": "splicer resume.",
+    "drain_requested": "splicer drain.",
+    "network_gone": "A link or an address was taken away; so many connections go back to plain TCP.",
+    "reloaded": "The configuration was read again.",
+    "reload_failed": "It could not be.",
+    "restart_needed": "What has changed in it takes effect with the next start.",
+    "census_taken": "Connections that are older than splicer were looked for.",
+    "census_failed": "They could not be.",
+    "docker_connected": "The container engine is reached.",
+    "docker_lost": "It is not any more.",
+    "docker_absent": "There is none to be reached.",
+    "sweeps_held_up": "Ends cannot be put in or taken out in so many namespaces: somebody holds a lock.",
+    "started": "The daemon is ready.",
+    "signal": "The daemon was sent a signal.",
+    "drained": "The daemon stops, and has taken back what was spliced.",
+    MISSED: "So many events are not known any more here.",
+    DAEMON_GONE: "The daemon does not answer; the command goes on trying.",
+    DAEMON_BACK: "It answers again.",
+    DAEMON_RESTARTED: "It is another process than before, and begins to count anew.",
+}
+"""Type of event to one sentence, for help texts and documents."""
+
+
 @dataclass(frozen=True)
 class Container:
     """A running container.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 from splicer.bench.apps import APP_WORKLOADS
 from splicer.bench.cells import matrix, streams
@@ -19,6 +20,8 @@ from splicer.bench.testbed import Testbed
 from splicer.bench.workloads import LIFE_WORKLOADS, REFUSED_WORKLOADS, WRK_WORKLOADS, missing_programs
 from splicer.errors import SplicerError
 from splicer.text import legend, plural
+
+T = TypeVar("T")
 
 CONNECTIONS = 16
 # What programs are in, on Debian, where it is called otherwise.
@@ -72,15 +75,22 @@ def list_lines(group: str | None, only: Sequence[str]) -> list[str]:
 
 
 def alternate(
-    name: str, pairs: int, progress: Progress, plain: Callable[[], Sample], spliced: Callable[[], Leg]
-) -> tuple[list[Sample], list[Leg]]:
-    """So many spliced legs, with a plain one before and after each: 2 * `pairs` + 1 steps."""
-    progress.step(f"{name}: plain")
+    name: str,
+    pairs: int,
+    progress: Progress,
+    plain: Callable[[], Sample],
+    spliced: Callable[[], T],
+    *,
+    kinds: tuple[str, str] = ("plain", "spliced"),
+) -> tuple[list[Sample], list[T]]:
+    """So many spliced legs, with a plain one before and after each: 2 * `pairs` + 1 steps. `kinds` are what
+    the two are called."""
+    progress.step(f"{name}: {kinds[0]}")
     plains, splices = [plain()], []
     for turn in range(pairs):
-        progress.step(f"{name}: spliced, {turn + 1} of {pairs}")
+        progress.step(f"{name}: {kinds[1]}, {turn + 1} of {pairs}")
         splices.append(spliced())
-        progress.step(f"{name}: plain, {turn + 1} of {pairs}")
+        progress.step(f"{name}: {kinds[0]}, {turn + 1} of {pairs}")
         plains.append(plain())
     return plains, splices
 

@@ -45,6 +45,7 @@ _ALL = (
     Suite("scale", "1 000 to 100 000 connections: memory, CPU, cost of each step", "scale", compares=False),
     Suite("streams", "streams that are always redirected, by size", tabular=True),
     Suite("naive", "what a program that always redirects would give", "naive"),
+    Suite("tap", "what splicer tap costs those whom it taps", "tapping"),
     Suite("relays", "Varnish, lighttpd and socat in front of nginx"),
     Suite("lives", "nginx proxying to nginx, connections that end after some requests"),
     Suite("connecting", "what a connection of one request pays for being seen", "connecting", compares=False),

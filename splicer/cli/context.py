@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import select
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -25,6 +26,18 @@ class Context:
         """Print lines of data."""
         for line in lines:
             self.stdout.write(line + "\n")
+
+    def require_reader(self) -> None:
+        """Raises BrokenPipeError if stdout is a pipe that nobody reads any more. A write would tell, but
+        there may be nothing to write for hours."""
+        try:
+            descriptor = self.stdout.fileno()
+        except (OSError, ValueError):  # none of the kernel's
+            return
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(news & select.POLLERR for _, news in poll.poll(0)):
+            raise BrokenPipeError
 
     def write_json(self, document: Mapping[str, object]) -> None:
         """Print one JSON object on one line."""

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 
 from splicer.errors import OK, USAGE, SplicerError
 from splicer.model import REASONS, STATES
-from splicer.policy.values import integer
 from splicer.text import (
     PLAIN,
     Cell,
@@ -153,9 +152,10 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the daemon's flows."""
     settings = options.resolve_settings(arguments, context, only=("run_dir",)).settings
     states = frozenset(arguments.state or ())
-    ports = frozenset(_read_port(given) for given in arguments.port or ())
+    ports = frozenset(read_port(given) for given in arguments.port or ())
     names = {name: given for name in FILTERS if (given := getattr(arguments, name))}
-    limit = _read_limit(arguments.limit)
+    # 0 is all.
+    limit = options.read_whole(arguments.limit, "--limit", 0, 1_000_000)
     patience = options.read_timeout(arguments)
     # What waits unread is counted socket by socket, for those who see it.
     unread = {"unread": arguments.wide or arguments.json}
@@ -198,7 +198,7 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
-def _read_port(given: str) -> int:
+def read_port(given: str) -> int:
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= 65535):
         raise SplicerError(
             f"bad value for --port: {printable(given)}",
@@ -206,13 +206,6 @@ def _read_port(given: str) -> int:
             exit_code=USAGE,
         )
     return int(given)
-
-
-def _read_limit(given: str | None) -> int | None:
-    """None if none is given, 0 for all."""
-    if given is None:
-        return None
-    return int(str(options.read_value(integer(0, 1_000_000), given, "--limit")))
 
 
 def select(

@@ -19,9 +19,11 @@ from splicer.text import ColourChoice, Palette, printable, wants_colour
 from . import (
     advise,
     bench,
+    bundle,
     completion,
     doctor,
     drain,
+    events,
     explain,
     flows,
     invocation,
@@ -32,6 +34,8 @@ from . import (
     resume,
     run,
     status,
+    tap,
+    top,
     unload,
     unset,
     version,
@@ -44,6 +48,8 @@ COMMANDS = {
     "status": status,
     "flows": flows,
     "explain": explain,
+    "events": events,
+    "top": top,
     "policy": policy,
     "advise": advise,
     "set": set_,
@@ -52,8 +58,10 @@ COMMANDS = {
     "pause": pause,
     "resume": resume,
     "unload": unload,
+    "tap": tap,
     "bench": bench,
     "doctor": doctor,
+    "bundle": bundle,
     "version": version,
     "completion": completion,
 }
@@ -69,6 +77,8 @@ examples:
   splicer status                        is it running, and does it help?
   splicer flows                         what is spliced, and why the rest is not
   splicer explain 10.0.0.1:40000 10.0.0.2:80    all about one connection
+  splicer top                           how much goes between whom, live
+  splicer events --follow               what happens, as it happens
   splicer advise                        what would have more of it spliced
   splicer policy                        which containers are, and who says so
   splicer set demo-web-1 off            leave a container alone for now

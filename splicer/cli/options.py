@@ -16,7 +16,7 @@ from splicer.policy.config import (
     option_of,
     resolve,
 )
-from splicer.policy.values import ValueType, check_value, seconds
+from splicer.policy.values import ValueType, check_value, integer, seconds
 
 from .context import Context
 
@@ -142,6 +142,12 @@ def read_value(kind: ValueType, given: str, option: str) -> object:
     except ValueError:
         value = None
     return check_value(kind, value, option, given)
+
+
+def read_whole(given: str | None, option: str, least: int, most: int) -> int | None:
+    """A whole number of an option that is no setting, None if it was not given. Raises SplicerError with exit
+    code 2."""
+    return None if given is None else int(str(read_value(integer(least, most), given, option)))
 
 
 def spell_run_dir(run_dir: str) -> str:

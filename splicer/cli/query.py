@@ -63,16 +63,17 @@ def ask_rows(
     *,
     timeout: float = 10.0,
     patience: float | None = None,
+    idle: Callable[[], None] | None = None,
 ) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
     """The daemon's answer without its rows, and those, which it calls `name`, as they come: there may be more
     than one wants to have in memory. `patience`, in seconds, is for the beginning, the same as `timeout` if
-    it is not given, and `timeout` for each further part.
+    it is not given, and `timeout` for each further part. `idle` is called whenever there is nothing new.
 
     Raises SplicerError as `ask` does, also as one goes through the rows.
     """
     with _who_holds(run_dir, command):
         answer, rows = control.request_rows(
-            run_dir, command, name, fields, timeout=timeout, patience=patience
+            run_dir, command, name, fields, timeout=timeout, patience=patience, idle=idle
         )
     return _require_schema(answer), rows
 

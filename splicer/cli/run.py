@@ -54,6 +54,11 @@ def _make_epilog() -> str:
         "off": "containers are not looked at; rules by cgroup, address and port still apply",
         "URL": "where it listens, such as unix:///run/podman/podman.sock",
     }
+    metrics = {
+        "off": "nothing is served (default)",
+        "127.0.0.1:9469": "a loopback address and a port; no other address is accepted",
+        "/PATH": "a Unix socket",
+    }
     labels = {
         "splicer.enable": "true or false",
         "splicer.mode": "adaptive, eager or off; default: --mode; implies enable=true",
@@ -85,6 +90,9 @@ FIONREAD, the question how many bytes wait, which nginx asks (docs/kernels.md):
 
 containers (--docker; Docker, or Podman's compatible socket):
 {legend(docker)}
+
+metrics for Prometheus (--metrics; docs/metrics.md):
+{legend(metrics)}
 
 labels of containers, read strictly; a mistake leaves the container alone:
 {legend(labels)}
@@ -158,6 +166,12 @@ def add(parser: options.Parser) -> None:
     )
     parser.add_argument(
         "--docker", metavar="WHERE", help="where the container engine is: auto, off or a URL (default: auto)"
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="WHERE",
+        help="serve /metrics for Prometheus, /healthz and /readyz: off, a loopback address with a port, or a "
+        "Unix socket (default: off)",
     )
     parser.add_argument(
         "--no-census",

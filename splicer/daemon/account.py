@@ -13,6 +13,7 @@ from typing import Any
 from splicer.kernel.gauge import Facts
 from splicer.kernel.layout import STATE_LEAVING, STATE_PAIRED, STATE_SPLICED, EndFlag, FactBit, Pair
 from splicer.model import REASON_NAMES, REASONS, Unread
+from splicer.policy.advice import REMEDIES, Remedy
 from splicer.policy.decision import MEASUREMENT, PAUSE, Decision
 from splicer.text import plural
 
@@ -371,51 +372,10 @@ def _find_next(evidence: Evidence) -> tuple[str, float | None]:
     return f"it is tried once {words}" if words else "it is tried with the next read", None
 
 
-_CHANGES: dict[str, tuple[str, ...]] = {
-    "cold": (
-        "nothing is wrong: traffic does it",
-        "for a service that you vouch for, from the first byte: splicer set --port {port} eager",
-    ),
-    "pending": ("nothing is wrong: wait a moment",),
-    "busy": ("a moment in which neither end has anything on its way; it is looked for again",),
-    "blocking_reader": (
-        "have the program set O_NONBLOCK and wait in poll or epoll, as event loops do",
-        'or a [[policy]] table with ports = {port} and blocking = "allow"; read KNOWN_ISSUES.md first',
-    ),
-    "splice_reader": (
-        "switch splice(2) off in the program that reads (HAProxy: no option splice-auto), and start it anew",
-    ),
-    "unknown_reader": ("have the program read with recv, recvmsg, read or readv",),
-    "waitall_reader": ("have the program read without MSG_WAITALL",),
-    "spinning_reader": ("have the program wait in poll or epoll; TCP serves one that spins faster",),
-    "rcvlowat": ("have the program leave SO_RCVLOWAT at 1",),
-    "zerocopy": ("have the program do without SO_ZEROCOPY on local connections",),
-    "ulp": ("do without kernel TLS, or whichever upper layer protocol it is, on local connections",),
-    "mptcp": ("have the program use plain TCP (Go: GODEBUG=multipathtcp=0)",),
-    "repair": ("nothing: TCP_REPAIR is for a moment, as of CRIU",),
-    "kernel_socket": ("nothing: the kernel itself reads it, as for NFS",),
-    "peek_offset": ("have the program do without SO_PEEK_OFF",),
-    "control_messages": (
-        "have the program do without timestamps",
-        'or, if it was TCP_INQ, a [[policy]] table with ports = {port} and tcp_inq = "allow"',
-    ),
-    "socket_filter": ("have the program do without SO_ATTACH_FILTER",),
-    "pacing": ("have the program do without SO_MAX_PACING_RATE",),
-    "foreign_psock": ("take it out of the other sockmap; splicer status lists who has some",),
-    "map_full": ("more room, at the next start: --max-connections; splicer status says how much there is",),
-    "backpressure": ("a faster reader; it is tried again after a pause",),
-    "memory": ("more socket memory (net.ipv4.tcp_mem, or memory.max of the cgroup)",),
-    "stream": ("nothing: for one direction only plain TCP is faster",),
-    "rescue": ("nothing to set: it is tried again after a pause; report it if it happens often",),
-    "unaccepted": ("have the server accept it, and both ends read",),
-    "forged": ("find out who uses TCP_REPAIR",),
-    "network_gone": ("nothing: a link or an address that it used is gone",),
-}
-
-
 def _list_changes(reason: str, decision: Decision, port: int) -> Iterator[str]:
     if reason != "policy_off":
-        yield from (each.replace("{port}", str(port)) for each in _CHANGES.get(reason, ()))
+        remedy = REMEDIES.get(reason, Remedy(""))
+        yield from (each.replace("{port}", str(port)) for each in remedy.changes)
         return
     source = decision.mode_source
     if source == PAUSE:

@@ -12,6 +12,9 @@ in lines of their own, some in each, and a last line with their number, or with 
     request   {"command": "flows", "stream": true}
     reply     {"ok": true, "result": {...}, "rows": "flows"}   {"rows": [{...}, ...]}  ...   {"end": 1234}
 
+What goes on until one of the two hangs up (events that are followed) has no last line, and lines without rows
+while there is nothing to tell.
+
 Who does not ask gets one line, as for anything else, with the rows in the result under that name.
 
 A connection may carry several requests, one after the other. After a request that is no JSON object or is too
@@ -44,7 +47,7 @@ REQUEST_LIMIT = 64 * 1024  # bytes
 REPLY_LIMIT = 512 * 1024 * 1024  # bytes; a million flows are about 350 MB
 PEERS_AT_ONCE = 8
 # Commands that only show something, and have an option for how long to wait.
-SHOWS = ("status", "flows", "policy", "explain")
+SHOWS = ("status", "flows", "policy", "explain", "events")
 # Who hears nothing for so long looks whether the daemon was stopped.
 _STOPPED_AFTER_S = 0.5
 BACKLOG = 64
@@ -55,11 +58,17 @@ _ADDRESS_LIMIT = 107
 @dataclass(frozen=True)
 class Rows:
     """A result with many rows: what else is in it, the name under which they are, and the rows, some at a
-    time."""
+    time. What `waits` takes as long as it likes for a part, and others are answered meanwhile; it may be used
+    by several threads. If the parts have a close(), it is called however the answer ends."""
 
     head: Mapping[str, Any]
     name: str
     parts: Iterable[Sequence[Mapping[str, Any]]]
+    waits: bool = False
+
+    def close(self) -> None:
+        if (close := getattr(self.parts, "close", None)) is not None:
+            close()
 
 
 Handler = Callable[[dict[str, Any]], Mapping[str, Any] | Rows]
@@ -236,8 +245,9 @@ class Server:
                 return
             lines = _Lines(peer, REQUEST_LIMIT)
             while not self._closing.is_set() and (line := lines.read(self._timeout)) is not None:
-                for part in self._answer(line):
-                    self._send(peer, part)
+                with contextlib.closing(self._answer(line)) as parts:
+                    for part in parts:
+                        self._send(peer, part)
         except _RefusedError as refusal:
             with contextlib.suppress(OSError):
                 self._send(peer, _failure(str(refusal), None))
@@ -253,7 +263,7 @@ class Server:
         peer.settimeout(self._timeout)
         peer.sendall(reply)
 
-    def _answer(self, line: bytes) -> Iterator[bytes]:
+    def _answer(self, line: bytes) -> Generator[bytes, None, None]:
         """The reply to a request, in parts that have to leave one by one."""
         try:
             request = json.loads(line)
@@ -274,10 +284,10 @@ class Server:
             is_begun = isinstance(result, Rows) and request.get("stream") is not True
             if not isinstance(result, Rows):
                 reply = _encode({"ok": True, "result": result})
-            elif request.get("stream") is True:
-                reply = yield from self._stream(result)
             else:
-                reply = yield from self._write_out(result)
+                write = self._stream if request.get("stream") is True else self._write_out
+                with contextlib.closing(result):
+                    reply = yield from write(result)
         except SplicerError as error:
             reply = _failure(error.message, error.hint)
         except Exception as error:  # the daemon outlives a mistake in a handler
@@ -291,12 +301,13 @@ class Server:
     def _take(self, result: Rows) -> Iterator[Sequence[Mapping[str, Any]]]:
         """The rows, some at a time. Others who ask come in between."""
         parts = iter(result.parts)
+        turn = contextlib.nullcontext() if result.waits else self._turn
         while True:
-            with self._turn:
+            with turn:
                 part = next(parts, None)
-            if part is None:
+            if part is None or self._closing.is_set():
                 return
-            if part:
+            if part or result.waits:
                 yield part
 
     def _stream(self, result: Rows) -> Generator[bytes, None, bytes]:
@@ -355,21 +366,19 @@ def _read_credentials(peer: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def remove_stale(path: str) -> bool:
+def remove_stale(path: str, what: str = "control socket") -> bool:
     """Remove the socket file at `path` that nobody listens on. True when there was one.
 
-    Raises SplicerError when somebody does listen, or when the file is no socket.
+    `what` is what to call it. Raises SplicerError when somebody does listen, or when the file is no socket.
     """
     try:
         status = os.stat(path, follow_symlinks=False)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+        raise SplicerError(f"cannot look at the {what} ({path}: {error.strerror})") from error
     if not stat.S_ISSOCK(status.st_mode):
-        raise SplicerError(
-            f"a file is in the place of the control socket ({path})", hint=f"look at it: ls -l {path}"
-        )
+        raise SplicerError(f"a file is in the place of the {what} ({path})", hint=f"look at it: ls -l {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -380,9 +389,9 @@ def remove_stale(path: str) -> bool:
             return True
         except OSError as error:
             if error.errno != errno.EAGAIN and not isinstance(error, TimeoutError):
-                raise SplicerError(f"cannot look at the control socket ({path}: {error.strerror})") from error
+                raise SplicerError(f"cannot look at the {what} ({path}: {error.strerror})") from error
     raise SplicerError(
-        f"another process listens on the control socket ({path})", hint=f"find it with: ss -xlp | grep {path}"
+        f"another process listens on the {what} ({path})", hint=f"find it with: ss -xlp | grep {path}"
     )
 
 
@@ -413,9 +422,11 @@ def request_rows(
     *,
     timeout: float = 10.0,
     patience: float | None = None,
+    idle: Callable[[], None] | None = None,
 ) -> tuple[dict[str, object], Iterator[Mapping[str, object]]]:
     """Ask for what has many rows under `name`: the rest of the result, and the rows as they come. `patience`
-    is for the time until the answer begins, and `timeout` for each further part.
+    is for the time until the answer begins, and `timeout` for each further part. `idle` is called whenever
+    the daemon says that there is nothing new.
 
     Raises SplicerError as `request` does, also as one goes through the rows.
     """
@@ -426,7 +437,7 @@ def request_rows(
         head = _decode(line, question.path)
         if "rows" in _read_object(line):
             opened.pop_all()
-            return head, question.read_rows()
+            return head, question.read_rows(idle)
     # It knows nothing of streams.
     rows = head.pop(name, None)
     return head, iter([row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else [])
@@ -463,7 +474,7 @@ class _Question:
             line = self._lines.read(max(deadline - time.monotonic(), 0.001))
         return self._require(line)
 
-    def read_rows(self) -> Iterator[Mapping[str, object]]:
+    def read_rows(self, idle: Callable[[], None] | None = None) -> Iterator[Mapping[str, object]]:
         """The rows that follow the first line; then there is nothing more to ask."""
         count = 0
         self._patience = self._timeout
@@ -473,6 +484,8 @@ class _Question:
                     line = self._lines.read(self._timeout)
                 part = _read_object(self._require(line))
                 if isinstance(rows := part.get("rows"), list):
+                    if not rows and idle is not None:
+                        idle()
                     count += len(rows)
                     yield from rows
                     continue

@@ -86,14 +86,14 @@ class CoverageReporter:
         """The largest first."""
         plain = {key: volume for key, volume in volumes.plain.items() if volume.size}
         cgroups = {cgroup for key in plain for cgroup in (key.client, key.server)}
-        owners = {cgroup: self._find_owner(cgroup) for cgroup in cgroups}
+        owners = {cgroup: self.find_owner(cgroup) for cgroup in cgroups}
         rows: defaultdict[tuple[Owner, Owner, str], Volume] = defaultdict(Volume)
         for key, volume in plain.items():
             reason = REASON_NAMES[key.reason] if key.reason < len(REASON_NAMES) else ""
             rows[owners[key.client], owners[key.server], reason] += volume
         return sorted(rows.items(), key=lambda item: -item[1].size)
 
-    def _find_owner(self, cgroup: int) -> Owner:
+    def find_owner(self, cgroup: int) -> Owner:
         """As it is now, or was when somebody last asked and it was there. A cgroup in which one program talks
         goes by the name of that, as its connections do."""
         if not cgroup:

@@ -77,15 +77,18 @@ class Enlistment:
         find_pair: Callable[[int], Pair | None],
         clock: Callable[[], float] = time.monotonic,
         cpu_clock: Callable[[], float] = time.thread_time,
+        note: Callable[[int, EnlistOutcome], None] = lambda name, outcome: None,
     ) -> None:
         """No `enlister`: all is left to `walks`. `ask_for_watch` gets the name of each pair that is in.
-        `find_pair` gives the pair with a name, if there is one."""
+        `find_pair` gives the pair with a name, if there is one. `note` gets the names of those that are in
+        (IN), and of those that are tried no more (OVER)."""
         self._enlister = enlister
         self._walks = walks
         self._ask_for_watch = ask_for_watch
         self._find_pair = find_pair
         self._clock = clock
         self._cpu_clock = cpu_clock
+        self._note = note
         # (when it is due, number, who): the number keeps equals in order.
         self._waiting: list[tuple[float, int, _Pending]] = []
         self._number = 0
@@ -174,6 +177,8 @@ class Enlistment:
         outcomes = self._run(tries)
         now = self._clock()
         for pending, outcome in zip(tries, outcomes, strict=True):
+            if outcome in (EnlistOutcome.IN, EnlistOutcome.OVER):
+                self._note(pending.name, outcome)
             if outcome == EnlistOutcome.IN:
                 pending.task = EnlistTask.LOOK
                 self._push(now + LOOK_PAUSE_S, pending)

@@ -16,12 +16,17 @@ from splicer.daemon.attribution import Attribution
 from splicer.daemon.census import EARLIER, OFF, UNAVAILABLE, CensusTaker
 from splicer.daemon.control import Server
 from splicer.daemon.coverage import CoverageReporter
+from splicer.daemon.endpoint import Endpoint, Source
 from splicer.daemon.enlistment import Enlistment
+from splicer.daemon.events import EventHandler, EventNoter
 from splicer.daemon.explain import Explainer
+from splicer.daemon.gathering import Gatherer
+from splicer.daemon.journal import Journal, NotingLog
 from splicer.daemon.lease import LeaseKeeper
 from splicer.daemon.mailbox import Mailbox, Task
 from splicer.daemon.networks import NetworkWatcher
 from splicer.daemon.patrol import Patrol
+from splicer.daemon.rates import RateReporter
 from splicer.daemon.ready import ready_file
 from splicer.daemon.reloading import ReloadReport
 from splicer.daemon.requests import RequestHandlers
@@ -32,13 +37,16 @@ from splicer.host.cgroups import Cgroup
 from splicer.host.namespaces import Directory
 from splicer.host.process import Processes, read_own_age, read_peak, sees_host_pids
 from splicer.host.scopes import Scopes
-from splicer.kernel import answer, generation, libbpf, neighbours, probes, trials
+from splicer.kernel import answer, generation, libbpf, neighbours, probes, tap, trials
 from splicer.kernel.btf import Btf
 from splicer.kernel.enlist import Enlister
 from splicer.kernel.layout import CensusState, EventType, read_event
 from splicer.kernel.probes import KernelClass
 from splicer.kernel.sweep import Sweeper
 from splicer.logs import Logger
+from splicer.metrics import store
+from splicer.metrics.histogram import Timings
+from splicer.metrics.page import Page
 from splicer.policy import config
 from splicer.policy.advice import Facts
 from splicer.policy.config import Settings
@@ -68,7 +76,8 @@ class Daemon:
         `require_compiler`, where nothing can be compiled."""
         self._settings = settings
         self._cgroup = cgroup
-        self._log = log
+        self._journal = Journal()
+        self._log: Logger = NotingLog(log, self._journal)
         self._reread = reread or (lambda: settings)
         self._require_compiler = require_compiler
         self._generation: generation.Generation
@@ -78,6 +87,9 @@ class Daemon:
         self._leases: LeaseKeeper
         self._enlister: Enlister | None = None
         self._enlistment: Enlistment
+        self._events: EventNoter
+        self._attribution: Attribution
+        self._rates: RateReporter
         self._census: CensusTaker
         self._reconciler: PolicyReconciler
         self._heartbeat = time.monotonic()
@@ -88,13 +100,19 @@ class Daemon:
         self._reload_report = ReloadReport()
         self._attempts = Attempts()
         self._mailbox = Mailbox()
-        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), log)
-        self._signals = Signals(self._mailbox.write_fd, log)
+        self._networks = NetworkWatcher(lambda: self._mailbox.post(Task.DRAIN_STALLED), self._log)
+        self._signals = Signals(self._mailbox.write_fd, self._log)
+        self._timings = Timings()
+        self._endpoint = Endpoint(settings.metrics, self._log)
 
     # -- life ----------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Attach, serve until a signal, drain, detach. Returns the exit code."""
+        with self._endpoint:
+            return self._run()
+
+    def _run(self) -> int:
         settings = self._settings
         may_answer = settings.fionread == "auto"
         kernel = probes.require_class(may_answer=may_answer)
@@ -113,12 +131,18 @@ class Daemon:
             )
             fionread = self._find_who_answers(kernel, plan)
             self._sweeper = self._generation.sweeper()
+            self._sweeper.timing = self._timings.sweeps.timing
             self._queues = SweepQueues(self._sweeper)
             self._patrol = Patrol(self._sweeper)
             self._leases = LeaseKeeper(settings.lease, self._sweeper, Directory(), self._log)
             self._enlister = self._generation.enlister(self._log)
+            self._events = EventNoter(self._journal, self._sweeper)
             self._enlistment = Enlistment(
-                self._enlister, self._queues, self._patrol.ask, self._sweeper.find_pair
+                self._enlister,
+                self._queues,
+                self._patrol.ask,
+                self._sweeper.find_pair,
+                note=self._events.note_outcome,
             )
             self._sweeper.settings.write(walking=self._enlister is None, switched=self._find_switch_marks())
             self._census = self._prepare_census()
@@ -130,6 +154,7 @@ class Daemon:
                 if self._enlister is not None:
                     self._enlister.close()
                 self._generation.remove()
+                store.remove(settings.run_dir)
         self._log.info("stopped")
         return 0
 
@@ -202,7 +227,9 @@ class Daemon:
             self._settings, self._sweeper.settings, maps, v2_root, watcher.read_inventory, self._log
         )
         gauge = self._generation.gauge()
-        attribution = Attribution(lambda: watcher.read_inventory() or {}, scopes, Processes())
+        attribution = self._attribution = Attribution(
+            lambda: watcher.read_inventory() or {}, scopes, Processes()
+        )
         explainer = Explainer(
             self._cgroup,
             maps,
@@ -213,6 +240,12 @@ class Daemon:
             self._attempts,
             self._census.describe,
             v2_root,
+        )
+        # One for all: they share a map in which is added up.
+        volumes = self._generation.volumes()
+        coverage = CoverageReporter(volumes, attribution, self._census.describe, self._read_facts)
+        rates = self._rates = RateReporter(
+            self._sweeper, maps["traffic"], volumes, attribution, coverage.find_owner
         )
         requests = RequestHandlers(
             self._cgroup,
@@ -231,12 +264,15 @@ class Daemon:
             self._leases.describe,
             self._reload_report.describe,
             lambda: neighbours.find(self._cgroup, self._settings.pin_dir),
-            CoverageReporter(
-                self._generation.volumes(), attribution, self._census.describe, self._read_facts
-            ),
+            coverage,
         )
-        handlers = requests.by_command() | {"explain": explainer.answer}
-        with watcher, self._networks:
+        events = EventHandler(self._journal, attribution, self._sweeper.find_raw_pair)
+        handlers = requests.by_command() | {
+            "explain": explainer.answer,
+            "events": events.answer,
+            "top": rates.answer,
+        }
+        with contextlib.ExitStack() as opened, watcher, self._networks:
             watcher.wait_first(_INVENTORY_TIMEOUT_S)
             self._reconciler.start_splicing()
             with (
@@ -252,10 +288,35 @@ class Daemon:
                     start_seconds=round(read_own_age(), 2),
                     peak_mib=round(read_peak() / (1 << 20)),
                 )
+                if self._endpoint.is_on:
+                    gatherer = Gatherer(
+                        kernel_class,
+                        fionread,
+                        maps,
+                        self._sweeper,
+                        volumes,
+                        attribution,
+                        self._reconciler,
+                        watcher.describe,
+                        self._mailbox,
+                        self._timings,
+                        requests.find_trouble,
+                        self._settings.run_dir,
+                        self._settings.pin_dir,
+                        self._log,
+                    )
+                    page = Page(gatherer.read)
+                    source = Source(page.render, requests.find_trouble, self._find_hindrance)
+                    opened.enter_context(self._endpoint.serving(source))
                 notify.tell(os.environ, "READY=1")
                 self._serve()
                 notify.tell(os.environ, "STOPPING=1")
                 self._stop()
+                events.end()
+
+    def _find_hindrance(self) -> str:
+        """Why this is not ready, or not any more; empty if it is."""
+        return "stopping" if self._signals.stops else ""
 
     def _read_facts(self) -> Facts:
         host = self._reconciler.describe()
@@ -308,14 +369,16 @@ class Daemon:
                 while not self._signals.stops:
                     poll.poll(self._next_timeout())
                     self._mailbox.empty_pipe()
-                    ring.consume()
-                    self._work()
+                    with self._timings.turns.timing():
+                        ring.consume()
+                        self._work()
         finally:
             ring.close()
 
     def _receive(self, record: bytes) -> None:
         """Take note of an event of the programs."""
         event = read_event(record)
+        self._events.receive(event)
         if event.type == EventType.ADOPT:
             self._attempts.note(event.name)
             self._networks.attend(event.netns, event.tgid)
@@ -373,15 +436,20 @@ class Daemon:
         ended = wanted.is_hold_over()
         if ended or wanted.failure or wanted.have_cgroups_changed() or wanted.have_processes_changed():
             self._apply_policy()
+        self._events.tend(self._attribution)
+        if tap.remove_dead(self._settings.pin_dir, self._generation.maps["taps"]):
+            self._log.info("tap_removed", note="its command ended without taking it away")
         if self._tend_at >= self._trim_at:
             self._trim_at = self._tend_at + _TRIM_PERIOD_S
+            self._rates.forget()
             process.give_memory_back()
         if self._sweeper.held != self._held:
             self._held = self._sweeper.held
             self._log.warning("sweeps_held_up", namespaces=self._held)
 
     def _go_on_patrol(self) -> None:
-        report = self._patrol.work()
+        with self._timings.rounds.timing():
+            report = self._patrol.work()
         if report.rescued:
             self._log.warning("rescued", ends=report.rescued)
         for cookie in report.orphaned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from enum import Enum, auto
 
 
@@ -22,10 +23,13 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._posted = dict.fromkeys(Task, False)
+        self._since = dict.fromkeys(Task, 0.0)
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def post(self, task: Task) -> None:
         """Leave a task, and wake the loop."""
+        if not self._posted[task]:
+            self._since[task] = time.monotonic()
         self._posted[task] = True
         # Full: it wakes anyway. Closed: it has ended.
         with contextlib.suppress(OSError):
@@ -37,6 +41,11 @@ class Mailbox:
             return False
         self._posted[task] = False
         return True
+
+    def read_lag(self, task: Task) -> float:
+        """For how many seconds a task has been waiting; 0 if there is none."""
+        since = self._since[task]
+        return time.monotonic() - since if self._posted[task] else 0.0
 
     def empty_pipe(self) -> None:
         """Forget what woke the loop; what was posted stays. Never waits."""

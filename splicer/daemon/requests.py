@@ -4,6 +4,7 @@ takes longer, or is not theirs to do, they leave for the daemon's loop."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -20,7 +21,15 @@ from splicer.errors import USAGE, SplicerError
 from splicer.host.cgroups import Cgroup
 from splicer.host.process import read_own_pid, read_own_usage
 from splicer.kernel.gauge import Gauge
-from splicer.kernel.layout import COUNT_REFUSED, COUNTERS, STATE_SPLICED, TRAFFIC, TRAFFIC_KEY, Pair
+from splicer.kernel.layout import (
+    COUNT_REFUSED,
+    COUNTERS,
+    STATE_SPLICED,
+    TRAFFIC,
+    TRAFFIC_KEY,
+    Pair,
+    read_pair,
+)
 from splicer.kernel.libbpf import Map
 from splicer.kernel.sweep import Sweeper
 from splicer.kernel.tally import Amount
@@ -41,6 +50,8 @@ from splicer.policy.reconciler import PolicyReconciler
 
 # The daemon's loop turns at least once a second; a sweep that waits for a socket's lock may take longer.
 _HEARTBEAT_S = 15.0
+DESCRIBED_AT_ONCE = 256
+"""So many connections one request can ask to have described."""
 
 
 class RequestHandlers:
@@ -92,6 +103,7 @@ class RequestHandlers:
         return {
             "status": self.status,
             "flows": self.flows,
+            "describe": self.describe,
             "policy": self.policy,
             "set": self.set,
             "unset": self.unset,
@@ -123,7 +135,7 @@ class RequestHandlers:
             states[name] += living.states[number]
         host = self._reconciler.describe()
         settings = self._sweeper.settings.read()
-        beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
+        trouble = self.find_trouble()
         status = Status(
             pid=read_own_pid(),
             version=__version__,
@@ -146,8 +158,8 @@ class RequestHandlers:
             adoption="walk" if settings.walking else "name",
             blocking_readers="told apart" if settings.switched else "refused",
             uptime_seconds=round(time.monotonic() - self._started, 3),
-            healthy=beating and not self._reconciler.failure,
-            trouble=self._reconciler.failure or ("" if beating else "the daemon's loop does not turn"),
+            healthy=not trouble,
+            trouble=trouble,
             docker=self._watcher.describe(),
             census=self._describe_census(),
             networks=self._describe_networks(),
@@ -164,6 +176,11 @@ class RequestHandlers:
         )
         return status.to_json()
 
+    def find_trouble(self) -> str:
+        """Why this is not healthy; empty if it is."""
+        beating = time.monotonic() - self._read_heartbeat() < _HEARTBEAT_S
+        return self._reconciler.failure or ("" if beating else "the daemon's loop does not turn")
+
     def _describe_pause(self) -> dict[str, Any]:
         since = self._reconciler.paused_seconds
         return {} if since is None else {"since_seconds": round(since, 3)}
@@ -178,6 +195,23 @@ class RequestHandlers:
         for pairs in self._walk_known():
             now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             yield [self._describe(pair, now, found, gauge, judge).to_json() for pair in pairs]
+
+    def describe(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Rows as of `flows`, for some connections by their names; none for those that have gone."""
+        names = request.get("connections")
+        if not isinstance(names, list) or len(names) > DESCRIBED_AT_ONCE:
+            raise SplicerError(f"up to {DESCRIBED_AT_ONCE} connections can be described", exit_code=USAGE)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        found: dict[tuple[int, int, int], Owner] = {}
+        judge = self._judges.make()
+        rows = {}
+        for name in names:
+            if not isinstance(name, int) or not 0 <= name < 1 << 64:
+                raise SplicerError("a connection is named by 64 bits", exit_code=USAGE)
+            value = self._maps["pairs"].get(name.to_bytes(8, sys.byteorder))
+            if value is not None and (pair := read_pair(value)).state in STATES:
+                rows[str(name)] = self._describe(pair, now, found, None, judge).to_json()
+        return {"schema": SCHEMA, "flows": rows}
 
     def _walk_known(self) -> Iterator[list[Pair]]:
         # A pair in the making has no state yet.

@@ -13,7 +13,7 @@ from splicer.doctor.surroundings import Surroundings
 from splicer.errors import SplicerError
 from splicer.kernel import libbpf, probes, scratch, trials
 from splicer.kernel.btf import Btf
-from splicer.kernel.programs import PROGRAMS, Program
+from splicer.kernel.programs import PROGRAMS, TAP, Program
 from splicer.kernel.trials import Property
 
 _LITTLE = 1 << 16  # bytes
@@ -24,6 +24,7 @@ _WITHOUT = {
     "census": "connections that are older than splicer stay plain TCP",
     "measure": "what waits unread on spliced connections is not shown",
     "tally": "bytes of connections that are open count when they close",
+    "tap": "splicer tap shows nothing",
 }
 
 
@@ -139,7 +140,7 @@ def list_checks() -> Iterator[Check]:
         )
     yield Check("sleepers", _check_sleepers, is_needed=False, privileged=True)
     yield Check("compiler", _check_compiler, privileged=True)
-    for program in PROGRAMS:
+    for program in (*PROGRAMS, TAP):
         needed = not program.is_optional
         yield Check(program.name, partial(_check_program, program), is_needed=needed, privileged=True)
     yield Check("fionread", _check_fionread, privileged=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from splicer.kernel import libbpf
 from splicer.kernel.libbpf import MapShape
-from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS
+from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS
 
 _INSTRUCTION = 8  # bytes
 
@@ -92,8 +92,8 @@ class Compiled:
 
     def _check(self) -> None:
         """Everything is there that is asked for."""
-        missing = {program.function for program in (*PROGRAMS, *ANSWERS)} - set(self.code)
-        missing |= set(MAPS) - {shape.name for shape in self.maps}
+        missing = {program.function for program in (*PROGRAMS, *ANSWERS, TAP)} - set(self.code)
+        missing |= {*MAPS, *TAP_MAPS} - {shape.name for shape in self.maps}
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         for function, code in self.code.items():

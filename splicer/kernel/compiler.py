@@ -25,7 +25,7 @@ from splicer.errors import UNSUPPORTED, SplicerError
 from splicer.kernel import libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.compiled import Compiled, find_references
-from splicer.kernel.programs import ANSWERS, KERNEL_HINT, PROGRAMS, LoadError
+from splicer.kernel.programs import ANSWERS, KERNEL_HINT, PROGRAMS, TAP, LoadError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -42,6 +42,7 @@ SOURCES = (
     "observe.c",
     "guard.c",
     "verdict.c",
+    "tap.c",
     "adoption.h",
     "enlist.c",
     "adopt.c",
@@ -344,7 +345,7 @@ def _record(module: Any, package: str) -> Compiled:
     # The kernel cuts names.
     shapes = {name: libbpf.read_shape(fd) for name, fd in maps.items()}
     code = {}
-    for program in (*PROGRAMS, *ANSWERS):
+    for program in (*PROGRAMS, *ANSWERS, TAP):
         function = program.function.encode()
         start, size = (
             call(module.module, function) for call in (lib.bpf_function_start, lib.bpf_function_size)

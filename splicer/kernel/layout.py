@@ -16,7 +16,6 @@ from splicer.model import REASON_NAMES
 STATE_PAIRED, STATE_SPLICED, STATE_DRAINING, STATE_LEAVING = 1, 2, 3, 4
 REASON_COLD = 1
 CLIENT, SERVER = 0, 1
-END_IN_MAP = 1
 MODES = {"off": 0, "adaptive": 1, "eager": 2}
 
 COUNTERS = (
@@ -36,6 +35,9 @@ COUNT_REFUSED = len(COUNTERS)
 """Index of the first of one counter per reason."""
 COUNT_PLAIN = COUNT_REFUSED + len(REASON_NAMES)
 """Index of the first of as many more: bytes of closed connections that TCP has carried."""
+COUNT_WENT_BACK = COUNT_PLAIN + len(REASON_NAMES)
+"""Index of the first of as many more: connections that went back to plain TCP, by why."""
+NR_COUNTERS = COUNT_WENT_BACK + len(REASON_NAMES)
 
 
 class EventType(enum.IntEnum):
@@ -110,6 +112,14 @@ class EndFlag(enum.IntFlag):
     BLOCKS = 128
     RELIANT = 256
     SLEEPLESS = 512
+
+
+class TapChoice(enum.IntEnum):
+    """Does `splicer tap` want a connection?"""
+
+    UNDECIDED = 0
+    WANTED = 1
+    UNWANTED = 2
 
 
 LOOK_BITS = 4
@@ -209,6 +219,10 @@ TALLY_PAIRS = 12
 TALLY_REQUEST_SIZE = 8 * TALLY_PAIRS
 """struct tally_request in bytes: names."""
 EVENT = struct.Struct("=2I Q 2Q 2I")
+TAP_PORTS = 8
+TAP_SETTINGS = struct.Struct(f"=3I {TAP_PORTS}I 4x")
+TAP_FLOW = struct.Struct("=2I 2Q 2Q")
+TAP_RECORD = struct.Struct("=2Q " + _ADDRESS + " 4I 3B 5x 2Q")
 SWEEP = ("adopted", "drained", "to_adopt", "half", "to_drain")
 
 _ADDRESS_FIELDS = 8 + 1 + 2
@@ -280,7 +294,7 @@ class Pair:
 
     @property
     def is_in_map(self) -> bool:
-        return bool((self.client.flags | self.server.flags) & END_IN_MAP)
+        return bool((self.client.flags | self.server.flags) & EndFlag.IN_MAP)
 
 
 def _read_end(fields: tuple[int, ...]) -> End:
@@ -407,6 +421,7 @@ def read_seed(value: bytes) -> Pair:
 
 # Fields of many pairs, one after the other, read column by column: quicker than pair by pair by far.
 _STATE = 8
+_STANDING = struct.Struct("=2I")
 _END_TGID = (16 + 84, 16 + _END_SIZE + 84)
 _END_FLAGS = (16 + 88, 16 + _END_SIZE + 88)
 _END_CGROUP = (16 + 64, 16 + _END_SIZE + 64)
@@ -430,6 +445,16 @@ def _read_column(values: memoryview, kind: str, offset: int) -> list[int]:
     words = values.cast(kind)  # type: ignore[call-overload]  # it wants a literal
     column: list[int] = words[offset // size :: PAIR.size // size].tolist()
     return column
+
+
+def read_standing(value: bytes) -> tuple[int, int]:
+    """State and reason of a pair."""
+    return _STANDING.unpack_from(value, _STATE)
+
+
+def read_standings(values: memoryview) -> Iterator[tuple[int, int]]:
+    """The same of pairs, given one after the other."""
+    return zip(_read_column(values, "I", _STATE), _read_column(values, "I", _STATE + 4), strict=True)
 
 
 def read_names(values: memoryview) -> list[int]:
@@ -458,7 +483,7 @@ def read_amounts(values: memoryview) -> tuple[list[int], Iterator[tuple[int, ...
 def read_in_map(values: memoryview) -> list[bool]:
     """Is an end of each of those pairs in the SOCKHASH?"""
     client, server = (_read_column(values, "I", offset) for offset in _END_FLAGS)
-    return [bool((mine | other) & END_IN_MAP) for mine, other in zip(client, server, strict=True)]
+    return [bool((mine | other) & EndFlag.IN_MAP) for mine, other in zip(client, server, strict=True)]
 
 
 def read_ends(values: memoryview, chosen: Iterable[object]) -> set[tuple[int, int]]:

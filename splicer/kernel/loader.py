@@ -8,6 +8,7 @@ one JSON object from stdin:
     compiled      what was compiled earlier (see class Compiled); or, where there is nothing such,
     text, flags   what to compile
     rehearse      true: pin nothing
+    compile       true: load nothing
     parent        it dies with this process
 
 and prints one: {"ok": true, "missing": {program: why it does without}, "compiled": what it has compiled}, or
@@ -31,7 +32,7 @@ from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.compiled import Compiled
 from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, TALLY_REQUEST_SIZE, WATCH_REQUEST_SIZE
-from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, Program, explain_refusal
+from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, TAP, Program, explain_refusal
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -79,7 +80,7 @@ class _Pins:
         self._pinned.append(path)
 
 
-class _Linker:
+class Linker:
     """Loads programs of what was compiled, one by one."""
 
     def __init__(self, compiled: Compiled, maps: Mapping[str, int], debug: bool) -> None:
@@ -114,7 +115,7 @@ def load(
     """Load and pin everything below `pin_dir`, with what answers FIONREAD if `answer`; removes what it pinned
     when it fails half-way. Returns which programs the kernel refused that splicer does without, and why."""
     missing: dict[str, str] = {}
-    with contextlib.closing(_Linker(compiled, maps, debug)) as linker, _Pins(pin_dir) as pins:
+    with contextlib.closing(Linker(compiled, maps, debug)) as linker, _Pins(pin_dir) as pins:
         for program in (*PROGRAMS, *(ANSWERS if answer else ())):
             try:
                 fd = linker.load(program)
@@ -136,8 +137,8 @@ def rehearse(compiled: Compiled, maps: Mapping[str, int], *, debug: bool, answer
     process ends, which is at once: see class Rehearsal in store.py."""
     refused: dict[str, tuple[str, str | None]] = {}
     loaded: dict[str, int] = {}
-    with contextlib.closing(_Linker(compiled, maps, debug)) as linker:
-        for program in (*PROGRAMS, *(ANSWERS if answer else ())):
+    with contextlib.closing(Linker(compiled, maps, debug)) as linker:
+        for program in (*PROGRAMS, TAP, *(ANSWERS if answer else ())):
             try:
                 loaded[program.name] = linker.load(program)
             except SplicerError as error:
@@ -186,9 +187,12 @@ def main() -> int:
     if "parent" in request:
         _die_with(request["parent"])
     try:
+        done: dict[str, Any]
         with _prepare(request) as (compiled, maps):
             how = {name: request.get(name, False) for name in ("debug", "answer")}
-            if request.get("rehearse"):
+            if request.get("compile"):
+                done = {"compiled": compiled.to_document()}
+            elif request.get("rehearse"):
                 done = rehearse(compiled, maps, **how)
             else:
                 kept = None if request.get("compiled") else compiled.to_document()

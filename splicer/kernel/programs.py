@@ -122,6 +122,15 @@ ANSWERS = tuple(
     )
     for name, function in (("answer4", "inet_ioctl"), ("answer6", "inet6_ioctl"))
 )
+# What `splicer tap` loads for itself.
+TAP = Program(
+    "tap",
+    "tap",
+    "SK_MSG program",
+    libbpf.BPF_PROG_TYPE_SK_MSG,
+    libbpf.BPF_SK_MSG_VERDICT,
+    is_optional=True,
+)
 MAPS = (
     "spliced",
     "ends",
@@ -149,7 +158,10 @@ MAPS = (
     "counters",
     "blank",
     "events",
+    "taps",
 )
+# Not pinned: the command makes them for its program.
+TAP_MAPS = ("tap_settings", "tap_flows", "tap_choices", "tap_unknown", "tap_ring")
 
 # What it takes to drain a generation; those of other builds may lack the rest.
 MAPS_TO_DRAIN = ("spliced", "seeds", "pairs", "settings", "sweep", "counters")

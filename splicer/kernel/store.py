@@ -65,6 +65,16 @@ class Store:
         self._keep(Compiled.from_document(reply["compiled"]))
         return _read_missing(reply, self._log)
 
+    def fetch(self) -> Compiled:
+        """The programs, for somebody who loads one of them. Raises SplicerError."""
+        self.prepare()
+        if self._compiled is None:
+            self._log.info("compiling", note="this takes some seconds")
+            request = {"compile": True, "text": self.sources.text, "flags": self.sources.flags}
+            self._compiled = Compiled.from_document(_run_loader(request, None, self._log)["compiled"])
+            self._keep(self._compiled)
+        return self._compiled
+
     def _keep(self, compiled: Compiled) -> None:
         try:
             self._cache.write(self._name, compiled)

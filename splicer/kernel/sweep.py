@@ -49,6 +49,7 @@ from splicer.model import REASON_NAMES
 _SPLICED, _EVENTS_LOST, _ORPHANS = map(COUNTERS.index, ("spliced", "events_lost", "orphans"))
 _LOOK_MASK = (1 << LOOK_BITS) - 1
 _NAME = 8  # bytes
+_NAME_KEY = struct.Struct("=Q")
 # So many are taken apart at a time: an object is five times as large as its record.
 _RECORDS = 256
 # A name alone among WATCH_PAIRS, and the question.
@@ -150,6 +151,8 @@ class Sweeper:
         # Cookies of the namespaces where a sweep is held up.
         self._held: set[int] = set()
         self.settings = SettingsMap(maps["settings"])
+        self.timing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered around each sweep by who wants to know how long they take."""
 
     def _clear(self) -> None:
         for index in range(len(SWEEP)):
@@ -172,6 +175,10 @@ class Sweeper:
 
     def sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         """Visit every socket of the namespaces (cookie to processes likely in it) once."""
+        with self.timing():
+            return self._sweep(namespaces)
+
+    def _sweep(self, namespaces: Mapping[int, Iterable[int]]) -> SweepCounts:
         self._clear()
         held = 0
         for cookie, pids in namespaces.items():
@@ -244,6 +251,10 @@ class Sweeper:
         """The pair with this name, if there is one."""
         raw = self._maps["pairs"].get(struct.pack("=Q", name))
         return None if raw is None else read_pair(raw)
+
+    def find_raw_pair(self, name: int) -> bytes | None:
+        """The same as it is in the map, which takes a tenth of the time."""
+        return self._maps["pairs"].get(_NAME_KEY.pack(name))
 
     def watch_pairs(self, names: Sequence[int]) -> WatchFindings:
         """Run watch on these pairs; see bpf/watch.c. Those that are plain, or have gone, are no harm."""

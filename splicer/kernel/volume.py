@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from splicer.kernel import libbpf
@@ -24,6 +24,7 @@ from splicer.kernel.layout import (
 )
 from splicer.model import REASON_NAMES
 
+_NAME = struct.Struct("=Q")
 _REDIRECTED = COUNTERS.index("redirected_bytes")
 
 
@@ -59,6 +60,19 @@ class Volumes:
     is_complete: bool
 
 
+@dataclass(frozen=True)
+class VolumeRows:
+    """What TCP has carried, in bytes, row by row: `closed` as the kernel keeps it, until it forgets;
+    `passing` by the cgroups of client and server, what is open and what is about to be among the closed.
+    `total` is of all, exact but for what closed meanwhile, and `reasons` of all that is closed, by enum
+    reason."""
+
+    closed: Mapping[tuple[int, ...], int]
+    passing: Mapping[tuple[int, int], int]
+    total: int
+    reasons: tuple[int, ...]
+
+
 class VolumeReader:
     """Reads the maps, and runs tally. May be used by several threads."""
 
@@ -85,6 +99,49 @@ class VolumeReader:
             redirected = self._sum(_REDIRECTED)
             return Volumes(self._since, redirected, dict(found), is_complete)
 
+    def read_rows(self) -> VolumeRows:
+        """For who adds up by himself. Raises KernelError."""
+        with self._guard:
+            reasons = tuple(self._sum(COUNT_PLAIN + reason) for reason in range(len(REASON_NAMES)))
+            closed = {
+                VOLUME_KEY.unpack(key): VOLUME.unpack(raw)[1] for key, raw in self._maps["volumes"].items()
+            }
+            passing: defaultdict[tuple[int, int], int] = defaultdict(int)
+            for client, server, _, connections, size in self._read_recent():
+                if connections:
+                    passing[client, server] += size
+            standing: defaultdict[VolumeKey, Volume] = defaultdict(Volume)
+            with contextlib.suppress(libbpf.KernelError):
+                self._read_open(standing)
+            for key, volume in standing.items():
+                passing[key.client, key.server] += volume.size
+            total = sum(reasons) + sum(volume.size for volume in standing.values())
+            return VolumeRows(closed, dict(passing), total, reasons)
+
+    def read_each(self, wanted: Iterable[tuple[int, VolumeKey]]) -> dict[int, int]:
+        """Bytes that TCP has carried of these open connections, one by one: by name. Each comes with what it
+        counts for, as its record says; of one for which that has changed meanwhile nothing is known.
+
+        Raises KernelError.
+        """
+        if self._run is None:
+            return {}
+        found: dict[int, int] = {}
+        standing, run, context = self._maps["standing"], self._run.run, self._run.context
+        with self._guard:
+            self._empty(standing)
+            so_far: dict[VolumeKey, int] = {}
+            context[:] = bytes(TALLY_REQUEST_SIZE)
+            for name, key in wanted:
+                _NAME.pack_into(context, 0, name)
+                run()
+                value = standing.get(VOLUME_KEY.pack(key.client, key.server, key.reason))
+                size = VOLUME.unpack(value)[1] if value else 0
+                found[name] = size - so_far.get(key, 0)
+                so_far[key] = size
+            self._empty(standing)
+        return found
+
     def find_tenants(self) -> dict[int, set[int]]:
         """Ids of cgroups that have living connections, each with the processes that read last on them.
 
@@ -110,15 +167,18 @@ class VolumeReader:
 
         for key, value in self._maps["volumes"].items():
             add(*VOLUME_KEY.unpack(key), *VOLUME.unpack(value))
-        recent = self._maps["recent"]
-        for slot in range(recent.max_entries):
-            for fields in RECENT_VOLUME.iter_unpack(recent.get(struct.pack("=I", slot)) or b""):
-                if fields[3]:
-                    add(*fields)
+        for fields in self._read_recent():
+            if fields[3]:
+                add(*fields)
         for reason, size in enumerate(known):
             # The sums are exact. Parties are forgotten when there are too many.
             if (missing := self._sum(COUNT_PLAIN + reason) - size) > 0:
                 found[VolumeKey(0, 0, reason)] += Volume(0, missing)
+
+    def _read_recent(self) -> Iterator[tuple[int, ...]]:
+        recent = self._maps["recent"]
+        for slot in range(recent.max_entries):
+            yield from RECENT_VOLUME.iter_unpack(recent.get(struct.pack("=I", slot)) or b"")
 
     def _read_open(self, found: defaultdict[VolumeKey, Volume]) -> bool:
         if self._run is None:

@@ -21,10 +21,12 @@ _LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class Remedy:
-    """What can be done about a reason: in a few words, and in a sentence or two. No `text`: nothing."""
+    """What can be done about a reason: in a few words, and in a sentence or two. No `text`: nothing that is
+    worth advice. `changes` are for one connection, each in a line; {port} in them is the server's."""
 
     hint: str
     text: str = ""
+    changes: tuple[str, ...] = ()
 
 
 _APPLICATION = "the application"
@@ -35,66 +37,131 @@ REMEDIES: dict[str, Remedy] = {
     "": Remedy("nothing: spliced by now"),
     "cold": Remedy(
         "keep-alive, or advise",
-        "These connections end, or one of their ends stops reading, before both have read often enough to be "
-        "called hot. Keep them open: keep-alive, a pool. Or call them hot earlier.",
+        "These connections end, or one of their ends stops reading, before both have read often enough to "
+        "be called hot. Keep them open: keep-alive, a pool. Or call them hot earlier.",
+        changes=(
+            "nothing is wrong: traffic does it",
+            "for a service that you vouch for, from the first byte: splicer set --port {port} eager",
+        ),
     ),
-    "pending": Remedy("nothing: it is about to be"),
+    "pending": Remedy("nothing: it is about to be", changes=("nothing is wrong: wait a moment",)),
     "blocking_reader": Remedy(
         "splicer advise",
         "An end sleeps in reads. Have it read without blocking, or wait in poll before it reads. Or accept "
         "what a spliced blocking socket does differently.",
+        changes=(
+            "have the program set O_NONBLOCK and wait in poll or epoll, as event loops do",
+            'or a [[policy]] table with ports = {port} and blocking = "allow"; read KNOWN_ISSUES.md first',
+        ),
     ),
     "splice_reader": Remedy(
         "reads without splice(2)",
-        "The reading process uses splice(2). Many have a switch for that: HAProxy's splice options, Docker's "
-        "userland-proxy.",
+        "The reading process uses splice(2). Many have a switch for that: HAProxy's splice options, "
+        "Docker's userland-proxy.",
+        changes=(
+            "switch splice(2) off in the program that reads (HAProxy: no option splice-auto), and start it "
+            "anew",
+        ),
     ),
     "unknown_reader": Remedy(
         "another way to read",
-        "Its reader uses a system call that does not see redirected bytes. read, recv, recvmsg and io_uring "
-        "do.",
+        "Its reader uses a system call that does not see redirected bytes. read, recv, recvmsg and io_uring"
+        " do.",
+        changes=("have the program read with recv, recvmsg, read or readv",),
     ),
-    "rcvlowat": Remedy(_APPLICATION, "An end has SO_RCVLOWAT; the application can do without."),
-    "zerocopy": Remedy(_APPLICATION, "An end has SO_ZEROCOPY; within a host it copies all the same."),
-    "ulp": Remedy(_APPLICATION, "An end has kernel TLS; within a host the library can do it."),
-    "mptcp": Remedy(_APPLICATION, "It is Multipath TCP, of no use within a host: use plain TCP there."),
-    "repair": Remedy(_NOTHING),
-    "kernel_socket": Remedy(_NOTHING),
-    "peek_offset": Remedy(_APPLICATION, "An end has SO_PEEK_OFF; the application can do without."),
+    "rcvlowat": Remedy(
+        _APPLICATION,
+        "An end has SO_RCVLOWAT; the application can do without.",
+        changes=("have the program leave SO_RCVLOWAT at 1",),
+    ),
+    "zerocopy": Remedy(
+        _APPLICATION,
+        "An end has SO_ZEROCOPY; within a host it copies all the same.",
+        changes=("have the program do without SO_ZEROCOPY on local connections",),
+    ),
+    "ulp": Remedy(
+        _APPLICATION,
+        "An end has kernel TLS; within a host the library can do it.",
+        changes=("do without kernel TLS, or whichever upper layer protocol it is, on local connections",),
+    ),
+    "mptcp": Remedy(
+        _APPLICATION,
+        "It is Multipath TCP, of no use within a host: use plain TCP there.",
+        changes=("have the program use plain TCP (Go: GODEBUG=multipathtcp=0)",),
+    ),
+    "repair": Remedy(_NOTHING, changes=("nothing: TCP_REPAIR is for a moment, as of CRIU",)),
+    "kernel_socket": Remedy(_NOTHING, changes=("nothing: the kernel itself reads it, as for NFS",)),
+    "peek_offset": Remedy(
+        _APPLICATION,
+        "An end has SO_PEEK_OFF; the application can do without.",
+        changes=("have the program do without SO_PEEK_OFF",),
+    ),
     "foreign_psock": Remedy(
         "see the neighbours below",
         "Another program has the socket in a sockmap. splicer status lists such neighbours at its end.",
+        changes=("take it out of the other sockmap; splicer status lists who has some",),
     ),
     "policy_off": Remedy("splicer advise", "It is switched off."),
-    "map_full": Remedy("splicer advise", "There are more connections than splicer may follow."),
-    "backpressure": Remedy(
-        "a faster reader", "Its reader falls behind. TCP holds the sender back meanwhile."
+    "map_full": Remedy(
+        "splicer advise",
+        "There are more connections than splicer may follow.",
+        changes=("more room, at the next start: --max-connections; splicer status says how much there is",),
     ),
-    "stream": Remedy("nothing: TCP is faster"),
+    "backpressure": Remedy(
+        "a faster reader",
+        "Its reader falls behind. TCP holds the sender back meanwhile.",
+        changes=("a faster reader; it is tried again after a pause",),
+    ),
+    "stream": Remedy(
+        "nothing: TCP is faster", changes=("nothing: for one direction only plain TCP is faster",)
+    ),
     "rescue": Remedy(
         "report it",
-        "Bytes waited unread in a spliced socket. This should not happen: please report which programs they "
-        "are.",
+        "Bytes waited unread in a spliced socket. This should not happen: please report which programs they"
+        " are.",
+        changes=("nothing to set: it is tried again after a pause; report it if it happens often",),
     ),
     "stop": Remedy(_NOTHING),
     "request": Remedy(_LATER),
-    "busy": Remedy(_LATER),
+    "busy": Remedy(
+        _LATER, changes=("a moment in which neither end has anything on its way; it is looked for again",)
+    ),
     "closing": Remedy(_NOTHING),
     "waitall_reader": Remedy(
-        "reads without MSG_WAITALL", "An end reads with MSG_WAITALL on a blocking socket."
+        "reads without MSG_WAITALL",
+        "An end reads with MSG_WAITALL on a blocking socket.",
+        changes=("have the program read without MSG_WAITALL",),
     ),
     "control_messages": Remedy(
-        "splicer advise", "An end asked for timestamps, or for TCP_INQ where the policy refuses it."
+        "splicer advise",
+        "An end asked for timestamps, or for TCP_INQ where the policy refuses it.",
+        changes=(
+            "have the program do without timestamps",
+            'or, if it was TCP_INQ, a [[policy]] table with ports = {port} and tcp_inq = "allow"',
+        ),
     ),
-    "socket_filter": Remedy(_APPLICATION, "An end has a socket filter, which sees no redirected bytes."),
-    "pacing": Remedy(_APPLICATION, "An end has SO_MAX_PACING_RATE, of little use within a host."),
-    "unaccepted": Remedy(_LATER),
-    "forged": Remedy(_NOTHING),
+    "socket_filter": Remedy(
+        _APPLICATION,
+        "An end has a socket filter, which sees no redirected bytes.",
+        changes=("have the program do without SO_ATTACH_FILTER",),
+    ),
+    "pacing": Remedy(
+        _APPLICATION,
+        "An end has SO_MAX_PACING_RATE, of little use within a host.",
+        changes=("have the program do without SO_MAX_PACING_RATE",),
+    ),
+    "unaccepted": Remedy(_LATER, changes=("have the server accept it, and both ends read",)),
+    "forged": Remedy(_NOTHING, changes=("find out who uses TCP_REPAIR",)),
     "memory": Remedy(
-        "more memory for its cgroup", "A send found no socket memory, in its cgroup or on the host."
+        "more memory for its cgroup",
+        "A send found no socket memory, in its cgroup or on the host.",
+        changes=("more socket memory (net.ipv4.tcp_mem, or memory.max of the cgroup)",),
     ),
-    "spinning_reader": Remedy("nothing: TCP is faster"),
-    "network_gone": Remedy(_NOTHING),
+    "spinning_reader": Remedy(
+        "nothing: TCP is faster",
+        changes=("have the program wait in poll or epoll; TCP serves one that spins faster",),
+    ),
+    "network_gone": Remedy(_NOTHING, changes=("nothing: a link or an address that it used is gone",)),
 }
 """Reason to what would change it."""
 

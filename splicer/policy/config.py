@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from splicer.errors import USAGE, SplicerError
+from splicer.metrics import address
 from splicer.policy.rules import BLOCKING as BLOCKING
 from splicer.policy.rules import CONTAINER_MODES as CONTAINER_MODES
 from splicer.policy.rules import TCP_INQ as TCP_INQ
@@ -63,6 +64,7 @@ class Settings:
     policies: tuple[Rule, ...] = ()
     fionread: Fionread = "auto"
     docker: str = "auto"
+    metrics: str = "off"
     ready_file: str | None = None
     max_connections: int = 65536
     run_dir: str = "/run/splicer"
@@ -107,6 +109,7 @@ VALUE_TYPES: Mapping[str, ValueType] = {
     "docker": ValueType(
         "auto, off, or where the engine listens, such as unix:///run/podman/podman.sock", _is_engine
     ),
+    "metrics": ValueType(address.ACCEPTED, address.is_accepted),
     "ready_file": PATH,
     "max_connections": integer(16, 1_048_576),
     "run_dir": PATH,

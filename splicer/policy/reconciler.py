@@ -11,6 +11,7 @@ import difflib
 import ipaddress
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -69,6 +70,7 @@ class PolicyReconciler:
         self._complaints: frozenset[tuple[str, ...]] = frozenset()
         self._cgroup_ids: dict[str, int] = {}
         self._failure = ""
+        self._failing_since = 0.0
 
     # -- wanted against actual -------------------------------------------------------------------------------
 
@@ -76,6 +78,11 @@ class PolicyReconciler:
     def failure(self) -> str:
         """Why the kernel does not have the whole policy; empty when it does."""
         return self._failure
+
+    @property
+    def failing_seconds(self) -> float:
+        """For how long it has not had it; 0 when it has."""
+        return time.monotonic() - self._failing_since if self._failure else 0.0
 
     def use_settings(self, settings: Settings) -> None:
         """Settings as read again; takes effect with the next `apply`."""
@@ -116,6 +123,8 @@ class PolicyReconciler:
                 self._failure = ""
             except KernelError as error:
                 # Whatever could not be written is as if nobody had asked for it: say so, and try again.
+                if not self._failure:
+                    self._failing_since = time.monotonic()
                 self._failure = f"the policy does not fit into the kernel ({error.strerror})"
                 self._log.error("policy_incomplete", rules=len(wanted), error=error.strerror)
             changed = self._write_settings(

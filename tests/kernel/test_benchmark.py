@@ -177,3 +177,11 @@ def test_against_a_program_that_always_redirects() -> None:
     # Others may come and go; what it loads has these names.
     fresh = {each.name for key, each in list_objects().items() if key not in before}
     assert not fresh & {"redirect", "put_in", "redirected"}
+
+
+@pytest.mark.timeout(320)
+@thorough("tapped and untapped legs of four workloads; tests/unit/bench/test_tapping.py has the sums")
+def test_what_a_tap_costs() -> None:
+    found = _measure("tap", "-n1", "-t1", patience=200)
+    assert found["ok"] and not found["failures"]
+    assert all(recorded > 0 for each in found["tap"] for recorded in each["recorded"])

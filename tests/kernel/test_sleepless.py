@@ -54,12 +54,25 @@ def _count_redirected(host: Host, pair: Pair) -> int:
     return int(host.flow(pair)["redirected_messages"])
 
 
-def _stay_refused(host: Host, pair: Pair, attempts: int = 4) -> None:
+def _exchange(pair: Pair, rounds: int, side: str) -> None:
+    """So many messages each way. This side is where it waits, or asleep in its read, when one comes for it:
+    with pauses instead it would be late now and then, and find what has come before."""
+    reader, writer = (pair.server, pair.client) if side == "server" else (pair.client, pair.server)
+    for _ in range(rounds):
+        reader.begin("recv", count=64)
+        wait_until(f"the {side} waits", reader.peer.is_asleep_for_data, pause=0.0002)
+        writer.send(64)
+        assert reader.finish() == 64
+        reader.send(64)
+        assert writer.recv(64) == 64
+
+
+def _stay_refused(host: Host, pair: Pair, side: str, attempts: int = 4) -> None:
     """However often it is tried again, it is refused, and nothing is redirected."""
     before = _count_redirected(host, pair)
     for _ in range(attempts):
         host.forget_cool_downs()
-        pair.pingpong(24, pause=PAUSE)
+        _exchange(pair, 24, side)
         host.wait_flow(pair, "paired", "blocking_reader")
     assert _count_redirected(host, pair) == before
 
@@ -93,8 +106,8 @@ def _verify_refused(host: Host, pair: Pair) -> None:
 def test_who_sleeps_in_a_read_is_refused(host: Host, lab: Lab, way: str, every: int, side: str) -> None:
     """One sleep in eight reads is enough. That its socket is in an epoll set as well says nothing."""
     pair = _connect(host, lab, _peers(host, lab), (side,), way=way, sleep_every=every)
-    pair.pingpong(40, pause=PAUSE)
-    _stay_refused(host, pair)
+    _exchange(pair, 40, side)
+    _stay_refused(host, pair, side)
     assert _count_redirected(host, pair) == 0
     pair.verify()
     assert getattr(pair, side).report()["spurious"] == 0
@@ -151,7 +164,7 @@ def test_who_begins_to_sleep_goes_back(host: Host, lab: Lab, way: str, side: str
     getattr(pair, side).wait_in(way="poll", sleep_every=1)
     pair.pingpong(3, pause=PAUSE)
     host.wait_flow(pair, "paired", "blocking_reader", rounds=2)
-    _stay_refused(host, pair)
+    _stay_refused(host, pair, side)
     pair.verify()
     assert getattr(pair, side).report()["spurious"] == 0
 
@@ -166,7 +179,7 @@ def test_the_process_is_remembered(host: Host, lab: Lab) -> None:
     wait_until("it is known", lambda: struct.pack("=I", peers[1].pid) in read_map(host, "sleepers"))
     other = _connect(host, lab, peers, ("server",), way="poll")
     other.pingpong(40)
-    _stay_refused(host, other)
+    _stay_refused(host, other, "server")
     careful = _connect(host, lab, peers, ("server",), way="dontwait")
     _heat(host, careful)
     elsewhere = _connect(host, lab, _peers(host, lab), ("server",), way="poll")
@@ -331,7 +344,7 @@ def test_kernel_on_which_nobody_can_tell(lab: Lab, tmp_path: Path) -> None:
         assert _is_told(host, "refused")
         pair = _connect(host, lab, _peers(host, lab), ("server",), way="poll")
         pair.pingpong(40)
-        _stay_refused(host, pair)
+        _stay_refused(host, pair, "server")
         careful = _connect(host, lab, _peers(host, lab), ("server",), way="dontwait")
         _heat(host, careful)
         for each in (pair, careful):

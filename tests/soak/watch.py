@@ -101,6 +101,8 @@ class Watch:
             self.shares.append(connections["spliced"] / known)
         if not self.lives or self.lives[-1].pid != daemon.pid:
             self.lives.append(Life(daemon.pid))
+        if read_command(daemon.pid) == read_command(os.getpid()):
+            return  # it is about to begin: so far it is a copy of this
         self.lives[-1].samples.append((time.monotonic(), read_resident(daemon.pid), count_files(daemon.pid)))
 
     def count_spliced(self) -> int:
@@ -187,6 +189,14 @@ def count_keys(pin_dir: Path, name: str) -> int:
     except ValueError:
         # The SOCKHASH's values cannot be read from user space; its keys are listed anyway.
         return done.stdout.count('"key"')
+
+
+def read_command(pid: int) -> bytes:
+    """As it was called; empty of one that has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def read_resident(pid: int) -> int:

@@ -10,10 +10,13 @@ import os
 import re
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from splicer.errors import SplicerError
 from splicer.host.cgroups import read_mounts
@@ -153,6 +156,35 @@ def list_held(process: Path) -> set[tuple[str, int]]:
     except OSError:
         pass  # it ended meanwhile, or is one that not even root may look into
     return held
+
+
+@contextlib.contextmanager
+def watching_others() -> Iterator[set[tuple[str, int]]]:
+    """Objects that are held meanwhile by processes that this one has started neither itself nor through
+    others: those of another run of the tests."""
+    found: set[tuple[str, int]] = set()
+    is_over = threading.Event()
+
+    def look() -> None:
+        me = psutil.Process()
+        while True:
+            own = {me.pid, *(child.pid for child in me.children(recursive=True))}
+            seen = {process: list_held(process) for process in list_processes()}
+            # One that has begun meanwhile may be ours.
+            own |= {child.pid for child in me.children(recursive=True)}
+            for process, held in seen.items():
+                if int(process.name) not in own:
+                    found.update(held)
+            if is_over.wait(0.1):
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join()
 
 
 def list_pins() -> list[tuple[Path, set[tuple[str, int]]]]:

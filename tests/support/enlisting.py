@@ -70,7 +70,7 @@ class ByHand:
     def describe(self, pair: Pair) -> tuple[str, str, list[bool]]:
         """State, reason, and which of client and server are in the SOCKHASH."""
         found = self.record(pair)
-        inside = [bool(end.flags & layout.END_IN_MAP) for end in (found.client, found.server)]
+        inside = [bool(end.flags & layout.EndFlag.IN_MAP) for end in (found.client, found.server)]
         return STATES[found.state], REASON_NAMES[found.reason], inside
 
     def announce(self, pair: Pair) -> None:

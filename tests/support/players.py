@@ -33,6 +33,10 @@ POSITIONAL = {
 ANSWER_GRACE = 10.0 * SLOWNESS  # seconds beyond an operation's own timeout before its process counts as hung
 
 
+# recvfrom, poll, ppoll, select, pselect6, epoll_wait and epoll_pwait; of x86-64 and of others (asm/unistd.h).
+_WAITING = frozenset(["45", "7", "271", "23", "270", "232", "281", "207", "73", "72", "22"])
+
+
 class PeerError(Exception):
     """An operation of a peer failed; `name` is the errno's name, or TIMEOUT."""
 
@@ -91,6 +95,12 @@ class Peer:
     def is_waiting(self, seconds: float = 0.0) -> bool:
         """True if the operation begun has not answered after `seconds`."""
         return self._pending is not None and b"\n" not in self._unread and not self._readable(seconds)
+
+    def is_asleep_for_data(self) -> bool:
+        """Is it asleep in a read of a socket, or where it waits for one? Of a process that is on its CPU, or
+        wants to be, the kernel says something else. While an operation goes on that reads."""
+        said = Path(f"/proc/{self.pid}/syscall").read_text().split()[0]
+        return self._pending is not None and said in _WAITING
 
     def finish(self, timeout: float | None = None) -> Any:
         """The value of the operation begun. Raises PeerError, PeerHung."""

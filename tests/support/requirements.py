@@ -20,7 +20,17 @@ PROGRAMS = ("ip", "bpftool", "nsenter", "mount", "umount")
 E2E_VARIABLE = "SPLICER_E2E_TESTS"
 E2E_PROGRAMS = (
     *("ip", "bpftool", "nsenter", "unshare", "mount", "umount", "iptables"),
-    *("docker", "dockerd", "debootstrap", "slirp4netns", "tcpdump", "systemd-analyze", "lintian"),
+    *(
+        "docker",
+        "dockerd",
+        "debootstrap",
+        "slirp4netns",
+        "tcpdump",
+        "systemd-analyze",
+        "lintian",
+        "prometheus",
+    ),
+    "promtool",
 )
 
 

@@ -19,8 +19,15 @@ MONOTONIC = {"monotonic", "monotonic_ns", "perf_counter", "thread_time", "sleep"
 CLOCKS = {"CLOCK_MONOTONIC", "CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW"}
 ALLOWED = MONOTONIC | CLOCKS | {"clock_gettime", "clock_gettime_ns"}
 # The engine is told since when events are wanted, in its own time: once, and nothing is decided by it here.
-# And a moment is shown to people as the time of day that it was.
-WALL_CLOCK = {"feed.py": 1, "coverage.py": 3}
+# And a moment is shown to people as the time of day that it was, in a packet too.
+WALL_CLOCK = {
+    "feed.py": 1,
+    "coverage.py": 3,
+    "journal.py": 1,
+    "events.py": 3,
+    "bundle.py": 2,
+    "capture.py": 4,
+}
 # Modules that look at the wall clock by themselves.
 OTHERS = {"datetime", "sched", "calendar"}
 # bpf-helpers(7): CLOCK_MONOTONIC, a coarse one, CLOCK_BOOTTIME, and ticks. bpf_ktime_get_tai_ns can be set.

@@ -40,6 +40,7 @@ FOREIGN = {
     *("--now", "--no-pager", "--since", "--unit", "--user"),  # systemctl, journalctl
     *("--system-site-packages", "--upgrade", "--yes"),  # venv, pip, apt-get
     *("--durations", "--exitfirst", "--last-failed", "--maxfail", "--timeout"),  # pytest
+    "--unix-socket",  # curl
     *("--filename", "--namespace", "--nonblocked"),  # kubectl, sockperf
 }
 

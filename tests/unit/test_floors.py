@@ -24,9 +24,9 @@ PACKAGE = Path(splicer.__file__).resolve().parent
 
 # From the ground up. Rooms on one floor know nothing of each other, and a room may use all that is below it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "model", "text", "logs"),
+    ("errors", "model", "text", "logs", "pcapng"),
     ("host",),
-    ("kernel", "containers"),
+    ("kernel", "containers", "metrics"),
     ("policy",),
     ("daemon",),
     ("doctor", "bench"),
@@ -45,12 +45,24 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "structlog": frozenset({"logs"}),
     "docker": frozenset({"containers.engine"}),
     "matplotlib": frozenset({"bench.plots"}),
+    "prometheus_client": frozenset({"metrics.page"}),
+    "curses": frozenset({"cli.screen"}),
 }
 # Shared objects are found by name and not by an import statement. libbcc carries a libbpf of its own.
 SHARED_OBJECTS: dict[str, str] = {"bpf": "kernel.libbpf", "bcc": "kernel.compiler"}
 
 # What must not be needed to show a help text, or to ask a daemon that somebody else has started.
-HEAVY = ("bcc", "ctypes", "docker", "matplotlib", "psutil", "pyroute2", "structlog")
+HEAVY = (
+    "bcc",
+    "ctypes",
+    "curses",
+    "docker",
+    "matplotlib",
+    "prometheus_client",
+    "psutil",
+    "pyroute2",
+    "structlog",
+)
 
 
 @dataclass(frozen=True)

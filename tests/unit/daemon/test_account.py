@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from splicer.daemon.account import _CHANGES, _OPTIONS, Evidence, describe
+from splicer.daemon.account import _OPTIONS, Evidence, describe
 from splicer.kernel.gauge import Facts
 from splicer.kernel.layout import Direction, End, EndFlag, FactBit, Pair
 from splicer.model import REASON_NAMES, REASONS, Unread
+from splicer.policy.advice import REMEDIES
 from splicer.policy.decision import Decision
 
 SECOND = 1_000_000_000
@@ -58,7 +59,8 @@ def test_the_reason_is_always_a_failed_check(reason: str) -> None:
 
 def test_whatever_can_be_refused_has_something_that_changes_it() -> None:
     moments = {"stop", "request", "closing", "policy_off"}  # over in a moment, or said by who decides
-    assert set(_CHANGES) == set(REASONS) - moments
+    can_change = {reason for reason, remedy in REMEDIES.items() if remedy.changes}
+    assert can_change == set(REASONS) - moments
 
 
 @pytest.mark.parametrize(

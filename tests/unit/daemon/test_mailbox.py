@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import select
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,6 +40,21 @@ def test_it_wakes_and_loses_nothing(mailbox: Mailbox) -> None:
     mailbox.empty_pipe()
     assert not wakes(mailbox)
     assert all(map(mailbox.take, Task))
+
+
+def test_how_long_a_task_waits(mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since it was first asked for, until it is taken."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert mailbox.read_lag(Task.APPLY_POLICY) == 0
+    mailbox.post(Task.APPLY_POLICY)
+    now[0] += 3
+    mailbox.post(Task.APPLY_POLICY)
+    now[0] += 2
+    assert mailbox.read_lag(Task.APPLY_POLICY) == 5
+    assert mailbox.read_lag(Task.DRAIN_ALL) == 0
+    mailbox.take(Task.APPLY_POLICY)
+    assert mailbox.read_lag(Task.APPLY_POLICY) == 0
 
 
 def test_a_full_pipe_does_not_block(mailbox: Mailbox) -> None:

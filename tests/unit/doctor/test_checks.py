@@ -23,7 +23,7 @@ from splicer.host.cgroups import Cgroup
 from splicer.kernel import bpffs, generation, libbpf, probes, scratch, trials
 from splicer.kernel.libbpf import KernelError
 from splicer.kernel.probes import KernelClass
-from splicer.kernel.programs import PROGRAMS
+from splicer.kernel.programs import PROGRAMS, TAP
 from splicer.kernel.store import Rehearsal
 from splicer.model import Neighbour, Neighbourhood
 
@@ -250,7 +250,7 @@ CASES = [
             REFUSAL.format(each.name),
             "run it with --debug",
         )
-        for each in PROGRAMS
+        for each in (*PROGRAMS, TAP)
     ),
     Case("verdict", lose_bcc, State.UNKNOWN, "not tried"),
     Case("fionread", switched_off("A"), State.FAIL, "nginx and others would hang", "have splicer answer it"),

@@ -20,10 +20,11 @@ from splicer.kernel.cache import KEPT, OFF, Cache, CacheError
 from splicer.kernel.compiled import Compiled, find_references
 from splicer.kernel.compiler import Sources
 from splicer.kernel.libbpf import LD_IMM64, PSEUDO_MAP_FD, MapShape
-from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS
+from splicer.kernel.programs import ANSWERS, MAPS, PROGRAMS, TAP, TAP_MAPS
 
 NAME = "0123456789abcdef" * 2
 OTHER = "f" * 32
+ALL_MAPS = (*MAPS, *TAP_MAPS)
 EXIT = struct.pack("=BBhi", 0x95, 0, 0, 0)
 
 
@@ -34,9 +35,9 @@ def refer(number: int) -> bytes:
 
 def make_compiled(**changes: object) -> Compiled:
     made = Compiled(
-        tuple(MapShape(name, 1, 4, 8, 16, types=7, value_type=2) for name in MAPS),
+        tuple(MapShape(name, 1, 4, 8, 16, types=7, value_type=2) for name in ALL_MAPS),
         {7: b"types"},
-        {program.function: refer(3) + EXIT for program in (*PROGRAMS, *ANSWERS)},
+        {program.function: refer(3) + EXIT for program in (*PROGRAMS, *ANSWERS, TAP)},
         {},
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
@@ -151,7 +152,7 @@ def test_no_sense(cache: Cache, kept: Path, change: Callable[[dict[str, object]]
     assert "makes no sense" in refuse(cache)
 
 
-@pytest.mark.parametrize("number", [-1, len(MAPS)])
+@pytest.mark.parametrize("number", [-1, len(ALL_MAPS)])
 def test_a_map_that_is_not_there(number: int) -> None:
     made = make_compiled()
     wrong = dataclasses.replace(made, code={**made.code, "guard": refer(number)})

@@ -7,7 +7,7 @@ import re
 import struct
 
 from splicer.kernel import compiler
-from splicer.kernel.programs import MAPS
+from splicer.kernel.programs import MAPS, TAP_MAPS
 
 
 def test_errors_of_the_compiler_name_the_file_they_are_in() -> None:
@@ -26,14 +26,14 @@ def test_every_offset_the_programs_use_is_looked_up_and_none_else() -> None:
         assert name in text, f"{name} is looked up and not used"
 
 
-def test_every_map_of_the_programs_is_pinned() -> None:
+def test_every_map_of_the_programs_is_pinned_or_the_taps() -> None:
     maps = (compiler.find_sources() / "maps.h").read_text()
     pattern = (
         r"^BPF_(?:F_TABLE\(.*?, (\w+), \w+, \w+\);|TABLE\(.*?, (\w+), [\w +]+\);"
-        r"|(?:SOCKHASH|SK_STORAGE|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
+        r"|(?:SOCKHASH|SK_STORAGE|PROG_ARRAY|LPM_TRIE|RINGBUF_OUTPUT)\((\w+),)"
     )
     declared = re.findall(pattern, maps, re.M)
-    assert sorted(name for names in declared for name in names if name) == sorted(MAPS)
+    assert sorted(name for names in declared for name in names if name) == sorted((*MAPS, *TAP_MAPS))
 
 
 def test_only_calls_of_the_cast_become_calls_of_the_kernels() -> None:

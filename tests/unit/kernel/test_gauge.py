@@ -8,7 +8,7 @@ import errno
 import pytest
 
 from splicer.kernel import gauge, libbpf
-from splicer.kernel.layout import END_IN_MAP, MEASURE_REQUEST, Direction, End, Pair
+from splicer.kernel.layout import MEASURE_REQUEST, Direction, End, EndFlag, Pair
 from splicer.model import Unread
 
 CLIENT_REDIRECTED, SERVER_REDIRECTED, CLIENT_TCP, SERVER_TCP, ANYTHING = range(5)
@@ -44,14 +44,14 @@ def make_pair(flags: int) -> Pair:
 
 
 def test_both_ends_and_both_kinds(run: type[FakeRun]) -> None:
-    pair = make_pair(END_IN_MAP)
+    pair = make_pair(EndFlag.IN_MAP)
     counts = {CLIENT_REDIRECTED: 10, SERVER_REDIRECTED: 20, CLIENT_TCP: 30, SERVER_TCP: 1 << 31}
     run.answers = {(pair.name, what): count for what, count in {**counts, ANYTHING: 1}.items()}
     assert gauge.Gauge(7).read(pair) == (Unread(10, 30), Unread(20, 1 << 31))
 
 
 def test_where_nothing_waits_it_is_asked_once(run: type[FakeRun]) -> None:
-    pair = make_pair(END_IN_MAP)
+    pair = make_pair(EndFlag.IN_MAP)
     run.answers = {(pair.name, ANYTHING): 0}
     assert gauge.Gauge(7).read(pair) == (Unread(0, 0), Unread(0, 0))
 
@@ -61,4 +61,4 @@ def test_what_is_plain_is_not_looked_at(run: type[FakeRun]) -> None:
 
 
 def test_a_kernel_that_runs_it_no_more(run: type[FakeRun]) -> None:
-    assert gauge.Gauge(7).read(make_pair(END_IN_MAP)) is None
+    assert gauge.Gauge(7).read(make_pair(EndFlag.IN_MAP)) is None

@@ -96,7 +96,7 @@ def test_a_pair_is_read_field_by_field() -> None:
         22,
         layout.STATE_SPLICED,
         0,
-        *end(1, 40000, 80, 1001, layout.END_IN_MAP),
+        *end(1, 40000, 80, 1001, layout.EndFlag.IN_MAP),
         *end(2, 80, 40000, 1002, 0),
         5,
         6,
@@ -201,3 +201,14 @@ def test_an_event_is_read_field_by_field() -> None:
     record = struct.pack("=2I 2I 2Q 2I", 2, 16, 1, 2, 1001, 1002, 30, 40) + b"\0" * 8
     event = layout.read_event(record)
     assert event == layout.Event(layout.EventType.DRAIN, 16, 2 << 32 | 1, (1001, 1002), (30, 40))
+
+
+def test_what_the_tap_writes_is_as_the_program_has_it() -> None:
+    assert [f"TAP_{each.name}" for each in layout.TapChoice] == read_enum("tap_choice")
+    assert f"#define TAP_PORTS\t{layout.TAP_PORTS}\n" in TYPES
+    sizes = dict(re.findall(r"_Static_assert\(sizeof\(struct (tap_\w+)\) == (\d+),", TYPES))
+    assert {name: int(size) for name, size in sizes.items()} == {
+        "tap_settings": layout.TAP_SETTINGS.size,
+        "tap_flow": layout.TAP_FLOW.size,
+        "tap_record": layout.TAP_RECORD.size,
+    }

@@ -202,12 +202,16 @@ def test_until_the_containers_are_known_an_earlier_daemons_rules_hold(world: Wor
 def test_rules_that_do_not_fit_are_said_and_tried_again(world: World) -> None:
     world.rules.room = 2
     reconciler = world.govern(policies=(Rule(ports=tuple(range(80, 90)), mode="off"),))
+    assert reconciler.failing_seconds == 0
     reconciler.apply()
     assert "does not fit" in reconciler.failure
+    since = reconciler.failing_seconds
+    reconciler.apply()
+    assert reconciler.failing_seconds > since > 0
     assert "policy_incomplete" in world.log.names()
     world.rules.room = 100
     reconciler.apply()
-    assert reconciler.failure == ""
+    assert (reconciler.failure, reconciler.failing_seconds) == ("", 0)
     assert len(world.rules.content) == 10
 
 
