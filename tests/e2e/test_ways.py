@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From nothing to a spliced connection and back, by the commands of the documents, each on a Debian of its
-own. The package has its way in test_package.py, compose in test_demo.py.
+own. What becomes of the package later is in test_package.py, and the way of compose in test_demo.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.documents import read_document
 from support.machine import Machine, machine
 from support.terminal import Terminal, on_terminal
 from support.tiers import thorough
-from support.trees import copy_tracked
+from support.trees import clone
 
 pytestmark = [
     thorough("a system is installed and booted for each; what they run has its tests elsewhere"),
@@ -38,7 +38,7 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]:
         (made.root / "etc/apt/apt.conf.d/98yes").write_text('APT::Get::Assume-Yes "true";\n')
         made.boot()
         made.connect()
-        made.bring(copy_tracked(tmp_path / "splicer"))
+        made.bring(clone(tmp_path / "splicer"))
         yield made
 
 
@@ -89,6 +89,14 @@ def assert_nothing_left(made: Machine, loaded: set[tuple[str, int]]) -> None:
     assert made.programs() == set()
     assert made.attempt("ls", "/run/splicer").returncode != 0
     wait_until("the kernel has let go of all of it", lambda: not loaded & list_objects().keys())
+
+
+def assert_no_file(made: Machine) -> None:
+    """Of splicer, but for the clone."""
+    assert (
+        made.call("find", "/", "-xdev", "-path", "/root", "-prune", "-o", "-name", "*splicer*", "-print")
+        == ""
+    )
 
 
 def test_make_run(fresh: Machine) -> None:
@@ -142,7 +150,44 @@ def test_pipx(fresh: Machine) -> None:
     assert made.call("splicer", "version").startswith("splicer 9.0.0")
     do(made, page, f"{environment} uninstall splicer")
     do(made, page, "sudo rm -r /var/cache/splicer")
-    assert (
-        made.call("find", "/", "-xdev", "-path", "/root", "-prune", "-o", "-name", "*splicer*", "-print")
-        == ""
-    )
+    assert_no_file(made)
+
+
+def test_package(fresh: Machine) -> None:
+    """Built where it is installed, whose versions of Debian's tools it has to do with."""
+    made = fresh
+    page = "examples/systemd/README.md"
+    made.install("git", "make", "ca-certificates")
+    do(made, page, "sudo make deb", timeout=INSTALLED_WITHIN)
+    do(made, page, "sudo apt install ./dist/splicer_*.deb", timeout=INSTALLED_WITHIN)
+    with made.talking():
+        wait_spliced(made, "sudo splicer flows")
+        assert "Running" in do(made, page, "sudo splicer status")
+        loaded = held(made)
+        made.call("sudo", "apt", "purge", "splicer")
+        assert_nothing_left(made, loaded)
+    assert_no_file(made)
+
+
+def test_systemd_without_a_package(fresh: Machine) -> None:
+    """An environment in /opt, and the unit of the examples as it is."""
+    made = fresh
+    page = "examples/systemd/README.md"
+    do(made, page, "sudo apt-get install python3-venv python3-bpfcc", timeout=INSTALLED_WITHIN)
+    for command in (
+        "sudo python3 -m venv --system-site-packages /opt/splicer",
+        "sudo /opt/splicer/bin/pip install .",
+        "sudo cp examples/systemd/splicer.service /etc/systemd/system/",
+        "sudo systemctl daemon-reload",
+        "sudo systemctl enable --now splicer",
+    ):
+        do(made, page, command, timeout=INSTALLED_WITHIN)
+    with made.talking():
+        wait_spliced(made, "sudo /opt/splicer/bin/splicer flows")
+        assert "Running" in do(made, page, "sudo /opt/splicer/bin/splicer status")
+        loaded = held(made)
+        made.call("sudo", "systemctl", "disable", "--now", "splicer")
+        made.call("sudo", "systemctl", "clean", "--what=all", "splicer")
+        assert_nothing_left(made, loaded)
+    made.call("rm", "-r", "/opt/splicer", "/etc/systemd/system/splicer.service")
+    assert_no_file(made)

@@ -21,12 +21,19 @@ def copy_changed(to: Path, path: str, old: str, new: str) -> Path:
 
 
 def copy_tracked(to: Path) -> Path:
-    """What git knows of this tree, as it is now, in the new directory `to`: what a clone would have."""
-    to.mkdir()
+    """What git knows of this tree, as it is now, in the directory `to`. A clone has .git besides."""
+    to.mkdir(exist_ok=True)
     files = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files", "-z"], capture_output=True, check=True)
     copy = ["xargs", "-0", "cp", "--parents", "--no-dereference", "-t", str(to)]
     subprocess.run(copy, input=files.stdout, cwd=REPOSITORY, check=True)
     return to
+
+
+def clone(to: Path) -> Path:
+    """What whoever clones this repository has, with its last commit, and with what is not committed yet."""
+    source = f"file://{REPOSITORY}"
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", source, str(to)], check=True)
+    return copy_tracked(to)
 
 
 def list_commits_before(count: int) -> list[str]:
