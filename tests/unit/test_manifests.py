@@ -136,6 +136,8 @@ def test_every_variable_reaches_the_sidecar() -> None:
     settled = {"run_dir", "pin_dir", "cache_dir", "ready_file"}
     known = {variable_of(name) for name in VALUE_TYPES if name not in settled} | {CONFIG_VARIABLE}
     assert {entry.partition("=")[0] for entry in COMPOSE["services"]["splicer"]["environment"]} == known
+    page = (EXAMPLES / "compose/README.md").read_text()
+    assert {name for name in known if f"`{name}" in page} == known
 
 
 def test_the_next_sidecar_need_not_compile() -> None:
