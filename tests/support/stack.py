@@ -34,7 +34,7 @@ class Stack:
         self.config.parent.mkdir(exist_ok=True)
         self.config.write_text("")
         self.settings = {
-            "SPLICER_CGROUP": str(engine.cgroup.path),
+            "SPLICER_CGROUP": str(engine.attached_at),
             "SPLICER_CONFIG_DIR": str(self.config.parent),
             "SPLICER_CONFIG": f"/etc/splicer/{self.config.name}",
             **settings,
