@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,11 +29,11 @@ driver = "overlay"
 graphroot = "{directory}/storage"
 runroot = "/run/containers/storage"
 """
-# Podman asks for a million open files, which takes CAP_SYS_RESOURCE where the limit is lower. Both limits are
-# the same number, since 4.3 exchanges the two.
+# Podman asks for a million open files, which takes CAP_SYS_RESOURCE where the limit is lower. Soft and hard limit
+# are the same number, since 4.3 exchanges the two.
 _CONFIGURATION = """\
 [containers]
-default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]
+default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
 log_driver = "k8s-file"
 pidns = "{pidns}"
 [engine]
@@ -79,6 +78,7 @@ class Podman(Engine):
         (self.run / "podman").mkdir()
         (self.directory / "networks").mkdir()
         (self.directory / "lib").mkdir()
+        (self.directory / "cache").mkdir()
         self.cgroup.child("engine").add(self._holder)
         root = find_v2_root()
         assert root is not None
@@ -87,9 +87,10 @@ class Podman(Engine):
         # Whatever is attached to the root in there must be attached to ours.
         found = int(self.enter("stat", "--format=%i", str(root)))
         assert found == self.cgroup.path.stat().st_ino
-        # Locks, and a cache of Podman's that no setting concerns.
+        # Locks, and a cache of Podman's that no setting concerns; and that of splicer.
         self.enter("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
-        self.enter("mount", "--bind", str(self.directory / "lib"), "/var/lib")
+        for name in ("lib", "cache"):
+            self.enter("mount", "--bind", str(self.directory / name), f"/var/{name}")
         (self.directory / "storage.conf").write_text(_STORAGE.format(directory=self.directory))
         # Podman 4.3 does not know `hostPID: true`, but follows what is the default for all containers.
         for pidns in ("private", "host"):
@@ -97,8 +98,6 @@ class Podman(Engine):
                 _CONFIGURATION.format(
                     directory=self.directory,
                     pidns=pidns,
-                    files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-                    processes=resource.getrlimit(resource.RLIMIT_NPROC)[1],
                 )
             )
 
