@@ -124,7 +124,7 @@ def test_places_are_mounted_where_splicer_looks(service: dict[str, Any]) -> None
 def test_places_are_mounted_in_the_pod() -> None:
     mounts = {mount["mountPath"]: mount for mount in CONTAINER["volumeMounts"]}
     assert mounts[Settings.cgroup]["readOnly"]
-    for path in (str(Path(Settings.pin_dir).parent), Settings.run_dir):
+    for path in (str(Path(Settings.pin_dir).parent), Settings.run_dir, Settings.cache_dir):
         assert not mounts[path].get("readOnly", False)
     names = {mount["name"] for mount in mounts.values()}
     assert names == {volume["name"] for volume in POD["volumes"]}
