@@ -29,8 +29,8 @@ driver = "overlay"
 graphroot = "{directory}/storage"
 runroot = "/run/containers/storage"
 """
-# Podman asks for a million open files, which takes CAP_SYS_RESOURCE where the limit is lower. Soft and hard limit
-# are the same number, since 4.3 exchanges the two.
+# Podman asks for a million open files, which takes CAP_SYS_RESOURCE where the limit is lower. Soft and hard
+# limit are the same number, since 4.3 exchanges the two.
 _CONFIGURATION = """\
 [containers]
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
