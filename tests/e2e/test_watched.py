@@ -4,8 +4,10 @@ SPLICER_TEST_WATCHED says."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from support.daemon import wait_until
 from support.docker import Engine
 from support.images import DEMO
-from support.scraping import Prometheus, find_difference, find_port, prometheus
+from support.scraping import Prometheus, fetch, find_difference, find_port, prometheus
 from support.stack import Network, Stack
 from support.tiers import thorough
 
@@ -30,18 +32,33 @@ _PARTIES = "count(count by (client) (splicer_plain_bytes_total or splicer_redire
 
 
 @pytest.fixture
-def port() -> int:
-    return find_port()
-
-
-@pytest.fixture
-def stack(engine: Engine, port: int) -> Iterator[Stack]:
-    made = Stack(engine, SPLICER_METRICS=f"127.0.0.1:{port}", SPLICER_NETWORK="host")
+def stack(engine: Engine) -> Iterator[Stack]:
+    made = Stack(engine, SPLICER_METRICS="/run/splicer/metrics.sock")
     try:
         made.up("splicer")
         yield made
     finally:
         made.down()
+
+
+@pytest.fixture
+def port(stack: Stack) -> Iterator[int]:
+    """Where Prometheus finds the metrics: it knows no Unix sockets, and the sidecar has no network."""
+    found = find_port()
+    listens = f"TCP-LISTEN:{found},bind=127.0.0.1,reuseaddr,fork"
+    relay = subprocess.Popen(["socat", listens, f"UNIX-CONNECT:{stack.run_dir}/metrics.sock"])
+    try:
+        wait_until("the relay answers", lambda: _is_served(found), PATIENCE)
+        yield found
+    finally:
+        relay.terminate()
+        relay.wait()
+
+
+def _is_served(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return fetch(port)[0] == 200
+    return False
 
 
 @pytest.fixture

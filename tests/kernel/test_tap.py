@@ -23,7 +23,7 @@ from support.host import Host
 from support.lab import Lab
 from support.nginx import running_nginx
 from support.players import Pair
-from support.tapping import follow, list_complaints, list_tappers, read_fields, tapping, tshark
+from support.tapping import follow, list_complaints, list_gaps, list_tappers, read_fields, tapping, tshark
 
 SIZES = (1, 64, 300, 1500, 5000, 16384, 40_000, 100_000)
 SEED = 71
@@ -136,16 +136,22 @@ def test_requests_and_answers_of_nginx(host: Host, lab: Lab, tmp_path: Path) -> 
         (root / name).write_bytes(text)
     address = lab.address("b")
     serves = f"sendfile on; server {{ listen {address}:{HTTP}; root {root}; }}"
-    file, go = tmp_path / "tap.pcapng", tmp_path / "go"
     paths = [f"/{name}" for name in documents]
-    browser = [sys.executable, "-I", "-S", "-c", BROWSER, address, str(HTTP), str(go), *paths]
-    with (
-        running_nginx(host, lab, "b", HTTP, tmp_path / "nginx", serves),
-        tapping(host, tmp_path, "-w", str(file), "--port", str(HTTP)) as tap,
-        host.running(lab, "a", browser) as process,
-    ):
-        _go(host, HTTP, process, go)
-    assert tap.outcome.code == 0 and "none missed" in tap.outcome.stderr, tap.outcome
+    with running_nginx(host, lab, "b", HTTP, tmp_path / "nginx", serves):
+        for number in range(5):
+            place = tmp_path / f"attempt-{number}"
+            place.mkdir()
+            file, go = place / "tap.pcapng", place / "go"
+            browser = [sys.executable, "-I", "-S", "-c", BROWSER, address, str(HTTP), str(go), *paths]
+            with (
+                tapping(host, place, "-w", str(file), "--port", str(HTTP)) as tap,
+                host.running(lab, "a", browser) as process,
+            ):
+                _go(host, HTTP, process, go)
+            assert tap.outcome.code == 0 and "none missed" in tap.outcome.stderr, tap.outcome
+            # What is sent to a reader that has to wait for a CPU goes through TCP.
+            if not list_gaps(file, "went through TCP"):
+                break
     as_http = ("-d", f"tcp.port=={HTTP},http")
     asked = read_fields(file, "http.request", "http.request.uri", options=as_http)
     assert [row[0] for row in asked if row[0] != "/warm"] == paths
@@ -210,10 +216,7 @@ def test_what_went_through_tcp_is_a_gap_of_its_size(host: Host, lab: Lab, tmp_pa
         plain = sum(_sent(pair)) - sent - (host.flow(pair)["redirected_bytes"] - before)
     assert tap.outcome.code == 0 and "none missed" in tap.outcome.stderr, tap.outcome
     pair.verify()
-    said = read_fields(file, "frame.comment", "frame.comment")
-    gaps = [
-        int(number) for row in said for number in re.findall(r"(\d+) bytes before this went through", row[0])
-    ]
+    gaps = list_gaps(file, "went through TCP")
     assert len(gaps) >= 2 and sum(gaps) == plain > 0
     lost = read_fields(file, "tcp.analysis.lost_segment", "frame.comment")
     assert len(lost) == len(gaps)
@@ -245,10 +248,8 @@ def test_a_full_buffer_misses_and_says_how_much(host: Host, lab: Lab, tmp_path: 
     assert found + size == sent
     by_connection = re.findall(r"> \S+: (\d+) messages, (\d+) bytes", tap.outcome.stderr)
     assert sum(int(each[1]) for each in by_connection) == size and len(by_connection) == 2
-    said = " ".join(row[0] for row in read_fields(file, "frame.comment", "frame.comment"))
-    gaps = [int(number) for number in re.findall(r"(\d+) bytes before this missed", said)]
-    assert sum(gaps) == size
-    assert "went through TCP" not in said
+    assert sum(list_gaps(file, "missed")) == size
+    assert not list_gaps(file, "went through TCP")
     lost = read_fields(file, "tcp.analysis.lost_segment", "frame.number")
     assert len(lost) == 2
     assert (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,12 @@ def follow(file: Path, number: int = 0) -> tuple[bytes, bytes]:
         if text and all(character in "0123456789abcdef" for character in text):
             (second if line.startswith("\t") else first).extend(bytes.fromhex(text))
     return bytes(first), bytes(second)
+
+
+def list_gaps(file: Path, why: str) -> list[int]:
+    """Sizes in bytes of the gaps whose comments say `why`: "went through TCP" or "missed"."""
+    said = read_fields(file, "frame.comment", "frame.comment")
+    return [int(number) for row in said for number in re.findall(rf"(\d+) bytes before this {why}", row[0])]
 
 
 def list_complaints(file: Path) -> list[list[str]]:
