@@ -117,7 +117,8 @@ def _purge(made: Machine) -> None:
     assert not made.programs() & programs
     assert made.pins() == {}
     left = ("usr/bin/splicer", "usr/lib/python3/dist-packages/splicer", "var/cache/splicer")
-    assert [path for path in left if (made.root / path).exists()] == []
+    found = [path for name in left for path in (made.root / name, *(made.root / name).rglob("*"))]
+    assert [str(path.relative_to(made.root)) for path in found if path.exists()] == []
     assert made.attempt("systemctl", "cat", "splicer").returncode != 0
 
 
