@@ -30,7 +30,7 @@ COPY --from=build /installed/usr/local /usr/local
 RUN splicer version \
     && python3 -c 'import bcc, docker, prometheus_client, psutil, pyroute2, structlog; assert bcc.BPF'
 
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="splicer" \
       org.opencontainers.image.description="Makes same-host TCP between containers and processes faster" \

@@ -17,7 +17,7 @@ done
 missing=()
 # What debian/control wants to be there, and what builds it.
 needs=$(sed -n 's/^Build-Depends: //p' packaging/debian/control | tr ',' '\n' | sed 's/ *(.*//; s/debhelper-compat/debhelper/; s/ //g')
-for package in dpkg-dev $needs; do
+for package in build-essential dpkg-dev $needs; do
     [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
 done
 if ((${#missing[@]})); then

@@ -3,8 +3,8 @@
 #
 # scripts/setup.sh run    .venv and what `splicer run` needs
 # scripts/setup.sh test   also what the tests and the benchmark need
-# scripts/setup.sh e2e    also what the tests with containers need: a Docker that they start themselves; and the small
-#                         programs of tests/apps, so that `make test` has all it needs
+# scripts/setup.sh e2e    also what the tests with containers need: a Docker and a Podman that they start themselves;
+#                         and the small programs of tests/apps, so that `make test` has all it needs
 # scripts/setup.sh apps   also the programs that `make test-apps` runs, databases and compilers among them
 # scripts/setup.sh stack  what the tests need, and the programs of `make bench-stack`: PHP, MariaDB, Redis, PostgreSQL
 # scripts/setup.sh vm     no .venv; what `make test-vm` needs to make guests and boot them
@@ -81,6 +81,8 @@ has() {
         # Its command has the version in its name.
         php-fpm) compgen -G '/usr/sbin/php-fpm[0-9]*' >/dev/null ;;
         php-mysql) has_php_extension mysqli ;;
+        # Podman's helpers are not in PATH.
+        netavark | aardvark-dns) [[ -x /usr/lib/podman/$1 || -x /usr/libexec/podman/$1 ]] ;;
         php-redis) has_php_extension redis ;;
         libmariadb-java) [[ -e /usr/share/java/mariadb-java-client.jar ]] ;;
         libpostgresql-jdbc-java) [[ -e /usr/share/java/postgresql.jar ]] ;;
@@ -191,6 +193,7 @@ install_packages() { # pieces
             mariadbd) new_services+=(mariadb) ;;
             varnishd) new_services+=(varnish varnishncsa) ;;
             prometheus) new_services+=(prometheus) ;;
+            podman) new_services+=(podman.socket podman podman-restart podman-auto-update podman-auto-update.timer) ;;
         esac
         for package in $(package_of "$piece"); do
             packages+=("$package")
@@ -308,6 +311,7 @@ level=${1:-run}
 pieces=(python venv bcc libbpf)
 test_pieces=(ip nft bpftool nginx wrk socat haproxy tmux tshark redis-server)
 e2e_pieces=(docker dockerd compose debootstrap slirp4netns iptables tcpdump unshare systemd-analyze lintian)
+e2e_pieces+=(podman crun netavark aardvark-dns catatonit)
 # Its package has promtool as well.
 e2e_pieces+=(prometheus)
 # What test_apps.py, a part of `make test`, runs besides the above; a test compares.

@@ -110,7 +110,8 @@ def configure(
             structlog.processors.JSONRenderer(ensure_ascii=True, default=str),
         ]
     logger = structlog.wrap_logger(
-        structlog.PrintLogger(cast(TextIO, _Unfailing(out))),
+        # A line and its end in one write: those who collect lines, as Podman does, may mix up the parts.
+        structlog.WriteLogger(cast(TextIO, _Unfailing(out))),
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
         cache_logger_on_first_use=False,

@@ -115,7 +115,8 @@ class Container:
     `cgroup_id` that directory's inode number, and `netns` the cookie of its network namespace; they are empty
     or 0 when not found. `network_mode` is "bridge", "host", "container:<id>" or a network's name. `addresses`
     are all in its namespace but loopback and link-local ones, without prefix length. `published` looks like
-    "0.0.0.0:8080->80/tcp".
+    "0.0.0.0:8080->80/tcp". `pod` is the name of Podman's pod that it is in. It and `annotations` are empty
+    where the engine does not tell.
     """
 
     id: str
@@ -129,6 +130,13 @@ class Container:
     network_mode: str = ""
     addresses: tuple[str, ...] = ()
     published: tuple[str, ...] = ()
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    pod: str = ""
+
+    @property
+    def labels_and_annotations(self) -> Mapping[str, str]:
+        """What both say. An annotation comes before a label of that name, which may be the image's."""
+        return {**self.labels, **self.annotations}
 
     @property
     def project(self) -> str:
@@ -146,7 +154,8 @@ class Owner:
     """Whose end of a connection it is; what is not known is empty or 0.
 
     `process`, `command` and `pid` (in this process's pid namespace) are those of the last reader. `pod` is
-    the uid of a Kubernetes pod. `cgroup` is the path below the root of the hierarchy.
+    the uid of a Kubernetes pod, or the name of a pod of Podman's. `cgroup` is the path below the root of the
+    hierarchy.
     """
 
     container: str = ""

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from splicer.errors import SplicerError
@@ -72,7 +72,8 @@ class ListedContainer:
 
 @dataclass(frozen=True)
 class InspectedContainer:
-    """What the engine says of one container. `pid` is 0 when it does not run."""
+    """What the engine says of one container. `pid` is 0 when it does not run. `pod` is the name of the pod
+    that it is in, empty for none, and where the engine knows no pods."""
 
     id: str
     name: str
@@ -81,6 +82,8 @@ class InspectedContainer:
     pid: int
     network_mode: str
     published: tuple[str, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    pod: str = ""
 
 
 def list_candidates(wanted: str, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -139,9 +142,10 @@ class Engine:
             self._client = _make_client(docker.constants.DEFAULT_DOCKER_API_VERSION, options)
         try:
             with _translated(endpoint):
-                version = self._client.version(api_version=False)["ApiVersion"]
+                told = self._client.version(api_version=False)
                 self._client.close()
-                self._client = _make_client(version, options)
+                self._client = _make_client(told["ApiVersion"], options)
+                self._own_version = _read_own_version(told)
         except BaseException:
             self._client.close()
             raise
@@ -160,9 +164,31 @@ class Engine:
         """One container, or None if there is none with this id."""
         with _translated(self.endpoint):
             try:
-                return _read_container(self._client.inspect_container(container_id))
+                answer = self._client.inspect_container(container_id)
             except _import_docker().errors.NotFound:
                 return None
+            return _read_container(answer, self._inspect_own(container_id))
+
+    def _inspect_own(self, container_id: str) -> Mapping[str, Any]:
+        """What Podman tells of a container only those who ask in its own words; empty with another engine."""
+        if not self._own_version:
+            return {}
+        answer = self._ask_own(f"containers/{container_id}")
+        pod = self._ask_own(f"pods/{answer['Pod']}") if answer.get("Pod") else {}
+        return {
+            "annotations": (answer.get("Config") or {}).get("Annotations") or {},
+            "pod": pod.get("Name") or "",
+        }
+
+    def _ask_own(self, what: str) -> Mapping[str, Any]:
+        address = f"{self._client.base_url}/v{self._own_version}/libpod/{what}/json"
+        response = self._client.get(address, timeout=self._timeout)
+        # It is gone; or somebody stands between who lets nothing through but what is Docker's.
+        if response.status_code in (403, 404):
+            return {}
+        response.raise_for_status()
+        found: Mapping[str, Any] = response.json()
+        return found
 
     def follow(self, since_ns: int = 0) -> Events:
         """The stream of events from now on, or from a time (nanoseconds since 1970, the engine's clock)."""
@@ -342,7 +368,16 @@ def _sort(value: Any) -> Any:
     return value
 
 
-def _read_container(answer: Mapping[str, Any]) -> InspectedContainer:
+def _read_own_version(told: Mapping[str, Any]) -> str:
+    """Version of the interface that is Podman's own, from what it says of its parts; empty for Docker."""
+    for part in told.get("Components") or ():
+        if part.get("Name") == "Podman Engine":
+            return str((part.get("Details") or {}).get("APIVersion") or "")
+    return ""
+
+
+def _read_container(answer: Mapping[str, Any], own: Mapping[str, Any]) -> InspectedContainer:
+    """From Docker's answer, and from what was found in Podman's own words."""
     state, config = answer["State"], answer["Config"]
     mode = answer["HostConfig"].get("NetworkMode") or ""
     ports = (answer.get("NetworkSettings") or {}).get("Ports") or {}
@@ -361,6 +396,9 @@ def _read_container(answer: Mapping[str, Any]) -> InspectedContainer:
                 for binding in bindings or ()
             )
         ),
+        # Docker has them since version 24.
+        annotations=own.get("annotations") or answer["HostConfig"].get("Annotations") or {},
+        pod=own.get("pod") or "",
     )
 
 

@@ -149,6 +149,8 @@ def locate(inspected: InspectedContainer, scopes: Scopes) -> Container:
         name=inspected.name,
         image=inspected.image,
         labels=inspected.labels,
+        annotations=inspected.annotations,
+        pod=inspected.pod,
         pid=inspected.pid,
         network_mode=inspected.network_mode,
         published=inspected.published,

@@ -58,11 +58,13 @@ class Attribution:
                     self._by_netns[container.netns] = None if shared else owner
 
     def _describe(self, container: Container) -> Owner:
+        path = self._scopes.find_path(container.cgroup_id) or ""
         return Owner(
             container=container.name,
             service=container.service,
             project=container.project,
-            cgroup=self._scopes.find_path(container.cgroup_id) or "",
+            pod=container.pod or read_path(path).pod,
+            cgroup=path,
         )
 
     def find_cgroup_owner(self, cgroup: int, netns: int = 0) -> Owner:
@@ -78,7 +80,7 @@ class Attribution:
             # It may have cgroups of its own below the one it was given, or run an engine that nobody told of.
             for identifier in (scope.container, *scope.outer):
                 if container := self._inventory.get(identifier):
-                    return replace(self._describe(container), cgroup=path, pod=scope.pod)
+                    return replace(self._describe(container), cgroup=path)
             return Owner(container=scope.container[:12], pod=scope.pod, cgroup=path)
         # Without a cgroup the connection is too young to have been looked at; and host processes share the
         # namespace of containers with host networking.

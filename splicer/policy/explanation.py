@@ -132,7 +132,7 @@ def explain(
         tcp_inq_source=rest.tcp_inq_source,
         ports=tuple(each for each in ports if each.values != rest.values),
         parts=tuple(_list_parts(container, host, rules, overrides, statements, used)),
-        problems=labels.read(container.labels)[1],
+        problems=labels.read(container.labels_and_annotations)[1],
         notes=tuple(_list_notes(container, containers, said)),
     )
 

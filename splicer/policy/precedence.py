@@ -109,22 +109,32 @@ def from_process_overrides(overrides: Mapping[str, str]) -> list[tuple[str, Stat
 
 
 def from_labels(container: Container, host: Host) -> list[Statement]:
-    """What the container's labels ask for."""
-    policy, problems = labels.read(container.labels)
+    """What the container's labels and annotations ask for."""
+    given = container.labels_and_annotations
+    policy, problems = labels.read(given)
     if policy is None:
         return []
     mode = policy.mode or host.mode
     bad = labels.name_unreadable(problems)
     if bad:
-        because = f"label {bad[0]} (bad value)" if len(bad) == 1 else f"labels {', '.join(bad)} (bad values)"
-    elif container.labels.get(labels.MODE) == mode:
-        because = f"label {labels.MODE}"
+        because = (
+            f"{_name(bad[0], container)} (bad value)"
+            if len(bad) == 1
+            else f"{', '.join(_name(each, container) for each in bad)} (bad values)"
+        )
+    elif given.get(labels.MODE) == mode:
+        because = _name(labels.MODE, container)
     else:
-        because = f"label {labels.ENABLE if labels.ENABLE in container.labels else labels.PORTS}"
+        because = _name(labels.ENABLE if labels.ENABLE in given else labels.PORTS, container)
     said = [Statement(RANK_LABELS, "labels", because, policy.ports, mode)]
     if policy.ports and mode != "off":
-        said.append(Statement(RANK_LABELS, "labels", f"label {labels.PORTS}", mode="off"))
+        said.append(Statement(RANK_LABELS, "labels", _name(labels.PORTS, container), mode="off"))
     return said
+
+
+def _name(label: str, container: Container) -> str:
+    """A label, or the annotation of that name that stands in its place."""
+    return f"{'annotation' if label in container.annotations else 'label'} {label}"
 
 
 def from_rule(rule: Rule, position: int) -> Statement:

@@ -256,7 +256,7 @@ class PolicyReconciler:
         """Labels that could not be read, with the container they are on."""
         found = []
         for container in self._containers().values():
-            for problem in labels.read(container.labels)[1]:
+            for problem in labels.read(container.labels_and_annotations)[1]:
                 found.append(
                     {
                         "container": container.name,

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from support.docker import TEMPORARY, Engine
-from support.images import build_all
+from support.images import DEMO, SPLICER, build_all
 from support.leftovers import remove_orphans
 from support.pauses import Stopwatch, count_explained_rescues
+from support.podman import Podman
 from support.requirements import decide_e2e
 from support.running import end_on_sigterm
 from support.stack import Stack
@@ -46,13 +47,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
             if isinstance(value, Stack):
                 report.sections.append(("sidecar log", value.logs()))
             elif isinstance(value, Engine):
-                report.sections.append(("dockerd log", value.tail()))
+                report.sections.append(("the engine's log", value.tail()))
         except (AssertionError, OSError):
             continue  # it is not there (any more)
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def dockerd() -> Iterator[Engine]:
     """A dockerd with the images; shared by all tests, which remove their containers."""
     decision, reason = decide_e2e()
     if decision == "fail":
@@ -62,6 +63,21 @@ def engine() -> Iterator[Engine]:
     with Engine() as made:
         build_all(made)
         yield made
+
+
+@pytest.fixture(scope="session")
+def podman(dockerd: Engine) -> Iterator[Podman]:
+    """A Podman with the same images."""
+    with Podman() as made:
+        made.take_images(dockerd, SPLICER, DEMO)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """dockerd, unless a module is run with several: see on_both_engines."""
+    made: Engine = request.getfixturevalue(getattr(request, "param", "dockerd"))
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ CONNECTIONS = 8
 
 @pytest.fixture
 def confined(engine: Engine) -> Iterator[Stack]:
-    engine.stop_dockerd()
-    engine.start_dockerd("--default-cgroupns-mode=private")
+    engine.stop_service()
+    engine.start_service("--default-cgroupns-mode=private")
     stack = Stack(engine)
     try:
         stack.up("splicer")
@@ -25,8 +25,8 @@ def confined(engine: Engine) -> Iterator[Stack]:
         yield stack
     finally:
         stack.down()
-        engine.stop_dockerd()
-        engine.start_dockerd()
+        engine.stop_service()
+        engine.start_service()
 
 
 def test_containers_are_found_all_the_same(engine: Engine, confined: Stack) -> None:

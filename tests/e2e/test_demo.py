@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration of examples/compose runs, and what it compares is what it says.
+"""The demonstration of examples/compose runs, and what it compares is what it says. And the commands by which
+README and examples/compose tell a newcomer to start and end all of it.
 
 How much faster the spliced legs are is for the demonstration and for `make bench` to show: a ratio of two
 times is no test. That a leg is plain or spliced, request by request, is one.
@@ -8,11 +9,15 @@ times is no test. That a leg is plain or spliced, request by request, is one.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import statistics
 from collections.abc import Iterator
 
 import pytest
 from support.docker import Engine
+from support.documents import read_document
+from support.images import DEMO, SPLICER
 from support.stack import Stack
 from support.tiers import thorough
 
@@ -57,3 +62,52 @@ def test_plain_and_spliced_by_turns(engine: Engine, demo: Stack) -> None:
     # It leaves everything as it was.
     assert "override" not in {part["source"] for part in demo.policy("web")["parts"]}
     assert not demo.status()["hold"]
+
+
+README, PAGE = "README.md", "examples/compose/README.md"
+
+
+def _do(stack: Stack, document: str, command: str, *, terminal: tuple[str, ...] = (), **changes: str) -> str:
+    """What Compose says to a command that the document has. `terminal` are options for who has none."""
+    read = read_document(document)
+    assert command in [piece.text.strip() for piece in (*read.commands, *read.spans)], (
+        f"{document}: {command}"
+    )
+    words = shlex.split(command)[shlex.split(command).index("compose") + 1 :]
+    if terminal:
+        place = 1 + next(place for place, word in enumerate(words) if word in ("exec", "run"))
+        words[place:place] = terminal
+    return stack.compose(*words, timeout=600.0, **changes)
+
+
+@thorough("the sidecar and the demonstration once more, started as documented")
+@pytest.mark.timeout(600)
+def test_from_nothing(engine: Engine) -> None:
+    """No image is there: Compose builds them. The sidecar splices the demonstration's connections, and at the
+    end nothing is left."""
+    stack = Stack(engine)
+    # What was built for the other tests stays, so that it is not built twice.
+    engine.docker("rmi", "--no-prune", SPLICER, DEMO)
+    try:
+        _do(stack, PAGE, "docker compose up -d")
+        stack.wait_healthy()
+        without = ("-T",)
+        assert "Running" in _do(stack, PAGE, "docker compose exec splicer splicer status", terminal=without)
+        _do(stack, PAGE, "docker compose exec splicer splicer doctor", terminal=without)
+        said = _do(
+            stack,
+            README,
+            "sudo docker compose --profile demo run --rm load",
+            terminal=without,
+            DEMO_PAIRS="1",
+            DEMO_SECONDS="2",
+        )
+        spliced = [int(number) for number in re.findall(r"(\d+) connections spliced", said)]
+        assert len(spliced) == len(HOPS) and all(spliced), said
+        assert "docker compose --profile demo down" in said
+        _do(stack, PAGE, "docker compose --profile demo down")
+        assert not stack.is_attached()
+        assert stack.count_pins() == 0
+        assert engine.docker("ps", "--all", "--quiet") == ""
+    finally:
+        stack.down()

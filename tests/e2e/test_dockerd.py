@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dockerd is restarted, stopped and started: running splices are none of its business."""
+"""The engine is restarted, stopped and started: running splices are none of its business."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from support.daemon import wait_until
 from support.docker import Engine
 from support.pauses import Stopwatch
+from support.podman import on_both_engines
 from support.stack import Network, Stack
 
+pytestmark = on_both_engines()
 CONNECTIONS = 4
 NOTICE_S = 10.0  # how soon the sidecar should know
 
@@ -31,12 +33,12 @@ def test_restarted_under_load(engine: Engine, stack: Stack, network: Network) ->
         network.start_client("client", "web", connections=CONNECTIONS)
         wait_until("spliced", lambda: stack.count_spliced("web") == CONNECTIONS, pause=0.1)
         before = {flow["local"]: flow for flow in stack.flows("web")}
-        engine.stop_dockerd()
+        engine.stop_service()
         wait_until("it says so", lambda: _state(stack) == "lost", timeout=NOTICE_S)
         # What was known of the containers stays known.
         assert stack.count_spliced("web") == CONNECTIONS
         assert stack.policy("web")["mode"] == "adaptive"
-        engine.start_dockerd()
+        engine.start_service()
         wait_until("connected again", lambda: _state(stack) == "connected", timeout=NOTICE_S)
         after = {flow["local"]: flow for flow in stack.flows("web")}
         assert after.keys() == before.keys()
@@ -50,8 +52,8 @@ def test_restarted_under_load(engine: Engine, stack: Stack, network: Network) ->
 
 
 def test_what_changed_meanwhile_is_found(engine: Engine, stack: Stack, network: Network) -> None:
-    engine.stop_dockerd()
+    engine.stop_service()
     wait_until("it says so", lambda: _state(stack) == "lost", timeout=NOTICE_S)
-    engine.start_dockerd()
+    engine.start_service()
     network.serve("late", "--label=splicer.mode=off")
     wait_until("found", lambda: stack.policy("late").get("mode") == "off", timeout=NOTICE_S)

@@ -62,15 +62,15 @@ def test_compose_reads_the_file(engine: Engine) -> None:
 @pytest.fixture
 def swarm(engine: Engine) -> Iterator[Engine]:
     """A swarm of one; live-restore and swarm exclude each other."""
-    engine.stop_dockerd()
-    engine.start_dockerd(live_restore=False)
+    engine.stop_service()
+    engine.start_service(live_restore=False)
     try:
         engine.docker("swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1:2377")
         yield engine
         engine.docker("swarm", "leave", "--force")
     finally:
-        engine.stop_dockerd()
-        engine.start_dockerd()
+        engine.stop_service()
+        engine.start_service()
 
 
 @thorough("another way to start the image that test_sidecar.py starts")

@@ -47,8 +47,8 @@ def test_through_docker_proxy_it_stays_plain(stack: Stack, network: Network) -> 
 
 
 def test_without_docker_proxy_it_is_dnat_and_spliced(engine: Engine, stack: Stack) -> None:
-    engine.stop_dockerd()
-    engine.start_dockerd("--userland-proxy=false")
+    engine.stop_service()
+    engine.start_service("--userland-proxy=false")
     made = None
     try:
         made = Network(engine, "web", "--publish=18080:8080")
@@ -60,8 +60,8 @@ def test_without_docker_proxy_it_is_dnat_and_spliced(engine: Engine, stack: Stac
     finally:
         if made is not None:
             made.remove()
-        engine.stop_dockerd()
-        engine.start_dockerd()
+        engine.stop_service()
+        engine.start_service()
 
 
 def test_a_published_port_from_another_container(stack: Stack, network: Network) -> None:

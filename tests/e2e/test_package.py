@@ -17,15 +17,17 @@ import pytest
 from support.daemon import REPOSITORY, wait_until
 from support.machine import Machine, machine
 from support.tiers import thorough
+from support.trees import clone_commit, copy_tracked, list_commits_before
 
 pytestmark = thorough("a system is installed and booted for it; what is installed has its tests elsewhere")
 
-HERE = Path(__file__).parent
-TALKING = "/run/talking"
+# Before this commit, and older than any package of this tree.
+OLDER = "0.0.1"
+TRIED = 3  # commits
 
 
-def _build(directory: Path, *version: str) -> Path:
-    command = [str(REPOSITORY / "scripts/deb.sh"), str(directory), *version]
+def _build(tree: Path, directory: Path, *version: str) -> Path:
+    command = [str(tree / "scripts/deb.sh"), str(directory), *version]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.split()[-1])
@@ -33,26 +35,41 @@ def _build(directory: Path, *version: str) -> Path:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _build(tmp_path_factory.mktemp("package"))
+    return _build(REPOSITORY, tmp_path_factory.mktemp("package"))
 
 
 @pytest.fixture
-def installed(package: Path) -> Iterator[Machine]:
-    """Installed on the smallest Debian 13, which has started since."""
+def older(tmp_path: Path) -> Path:
+    """The package of the previous commit, or of one before it should that one not build. In a clone that has
+    none it is this commit's own, by another version."""
+    commits = list_commits_before(TRIED)
+    problem = ""
+    for commit in commits:
+        tree = clone_commit(commit, tmp_path / commit)
+        try:
+            return _build(tree, tmp_path, OLDER)
+        except AssertionError as error:
+            problem = str(error)
+    assert not commits, f"none of the last {TRIED} commits builds: {problem}"
+    return _build(REPOSITORY, tmp_path, OLDER)
+
+
+@pytest.fixture
+def installed(older: Path) -> Iterator[Machine]:
+    """The older package, installed on the smallest Debian 13, which has started since."""
     with machine("trixie") as made:
-        _bring(made, package)
-        made.install(f"/root/{package.name}")
+        made.install(made.bring(older))
         made.boot()
         yield made
-
-
-def _bring(made: Machine, file: Path) -> None:
-    shutil.copy(file, made.root / "root" / file.name)
 
 
 def _is_spliced(made: Machine) -> bool:
     flows: list[dict[str, Any]] = json.loads(made.call("splicer", "flows", "--json"))["flows"]
     return [flow["state"] for flow in flows if ":7700" in flow["remote"]] == ["spliced"]
+
+
+def _version(made: Machine) -> str:
+    return made.call("dpkg-query", "-W", "-f", "${Version}", "splicer")
 
 
 def _property(made: Machine, name: str) -> str:
@@ -61,11 +78,7 @@ def _property(made: Machine, name: str) -> str:
 
 def test_wheel_and_source_archive(tmp_path: Path) -> None:
     """Both are built, the wheel from what is in the archive, and the command in it works."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    files = subprocess.run(["git", "-C", str(REPOSITORY), "ls-files", "-z"], capture_output=True, check=True)
-    copy = ["xargs", "-0", "cp", "--parents", "-t", str(tree)]
-    subprocess.run(copy, input=files.stdout, cwd=REPOSITORY, check=True)
+    tree = copy_tracked(tmp_path / "tree")
     build = [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(tree)]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,28 +109,38 @@ def test_lintian_finds_no_error(package: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_life_of_a_package(installed: Machine, tmp_path: Path) -> None:
+def _purge(made: Machine) -> None:
+    """Nothing is left of it."""
+    programs = made.programs()
+    assert programs
+    made.remove("splicer")
+    assert not made.programs() & programs
+    assert made.pins() == {}
+    left = ("usr/bin/splicer", "usr/lib/python3/dist-packages/splicer", "var/cache/splicer")
+    found = [path for name in left for path in (made.root / name, *(made.root / name).rglob("*"))]
+    assert [str(path.relative_to(made.root)) for path in found if path.exists()] == []
+    assert made.attempt("systemctl", "cat", "splicer").returncode != 0
+
+
+def test_life_of_a_package(installed: Machine, package: Path) -> None:
     """Installed, it runs with the hardening of its unit. A connection is spliced, and not a byte of it is
-    lost by an upgrade or a SIGKILL, after which it is spliced again. Removed, it leaves nothing."""
+    lost by an upgrade from the previous commit or a SIGKILL, after which it is spliced again. Removed, it
+    leaves nothing, and can be installed again."""
     made = installed
     assert _property(made, "ActiveState") == "active", made.attempt("journalctl", "-u", "splicer").stdout
-    assert _property(made, "MemoryDenyWriteExecute") == "yes"
-    made.call("splicer", "status", "--brief")
-    for page in ("splicer", "splicer.toml"):
-        assert "EXIT" in made.call("man", page)
-
-    _bring(made, HERE / "talker.py")
-    talk = made.start("python3", "-I", "/root/talker.py", TALKING)
-    try:
+    assert _version(made) == OLDER
+    with made.talking():
         wait_until("it is spliced", lambda: _is_spliced(made), timeout=30)
 
-        newer = _build(tmp_path, "9.0.0")
-        _bring(made, newer)
         before = _property(made, "MainPID")
-        made.install(f"/root/{newer.name}")
+        made.install(made.bring(package))
         assert _property(made, "MainPID") not in (before, "0")
-        assert made.call("dpkg-query", "-W", "-f", "${Version}", "splicer") == "9.0.0"
+        assert f"splicer_{_version(made)}_all.deb" == package.name
         wait_until("it is spliced again", lambda: _is_spliced(made), timeout=30)
+        assert _property(made, "MemoryDenyWriteExecute") == "yes"
+        made.call("splicer", "status", "--brief")
+        for page in ("splicer", "splicer.toml"):
+            assert "EXIT" in made.call("man", page)
 
         before = _property(made, "MainPID")
         made.call("systemctl", "kill", "--signal=KILL", "--kill-whom=main", "splicer")
@@ -130,25 +153,9 @@ def test_life_of_a_package(installed: Machine, tmp_path: Path) -> None:
         )
         assert _is_spliced(made)
 
-        programs = _programs(made)
-        assert programs
-        made.remove("splicer")
-        assert talk.poll() is None
-    finally:
-        (Path(f"/proc/{made.pid}/root") / TALKING.lstrip("/")).unlink(missing_ok=True)
-        said, _ = talk.communicate(timeout=30)
-    assert talk.returncode == 0, said
-    assert int(said.split()[0]) > 0
-    assert not _programs(made) & programs
-    assert "splicer" not in made.call("ls", "/sys/fs/bpf").split()
-    left = ("usr/bin/splicer", "usr/lib/python3/dist-packages/splicer", "var/cache/splicer")
-    assert [path for path in left if (made.root / path).exists()] == []
-    assert made.attempt("systemctl", "cat", "splicer").returncode != 0
-
-
-def _programs(made: Machine) -> set[int]:
-    """Ids of what is attached to the machine's cgroups at splicer's hooks; systemd has others."""
-    command = ["bpftool", "--json", "cgroup", "tree", str(made.cgroup)]
-    tree = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    programs = [program for each in tree for program in each["programs"]]
-    return {each["id"] for each in programs if "sock" in each["attach_type"]}
+        _purge(made)
+        made.install(made.bring(package))
+        wait_until("it is spliced from a first installation", lambda: _is_spliced(made), timeout=30)
+        _purge(made)
+    if not list_commits_before(1):
+        pytest.skip("all of it was right, but this clone has one commit: the upgrade was from itself")

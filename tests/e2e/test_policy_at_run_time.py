@@ -12,9 +12,13 @@ from support import pauses
 from support.daemon import wait_until
 from support.docker import Engine
 from support.pauses import Stopwatch
+from support.podman import on_both_engines
 from support.stack import Network, Stack
 from support.tiers import thorough
 
+pytestmark = on_both_engines(
+    "labels and the way to the engine: test_dockerd.py; the rest is not the engine's"
+)
 CONNECTIONS = 4
 # So long may it take, from the command to the last connection.
 SECONDS = 2.0

@@ -195,12 +195,15 @@ def list_pins() -> list[tuple[Path, set[tuple[str, int]]]]:
             namespace = os.readlink(process / "ns/mnt")
             if namespace not in seen:
                 mounts = read_mounts(process / "mountinfo")
-                pins += [pin for each in mounts if each.kind == "bpf" for pin in _walk(process, each.point)]
+                pins += [
+                    pin for each in mounts if each.kind == "bpf" for pin in walk_pins(process, each.point)
+                ]
                 seen.add(namespace)
     return pins
 
 
-def _walk(process: Path, point: str) -> Iterator[tuple[Path, set[tuple[str, int]]]]:
+def walk_pins(process: Path, point: str) -> Iterator[tuple[Path, set[tuple[str, int]]]]:
+    """Every pin in the file system mounted on `point`, as a process sees it, with what it holds."""
     root = process / "root"
     for directory, _, names in os.walk(root / point.lstrip("/")):
         for name in names:

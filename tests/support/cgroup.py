@@ -42,9 +42,25 @@ def find_v1(controller: str) -> tuple[Path, Path] | None:
     return mount, mount
 
 
+def list_v1_mounts() -> list[Path]:
+    """Where hierarchies of version 1 are mounted; none on a host that has version 2 only."""
+    return sorted({place for _, _, place in _list_mounts("cgroup")} - {find_v2_root()})
+
+
+def make_v1_directories(name: str) -> dict[Path, Path]:
+    """Make a directory in each version 1 hierarchy, fit for processes; its path by where that is mounted."""
+    made = {mount: mount / name for mount in list_v1_mounts()}
+    for mount, path in made.items():
+        path.mkdir()
+        for setting in ("cpuset.cpus", "cpuset.mems"):
+            if (mount / setting).exists():  # a new one has none, and takes no process
+                (path / setting).write_text((mount / setting).read_text())
+    return made
+
+
 def remove_v1_directories(name: str) -> None:
-    """Remove what others, as dockerd, made under `name` in version 1 hierarchies."""
-    for place in {place for _, _, place in _list_mounts("cgroup")} - {find_v2_root()}:
+    """Remove what is under `name` in version 1 hierarchies, of ours or made by others, as dockerd."""
+    for place in list_v1_mounts():
         remove_tree(place / name)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dockerd of the tests' own, that shares nothing with the machine's.
+"""A container engine of the tests' own, that shares nothing with the machine's: dockerd, and in podman.py
+Podman's service, which is asked by the same client.
 
 It lives in a network and a mount namespace of its own: bridges, firewall rules, overlay mounts, /run and the
 socket are private, and gone when its processes are. Its processes and containers are in one cgroup, by which
@@ -18,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,20 +32,23 @@ TEMPORARY = Path("/var/tmp")  # an overlay file system wants a real one below it
 
 
 class DockerError(Exception):
-    """A docker command failed; what it said."""
+    """A command to an engine failed; what it said."""
 
 
 class Engine:
-    """A context manager: leaving it removes containers, images, processes, mounts and cgroups."""
+    """dockerd. A context manager: leaving it removes containers, images, processes, mounts and cgroups."""
+
+    # What it has of its own: nsenter's word, and that of /proc.
+    NAMESPACES: Mapping[str, str] = {"net": "net", "mount": "mnt"}
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix=f"splicer-test-{os.getpid()}-", dir=TEMPORARY))
         self.run = self.directory / "run"  # /run of the engine and, bind-mounted, of the sidecar
-        self.log = self.directory / "dockerd.log"
+        self.log = self.directory / "engine.log"
         self._undo: list[Callable[[], None]] = [lambda: shutil.rmtree(self.directory)]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._holder = 0
-        self._dockerd: subprocess.Popen[bytes] | None = None
+        self._service: subprocess.Popen[bytes] | None = None
         self.bpffs: Bpffs
         self.cgroup: Cgroup
 
@@ -67,18 +71,17 @@ class Engine:
         self._undo.append(self.bpffs.unmount)
         self.cgroup = Cgroup()
         self._undo.append(self._remove_cgroups)
-        (self.cgroup.path / "engine").mkdir()
-        holder = self._spawn("unshare", "--net", "--mount", "--propagation", "slave", "sleep", "infinity")
-        self._holder = holder.pid
-        wait_until("the engine's namespaces", self._has_namespaces, timeout=10)
+        self._make_homes()
+        self._holder = self._hold_namespaces().pid
         self._prepare_run()
         self.enter("mount", "--bind", str(self.run), "/run")
         self.enter("mount", "--bind", str(self.bpffs.path), "/sys/fs/bpf")
         self._spawn(
-            *("slirp4netns", "--configure", "--mtu=1500", "--disable-host-loopback", str(holder.pid), "tap0")
+            *("slirp4netns", "--configure", "--mtu=1500", "--disable-host-loopback"),
+            *(str(self._holder), "tap0"),
         )
         wait_until("the way out", lambda: "default" in self.enter("ip", "route"), timeout=10)
-        self.start_dockerd()
+        self.start_service()
 
     def _prepare_run(self) -> None:
         # The engine's /run is empty but for what the machine's resolv.conf may point to.
@@ -88,17 +91,36 @@ class Engine:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(resolver, copy)
 
-    def _has_namespaces(self) -> bool:
-        own = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "mnt")]
-        its = [os.stat(f"/proc/{self._holder}/ns/{kind}").st_ino for kind in ("net", "mnt")]
+    def _make_homes(self) -> None:
+        (self.cgroup.path / "engine").mkdir()
+
+    def _homes(self) -> list[Path]:
+        """The cgroups of the engine's processes."""
+        return [self.cgroup.path / "engine"]
+
+    def _birthplaces(self) -> list[Path]:
+        """The cgroups in which its namespaces are made."""
+        return self._homes()
+
+    def _hold_namespaces(self) -> subprocess.Popen[bytes]:
+        options = [f"--{each}" for each in self.NAMESPACES]
+        command = ("unshare", *options, "--propagation", "slave", "sleep", "infinity")
+        holder = self._spawn(*command, homes=self._birthplaces())
+        wait_until("the engine's namespaces", lambda: self._has_namespaces(holder.pid), timeout=10)
+        return holder
+
+    def _has_namespaces(self, pid: int) -> bool:
+        kinds = self.NAMESPACES.values()
+        own, its = ([os.stat(f"/proc/{each}/ns/{kind}").st_ino for kind in kinds] for each in ("self", pid))
         return all(one != other for one, other in zip(own, its, strict=True))
 
-    def _spawn(self, *command: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start a process in the engine's cgroup."""
-        procs = self.cgroup.path / "engine" / "cgroup.procs"
+    def _spawn(
+        self, *command: str, log: Path | None = None, homes: Iterable[Path] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process in the engine's cgroups, or in these."""
         with (log or self.directory / "processes.log").open("ab") as sink:
             process = subprocess.Popen(
-                ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(procs), *command],
+                [*moving(self._homes() if homes is None else homes), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -113,7 +135,7 @@ class Engine:
         with contextlib.suppress(Exception):
             self.remove_containers()
         problem: BaseException | None = None
-        self.stop_dockerd()
+        self.stop_service()
         while self._undo:
             try:
                 self._undo.pop()()
@@ -128,7 +150,7 @@ class Engine:
         self.cgroup.remove()
         remove_v1_directories(self.cgroup.path.name)
 
-    # -- dockerd -------------------------------------------------------------------------------------------
+    # -- the engine's process --------------------------------------------------------------------------------
 
     @property
     def socket(self) -> Path:
@@ -139,11 +161,16 @@ class Engine:
         """Path of the network namespace that is the engine's "host"."""
         return f"/proc/{self._holder}/ns/net"
 
-    def start_dockerd(self, *arguments: str, live_restore: bool = True) -> None:
-        """Start dockerd and wait until it answers."""
+    @property
+    def attached_at(self) -> Path:
+        """Where those whom the engine starts see the cgroup that all of them are in."""
+        return self.cgroup.path
+
+    def start_service(self, *arguments: str, live_restore: bool = True) -> None:
+        """Start the engine and wait until it answers."""
         if live_restore:
             arguments = ("--live-restore", *arguments)
-        self._dockerd = self._spawn(
+        self._service = self._spawn(
             *self._entering(),
             *("dockerd", "--exec-opt=native.cgroupdriver=cgroupfs"),
             f"--data-root={self.directory / 'data'}",
@@ -151,41 +178,45 @@ class Engine:
             *arguments,
             log=self.log,
         )
-        wait_until("dockerd answers", self._answers, timeout=START_TIMEOUT, pause=0.1)
+        self._wait_answering()
+
+    def _wait_answering(self) -> None:
+        wait_until("the engine answers", self._answers, timeout=START_TIMEOUT, pause=0.1)
 
     def _answers(self) -> bool:
-        assert self._dockerd is not None
-        if self._dockerd.poll() is not None:
-            raise DockerError(f"dockerd ended with {self._dockerd.returncode}:\n{self.tail()}")
+        assert self._service is not None
+        if self._service.poll() is not None:
+            raise DockerError(f"the engine ended with {self._service.returncode}:\n{self.tail()}")
         with contextlib.suppress(DockerError):
             self.docker("version")
             return True
         return False
 
-    def stop_dockerd(self) -> None:
+    def stop_service(self) -> None:
         """Containers stay (live-restore)."""
-        if self._dockerd is None:
+        if self._service is None:
             return
-        self._dockerd.send_signal(signal.SIGTERM)
+        self._service.send_signal(signal.SIGTERM)
         try:
-            self._dockerd.wait(30)
+            self._service.wait(30)
         except subprocess.TimeoutExpired:
-            self._dockerd.kill()
-            self._dockerd.wait(5)
-        self._dockerd = None
+            self._service.kill()
+            self._service.wait(5)
+        self._service = None
 
     def tail(self, lines: int = 30) -> str:
-        """The last lines of what dockerd wrote."""
+        """The last lines of what the engine wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     # -- commands ------------------------------------------------------------------------------------------
 
     def _entering(self) -> list[str]:
-        return ["nsenter", "--net", "--mount", f"--target={self._holder}", "--"]
+        options = [f"--{each}" for each in self.NAMESPACES]
+        return ["nsenter", *options, f"--target={self._holder}", "--"]
 
     def enter(self, *command: str, timeout: float = 30.0) -> str:
         """Run a command in the engine's namespaces; its output. Raises DockerError."""
-        return _run([*self._entering(), *command], timeout=timeout)
+        return run_command([*self._entering(), *command], timeout=timeout)
 
     def environment(self, **changes: str) -> dict[str, str]:
         """For docker and docker-compose."""
@@ -205,10 +236,10 @@ class Engine:
 
     def docker(self, *arguments: str, timeout: float = 60.0, stdin: IO[bytes] | None = None) -> str:
         """A docker command's output. Raises DockerError."""
-        return _run(["docker", *arguments], timeout=timeout, env=self.environment(), stdin=stdin)
+        return run_command(["docker", *arguments], timeout=timeout, env=self.environment(), stdin=stdin)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """What dockerd knows about a container or image."""
+        """What the engine knows about a container or image."""
         return dict(json.loads(self.docker("inspect", name))[0])
 
     def run_container(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
@@ -222,7 +253,13 @@ class Engine:
             self.docker("rm", "--force", "--volumes", *wanted, timeout=120)
 
 
-def _run(
+def moving(homes: Iterable[Path]) -> list[str]:
+    """What goes before a command that shall run in these cgroups."""
+    script = "".join(f"echo $$ >'{home}/cgroup.procs' && " for home in homes)
+    return ["sh", "-c", f'{script}exec "$@"', "sh"]
+
+
+def run_command(
     command: Sequence[str],
     *,
     timeout: float,

@@ -32,6 +32,8 @@ class FakeEngine:
         self.url = f"unix://{path}"
         self.version: Any = {"Version": "28.0", "ApiVersion": "1.47", "MinAPIVersion": "1.24"}
         self.containers: dict[str, dict[str, Any]] = {}
+        self.own: dict[str, Any] = {}
+        """What Podman says in its own words, by what follows "/libpod/"; see become_podman()."""
         self.requests: list[str] = []
         self.methods: set[str] = set()
         self.statuses: dict[str, int] = {}
@@ -108,6 +110,11 @@ class FakeEngine:
                 each.shutdown(socket.SHUT_RDWR)
         for stream in streams:
             stream.put(None)
+
+    def become_podman(self) -> None:
+        """Whoever connects from now on is told that this is Podman."""
+        part = {"Name": "Podman Engine", "Version": "4.3.1", "Details": {"APIVersion": "4.3.1"}}
+        self.version = {**self.version, "ApiVersion": "1.41", "Components": [part, {"Name": "Conmon"}]}
 
     # -- containers ----------------------------------------------------------------------------------------
 
@@ -203,7 +210,10 @@ class FakeEngine:
             if path.endswith(ending):
                 self._write(handler, {"message": f"status {code}\nby order"}, code)
                 return
-        if path.endswith("/version"):
+        if "/libpod/" in path:
+            found = self.own.get(path.partition("/libpod/")[2])
+            self._write(handler, found or {"cause": "no such thing"}, 200 if found else 404)
+        elif path.endswith("/version"):
             self._write(handler, self.version)
         elif path.endswith("/containers/json"):
             self._write(

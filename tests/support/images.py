@@ -8,10 +8,12 @@ this machine's apt uses, and tagged with the same name. It brings apt's own way 
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -29,6 +31,10 @@ _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/in
 # Settings of apt that concern other things than the way to the packages.
 _NOT_TAKEN = ("Acquire::IndexTargets", "Acquire::CompressionTypes", "Acquire::Changelogs")
 _LEFT_OUT_BELOW = ("var/lib/apt/lists", "usr/share/zoneinfo")
+
+
+# Settings of pip that are the way to its packages. Of what lies on this machine's disk nothing is taken.
+_PIP_TAKEN = ("index-url", "extra-index-url", "trusted-host", "proxy", "cert", "default-timeout", "timeout")
 
 
 def base_of(dockerfile: Path) -> tuple[str, str]:
@@ -113,6 +119,27 @@ def apt_of(suite: str) -> tuple[str, list[str]]:
         if not line.endswith('"";') and not line.startswith(_NOT_TAKEN)
     ]
     return f"deb {_find_source()} {suite} main", settings
+
+
+def pip_of(certificates: str) -> tuple[list[str], Path | None]:
+    """For pip in another system: lines of its configuration, by which this machine's index is reached; and
+    the file that has to be at the path `certificates` there, if there is one."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    found: dict[str, str] = {}
+    # What the environment says counts before any file, and is listed first.
+    for line in reversed(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ):
+        name, _, value = line.partition("=")
+        found[name.rpartition(".")[2]] = str(ast.literal_eval(value))
+    bundle = Path(found["cert"]) if "cert" in found else None
+    settings = []
+    for name in _PIP_TAKEN:
+        words = [certificates] if name == "cert" and bundle else found.get(name, "").split()
+        words = [word for word in words if not word.startswith("file:")]
+        if words:
+            settings.append(f"{name} = {' '.join(words)}")
+    return settings, bundle
 
 
 def _add_source(engine: Engine, base: str, suite: str) -> None:

@@ -20,18 +20,12 @@ PROGRAMS = ("ip", "bpftool", "nsenter", "mount", "umount")
 E2E_VARIABLE = "SPLICER_E2E_TESTS"
 E2E_PROGRAMS = (
     *("ip", "bpftool", "nsenter", "unshare", "mount", "umount", "iptables"),
-    *(
-        "docker",
-        "dockerd",
-        "debootstrap",
-        "slirp4netns",
-        "tcpdump",
-        "systemd-analyze",
-        "lintian",
-        "prometheus",
-    ),
-    "promtool",
+    *("docker", "dockerd", "debootstrap", "slirp4netns", "tcpdump", "systemd-analyze", "lintian"),
+    *("prometheus", "promtool", "podman", "crun", "catatonit"),
 )
+# Podman's network, which its package only recommends; not in PATH.
+PODMAN_HELPERS = ("netavark", "aardvark-dns")
+PODMAN_DIRECTORIES = ("/usr/lib/podman", "/usr/libexec/podman")
 
 
 def name_missing() -> list[str]:
@@ -53,6 +47,11 @@ def name_missing_for_e2e() -> list[str]:
     """The same for the tests with containers."""
     missing = [] if os.geteuid() == 0 else ["root privileges"]
     missing += [f"the program {name}" for name in E2E_PROGRAMS if shutil.which(name) is None]
+    missing += [
+        f"Podman's helper {name}"
+        for name in PODMAN_HELPERS
+        if shutil.which(name, path=os.pathsep.join(PODMAN_DIRECTORIES)) is None
+    ]
     if find_v2_root() is None:
         missing.append("a mounted cgroup v2 hierarchy")
     if find_compose() is None:

@@ -34,7 +34,7 @@ class Stack:
         self.config.parent.mkdir(exist_ok=True)
         self.config.write_text("")
         self.settings = {
-            "SPLICER_CGROUP": str(engine.cgroup.path),
+            "SPLICER_CGROUP": str(engine.attached_at),
             "SPLICER_CONFIG_DIR": str(self.config.parent),
             "SPLICER_CONFIG": f"/etc/splicer/{self.config.name}",
             **settings,
@@ -180,7 +180,7 @@ class Network:
             options=["--name", name, "--network", self.name, *options],
         )
         pid = self.engine.inspect(identifier)["State"]["Pid"]
-        wait_until("nginx listens", lambda: _listens(pid, 8080), timeout=10)
+        wait_until("nginx listens", lambda: listens(pid, 8080), timeout=10)
         return identifier
 
     def start_load(
@@ -189,8 +189,7 @@ class Network:
         """wrk in the background, until finish_load(); the container's id."""
         return self.engine.run_container(
             DEMO,
-            *("wrk", "-t1", f"-c{connections}", f"-d{LONGEST_LOAD}", "--timeout", "10s"),
-            *("-s", REPORT, url),
+            *load_command(url, connections),
             options=["--name", name, "--network", network or self.name, *options],
         )
 
@@ -204,18 +203,8 @@ class Network:
         )
 
     def finish_load(self, name: str, seconds: float = 1.0) -> dict[str, Any]:
-        """Have wrk or the client go on for some seconds and end; the JSON it ends with. The container is
-        removed.
-
-        wrk: requests, duration and p50 (microseconds), errors. The client: see support/keepalive.py.
-        """
-        time.sleep(seconds)
-        with contextlib.suppress(DockerError):  # it has ended; its last line says why
-            self.engine.docker("kill", "--signal", "INT", name)
-        self.engine.docker("wait", name, timeout=60)
-        text = self.engine.docker("logs", name)
-        self.engine.remove_containers(name)
-        return dict(json.loads(text.strip().splitlines()[-1]))
+        """See finish_load()."""
+        return finish_load(self.engine, name, seconds)
 
     def remove(self) -> None:
         """The network; its containers first."""
@@ -225,7 +214,27 @@ class Network:
         self.engine.docker("network", "rm", self.name)
 
 
-def _listens(pid: int, port: int) -> bool:
+def load_command(url: str, connections: int) -> list[str]:
+    """wrk, in the demonstration's image, until finish_load()."""
+    options = ["-t1", f"-c{connections}", f"-d{LONGEST_LOAD}", "--timeout", "10s", "-s", REPORT]
+    return ["wrk", *options, url]
+
+
+def finish_load(engine: Engine, name: str, seconds: float = 1.0) -> dict[str, Any]:
+    """Have wrk or the client go on for some seconds and end; the JSON it ends with. The container is removed.
+
+    wrk: requests, duration and p50 (microseconds), errors. The client: see support/keepalive.py.
+    """
+    time.sleep(seconds)
+    with contextlib.suppress(DockerError):  # it has ended; its last line says why
+        engine.docker("kill", "--signal", "INT", name)
+    engine.docker("wait", name, timeout=60)
+    text = engine.docker("logs", name)
+    engine.remove_containers(name)
+    return dict(json.loads(text.strip().splitlines()[-1]))
+
+
+def listens(pid: int, port: int) -> bool:
     """A socket in state LISTEN (0A) on the port, in the namespace of a process."""
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):

@@ -38,7 +38,7 @@ FOREIGN = {
     *("--build", "--build-arg", "--compose-file", "--detach", "--env", "--file", "--follow", "--name"),
     *("--network", "--pid", "--privileged", "--profile", "--resolve-image", "--rm", "--tag", "--volume"),
     *("--now", "--no-pager", "--since", "--unit", "--user"),  # systemctl, journalctl
-    *("--system-site-packages", "--upgrade", "--yes"),  # venv, pip, apt-get
+    *("--force", "--system-site-packages", "--upgrade", "--yes"),  # venv, pip, pipx, apt-get
     *("--durations", "--exitfirst", "--last-failed", "--maxfail", "--timeout"),  # pytest
     "--unix-socket",  # curl
     *("--filename", "--namespace", "--nonblocked"),  # kubectl, sockperf

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import splicer
-from splicer.logs import configure
+from splicer.logs import LogFormat, configure
 
 from .conftest import Terminal
 
@@ -33,6 +34,18 @@ def test_json_lines() -> None:
     assert datetime.fromisoformat(first["timestamp"]).utcoffset() is not None
     assert second["level"] == "warning"
     assert stream.getvalue().isascii()
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_line_is_one_write(log_format: LogFormat) -> None:
+    """Whoever collects the lines of several threads need not put parts together."""
+    reader, writer = os.pipe2(os.O_DIRECT)  # packets (pipe(2))
+    with open(reader, "rb", buffering=0) as collector, open(writer, "w") as stream:
+        log = configure(log_format, stream=stream)
+        for event in ("compiling", "ready"):
+            log.info(event)
+            line = collector.read(4096)
+            assert event.encode() in line and line.endswith(b"\n")
 
 
 def test_exceptions_are_one_json_line() -> None:

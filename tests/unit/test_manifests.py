@@ -14,6 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import splicer
 from splicer import errors
 from splicer.cli.main import COMMANDS, make_parser
 from splicer.doctor.prerequisites import CAPABILITIES
@@ -80,10 +81,19 @@ def test_the_image_has_what_the_package_depends_on() -> None:
     assert set(re.findall(r"python3-([\w-]+)", text)) - {"pip", "setuptools"} == names
 
 
-def test_the_image_names_its_version() -> None:
-    text = (TOP / "Dockerfile").read_text()
-    assert f"ARG VERSION={PROJECT['version']}\n" in text
-    assert CONTAINER["image"] == STACK["services"]["splicer"]["image"] == f"splicer:{PROJECT['version']}"
+def test_all_say_the_same_version() -> None:
+    version = PROJECT["version"]
+    assert splicer.__version__ == version
+    assert f"ARG VERSION={version}\n" in (TOP / "Dockerfile").read_text()
+    assert CONTAINER["image"] == STACK["services"]["splicer"]["image"] == f"splicer:{version}"
+    for name in ("kubernetes", "swarm"):
+        text = (TOP / "examples" / name / "README.md").read_text()
+        assert set(re.findall(r"splicer:(\d\S*)", text)) == {version}
+    pages = (TOP / "docs/operations.md").read_text()
+    assert re.findall(r"^  version  (\S+)$|^(\d+\.\d+\.\d+)$", pages, re.M) == [(version, ""), ("", version)]
+    # What is on its way to the next release stands above the last one.
+    released = re.findall(r"^## (\d\S*)", (TOP / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == version
 
 
 def test_the_image_asks_splicer_for_its_health() -> None:
@@ -124,7 +134,7 @@ def test_places_are_mounted_where_splicer_looks(service: dict[str, Any]) -> None
 def test_places_are_mounted_in_the_pod() -> None:
     mounts = {mount["mountPath"]: mount for mount in CONTAINER["volumeMounts"]}
     assert mounts[Settings.cgroup]["readOnly"]
-    for path in (str(Path(Settings.pin_dir).parent), Settings.run_dir):
+    for path in (str(Path(Settings.pin_dir).parent), Settings.run_dir, Settings.cache_dir):
         assert not mounts[path].get("readOnly", False)
     names = {mount["name"] for mount in mounts.values()}
     assert names == {volume["name"] for volume in POD["volumes"]}
@@ -136,6 +146,8 @@ def test_every_variable_reaches_the_sidecar() -> None:
     settled = {"run_dir", "pin_dir", "cache_dir", "ready_file"}
     known = {variable_of(name) for name in VALUE_TYPES if name not in settled} | {CONFIG_VARIABLE}
     assert {entry.partition("=")[0] for entry in COMPOSE["services"]["splicer"]["environment"]} == known
+    page = (EXAMPLES / "compose/README.md").read_text()
+    assert {name for name in known if f"`{name}" in page} == known
 
 
 def test_the_next_sidecar_need_not_compile() -> None:

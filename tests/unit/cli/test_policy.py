@@ -172,7 +172,7 @@ class TestPolicy:
         labels = {"splicer.enable": "yes", "splicer.mode": "adaptve", "splicer.prots": "80"}
         bad = container("demo-bad-2", 9, labels)
         told = explain(bad, HOST, RULES, {}, [bad]).to_json()
-        assert told["mode_source"] == "labels splicer.enable, splicer.mode (bad values)"
+        assert told["mode_source"] == "label splicer.enable, label splicer.mode (bad values)"
         text = "\n".join(policy.render_container(told))
         assert "splicer.mode=adaptive where" not in text, "with that alone it stays off"
         assert (

@@ -142,6 +142,56 @@ def test_states_of_a_container(fake: FakeEngine, connect: Callable[..., Engine])
     assert look(client, identifier).pid == 0
 
 
+def test_annotations_of_docker(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
+    identifier = fake.run(1)
+    assert look(connect(), identifier).annotations == {}
+    fake.containers[identifier]["HostConfig"]["Annotations"] = {"splicer.mode": "off"}
+    assert look(connect(), identifier).annotations == {"splicer.mode": "off"}
+    assert not any("libpod" in each for each in fake.requests)
+
+
+class TestPodman:
+    """What Docker's words have no place for is asked in Podman's."""
+
+    @pytest.fixture
+    def identifier(self, fake: FakeEngine) -> str:
+        fake.become_podman()
+        identifier = fake.run(1, name="shop-web")
+        said = {"Annotations": {"splicer.ports": "80,443"}, "Labels": {"not": "asked"}}
+        fake.own[f"containers/{identifier}/json"] = {"Config": said, "Pod": "5" * 64}
+        fake.own[f"pods/{'5' * 64}/json"] = {"Id": "5" * 64, "Name": "shop"}
+        return identifier
+
+    def test_annotations_and_pod(
+        self, fake: FakeEngine, connect: Callable[..., Engine], identifier: str
+    ) -> None:
+        found = look(connect(), identifier)
+        assert (found.name, found.labels) == ("shop-web", {})
+        assert (found.annotations, found.pod) == ({"splicer.ports": "80,443"}, "shop")
+        assert f"/v4.3.1/libpod/containers/{identifier}/json" in fake.requests
+        assert fake.methods == {"GET"}
+
+    def test_neither(self, fake: FakeEngine, connect: Callable[..., Engine], identifier: str) -> None:
+        fake.own[f"containers/{identifier}/json"] = {"Config": {"Annotations": None}, "Pod": ""}
+        found = look(connect(), identifier)
+        assert (found.annotations, found.pod) == ({}, "")
+
+    @pytest.mark.parametrize("code", [403, 404])
+    def test_somebody_lets_only_dockers_words_through(
+        self, fake: FakeEngine, connect: Callable[..., Engine], identifier: str, code: int
+    ) -> None:
+        fake.statuses = {f"libpod/containers/{identifier}/json": code}
+        found = look(connect(), identifier)
+        assert (found.name, found.annotations, found.pod) == ("shop-web", {}, "")
+
+    def test_it_fails_now(self, fake: FakeEngine, connect: Callable[..., Engine], identifier: str) -> None:
+        """It is asked again, and not taken for one that says nothing: it may say that it be left alone."""
+        fake.statuses = {f"libpod/containers/{identifier}/json": 500}
+        with pytest.raises(EngineError) as caught:
+            connect().inspect(identifier)
+        assert caught.value.kind == "failed"
+
+
 def test_what_is_null_is_nothing(fake: FakeEngine, connect: Callable[..., Engine]) -> None:
     identifier = fake.run(1, labels=None, ports=None, mode="", networks=None)
     client = connect()

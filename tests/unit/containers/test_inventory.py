@@ -161,7 +161,8 @@ class Tree(Scopes):
 
 
 def inspected(pid: int) -> InspectedContainer:
-    return InspectedContainer(ONE, "web", "nginx", {"a": "b"}, pid, "bridge", ("0.0.0.0:80->80/tcp",))
+    published = ("0.0.0.0:80->80/tcp",)
+    return InspectedContainer(ONE, "web", "nginx", {"a": "b"}, pid, "bridge", published, {"c": "d"}, "shop")
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="setns(2) takes root")
@@ -183,6 +184,8 @@ def test_a_container_is_located(tmp_path: Path, sleeper: subprocess.Popen[bytes]
         network_mode="bridge",
         addresses=namespaces.read_addresses("/proc/self/ns/net"),
         published=("0.0.0.0:80->80/tcp",),
+        annotations={"c": "d"},
+        pod="shop",
     )
     assert is_complete(found)
     assert is_current(found)

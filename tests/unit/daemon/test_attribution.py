@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from splicer.daemon.attribution import Attribution
@@ -97,6 +99,15 @@ def test_a_container_that_no_engine_told_about_has_an_id_and_a_pod() -> None:
     party = world.attribution.find_cgroup_owner(10)
     assert party.container == "c" * 12
     assert party.pod == pod.replace("_", "-")
+
+
+def test_a_pod_is_named_by_the_engine_or_else_by_the_path() -> None:
+    world = World()
+    world.inventory[WEB] = replace(world.inventory[WEB], pod="shop")
+    uid = "0a1b2c3d-0000-4000-8000-0123456789ab"
+    world.scopes.paths[8] = f"/kubepods/burstable/pod{uid}/{APP}"
+    world.scopes.paths[80] = f"{world.scopes.paths[8]}/inner"
+    assert [world.attribution.find_cgroup_owner(each).pod for each in (7, 8, 80)] == ["shop", uid, uid]
 
 
 def test_without_a_cgroup_the_namespace_tells_unless_it_is_shared() -> None:

@@ -99,6 +99,27 @@ def test_which_label(labels: dict[str, str], mode: str, source: str) -> None:
     assert bool(told.problems) == ("bad" in source or "splicer.moed" in labels)
 
 
+@pytest.mark.parametrize(
+    ("labels", "annotations", "mode", "source"),
+    [
+        ({}, {"splicer.mode": "off"}, "off", "annotation splicer.mode"),
+        ({"splicer.mode": "off"}, {"splicer.mode": "eager"}, "eager", "annotation splicer.mode"),
+        ({"splicer.enable": "true"}, {"splicer.mode": "eager"}, "eager", "annotation splicer.mode"),
+        ({"splicer.mode": "eager"}, {"splicer.enable": "false"}, "off", "annotation splicer.enable"),
+        ({"splicer.enable": "false"}, {"splicer.mode": "eager"}, "off", "label splicer.enable"),
+        ({"splicer.mode": "eager"}, {"splicer.ports": "http"}, "off", "annotation splicer.ports (bad value)"),
+        ({"splicer.mode": "no"}, {"splicer.mode": "off", "io.x": "y"}, "off", "annotation splicer.mode"),
+    ],
+)
+def test_annotations_say_what_labels_say(
+    labels: dict[str, str], annotations: dict[str, str], mode: str, source: str
+) -> None:
+    """Of the two with one name the annotation counts."""
+    told = explain_it(container("web", 1, labels, annotations=annotations))
+    assert (told.mode, told.mode_source) == (mode, source)
+    assert bool(told.problems) == ("bad" in source)
+
+
 def test_eager_in_a_shared_namespace() -> None:
     pod = container("pod", 9, netns=5001)
     web = container("web", 1, {"splicer.mode": "eager"}, network_mode="container:9")
