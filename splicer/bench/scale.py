@@ -43,7 +43,7 @@ NEW = 4.0
 CHAT_PER_SECOND = 20_000.0
 VISITS = 4_000
 ASKS = 5
-STEPS = 9
+STEPS = 10
 # What is promised for 100 000 connections, and for as many fewer: bytes, percent of one CPU, seconds.
 MOST_BYTES, MOST_CPU, MOST_STATUS_S = 110_000_000, 3.0, 0.3
 
@@ -80,6 +80,7 @@ class Scale:
     cpu_busy: float
     status: Answering
     flows: Answering
+    explain: Answering
     verdict_ns: float
     register_ns: float
     connect_us: float
@@ -225,6 +226,13 @@ class Subject:
                 raise TestbedError(f"splicer {arguments[0]} ended with {child.returncode}")
         return Answering(statistics.median(took), self.read_memory("VmHWM") - before, most)
 
+    def find_one(self, namespace: Namespace) -> tuple[str, str]:
+        """Both addresses of some connection."""
+        command = [*self._splicer.command, "flows", "--json", "--limit=1"]
+        said = self._bed.run([*command, f"--run-dir={self._splicer.run_dir}"], namespace)
+        (flow,) = json.loads(said)["flows"]
+        return flow["local"], flow["remote"]
+
     def read_left(self) -> int | None:
         """How many connections the stopped daemon said to have left."""
         for line in reversed((self._bed.directory / "splicer.log").read_text(errors="replace").splitlines()):
@@ -283,6 +291,8 @@ def measure(splicer: Splicer, number: int, seconds: float, progress: Progress) -
         status = subject.measure_command("status")
         step("flows")
         flows = subject.measure_command("flows", "--json")
+        step("explain")
+        explain = subject.measure_command("explain", *subject.find_one(namespace))
         step("the stop")
         begun = time.monotonic()
         bed.stop(daemon, patience=60)
@@ -304,6 +314,7 @@ def measure(splicer: Splicer, number: int, seconds: float, progress: Progress) -
         cpu_busy=cpu_busy,
         status=status,
         flows=flows,
+        explain=explain,
         verdict_ns=verdict,
         register_ns=register,
         connect_us=float(visited[1]),
@@ -371,6 +382,7 @@ def render(results: Sequence[Scale]) -> list[str]:
         ("flows --json", lambda s: answer(s.flows)),
         ("  daemon more", lambda s: size(s.flows.daemon_more)),
         ("  the command", lambda s: size(s.flows.command_most)),
+        ("explain, of one", lambda s: answer(s.explain)),
         ("a verdict", lambda s: f"{s.verdict_ns:.0f} ns"),
         ("a run of register", lambda s: f"{s.register_ns:.0f} ns"),
         ("a connect", lambda s: f"{s.connect_us:.1f} us"),

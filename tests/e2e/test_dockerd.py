@@ -12,7 +12,7 @@ from support.pauses import Stopwatch
 from support.podman import on_both_engines
 from support.stack import Network, Stack
 
-pytestmark = on_both_engines()
+pytestmark = on_both_engines("test_podman.py asks Podman as well")
 CONNECTIONS = 4
 NOTICE_S = 10.0  # how soon the sidecar should know
 

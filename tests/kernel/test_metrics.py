@@ -17,6 +17,7 @@ from support.host import OFF, Host
 from support.lab import Lab
 from support.players import Pair
 from support.scraping import Series, add_up, by_label, fetch, find_port, read_series
+from support.tiers import thorough
 
 from splicer.metrics.services import MOST_NAMES, MOST_PAIRS
 
@@ -187,6 +188,9 @@ def test_there_is_an_end_to_series(watched: Host, lab: Lab, port: int) -> None:
     assert sum(name == SUMS[2] for name, _ in series) <= MOST_PAIRS
 
 
+@thorough(
+    "it takes as long as somebody may say nothing; unit/metrics has the page, and this module who scrapes"
+)
 def test_rude_scrapers(watched: Host, lab: Lab, port: int) -> None:
     """Twenty of them say nothing or read nothing. Connections are spliced meanwhile, the daemon answers, and
     whoever scrapes has an answer when they are cut off."""

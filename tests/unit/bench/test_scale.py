@@ -24,6 +24,7 @@ FOUND = Scale(
     cpu_busy=2.7,
     status=Answering(0.25, 4_000_000, 18_000_000),
     flows=Answering(6.5, 10_000_000, 20_000_000),
+    explain=Answering(0.15, 1_000_000, 18_000_000),
     verdict_ns=300.0,
     register_ns=130.0,
     connect_us=15.0,
