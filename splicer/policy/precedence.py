@@ -117,11 +117,8 @@ def from_labels(container: Container, host: Host) -> list[Statement]:
     mode = policy.mode or host.mode
     bad = labels.name_unreadable(problems)
     if bad:
-        because = (
-            f"{_name(bad[0], container)} (bad value)"
-            if len(bad) == 1
-            else f"{', '.join(_name(each, container) for each in bad)} (bad values)"
-        )
+        names = ", ".join(_name(each, container) for each in bad)
+        because = f"{names} (bad {'value' if len(bad) == 1 else 'values'})"
     elif given.get(labels.MODE) == mode:
         because = _name(labels.MODE, container)
     else:
