@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from splicer import __version__
 from splicer.doctor import prerequisites
 from splicer.errors import NOT_RUNNING, OK, USAGE, SplicerError
+from splicer.host import sessions
 from splicer.text import printable
 
 from . import flows, options
@@ -146,6 +147,9 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
 
     # Whoever taps without a daemon would know nothing of filters.
     ask(settings.run_dir, "describe", {"connections": []})
+    code = _branch_off()
+    if code is not None:
+        return code
     plan = TapPlan(
         settings.pin_dir,
         1 << (buffer - 1).bit_length(),
@@ -174,12 +178,24 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
+def _is_to_give_way() -> bool:
+    """Whoever has said another priority is obeyed."""
+    return os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) == 0
+
+
+def _branch_off() -> int | None:
+    """Whoever gives way does so among those of one session only, where sessions share out the CPUs. In the
+    parent, the exit code of the child that taps."""
+    if _is_to_give_way() and sessions.is_share_by_session():
+        with contextlib.suppress(OSError):  # no process more: then it gives way less
+            return sessions.branch_off()
+    return None
+
+
 @contextlib.contextmanager
 def _giving_way() -> Iterator[None]:
-    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7)). Whoever has
-    said another priority is obeyed."""
-    is_ours = os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) == 0
-    before = os.sched_param(0)
+    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7))."""
+    is_ours, before = _is_to_give_way(), os.sched_param(0)
     try:
         if is_ours:
             os.sched_setscheduler(0, os.SCHED_IDLE, before)
