@@ -9,13 +9,13 @@ import ipaddress
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from splicer import __version__
 from splicer.doctor import prerequisites
 from splicer.errors import NOT_RUNNING, OK, USAGE, SplicerError
-from splicer.host import sessions
+from splicer.host.sparing import Sparing
 from splicer.text import printable
 
 from . import flows, options
@@ -61,8 +61,8 @@ exit codes:
 SNAPLEN = 262144
 _BUFFER_KIB = 16384
 _HEADERS = 40
-_BATCH = 4096
-"""So many records at a time are taken."""
+_BATCH = 64
+"""So many records at a time are taken: some tenths of a millisecond."""
 _NAP_S = 0.01
 _CHECK_S = 1.0
 _SWEEP = 2048
@@ -186,6 +186,8 @@ def _is_to_give_way() -> bool:
 def _branch_off() -> int | None:
     """Whoever gives way does so among those of one session only, where sessions share out the CPUs. In the
     parent, the exit code of the child that taps."""
+    from splicer.host import sessions
+
     if _is_to_give_way() and sessions.is_share_by_session():
         with contextlib.suppress(OSError):  # no process more: then it gives way less
             return sessions.branch_off()
@@ -193,16 +195,18 @@ def _branch_off() -> int | None:
 
 
 @contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7))."""
-    is_ours, before = _is_to_give_way(), os.sched_param(0)
+def _giving_way() -> Iterator[Callable[[], None]]:
+    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7)). What to call
+    after each portion of work."""
+    if not _is_to_give_way():
+        yield lambda: None
+        return
+    before = os.sched_param(0)
+    os.sched_setscheduler(0, os.SCHED_IDLE, before)
     try:
-        if is_ours:
-            os.sched_setscheduler(0, os.SCHED_IDLE, before)
-        yield
+        yield Sparing().rest
     finally:
-        if is_ours:
-            os.sched_setscheduler(0, os.SCHED_OTHER, before)
+        os.sched_setscheduler(0, os.SCHED_OTHER, before)
 
 
 def _run(tap: Tap, capture: Capture, count: int) -> bool:
@@ -222,10 +226,11 @@ def _run(tap: Tap, capture: Capture, count: int) -> bool:
     with _Ending() as ending:
         is_of_use = True
         checked, sweep = time.monotonic(), _Sweep(tap, capture)
-        with _giving_way():
+        with _giving_way() as rest:
             while is_of_use and not ending.is_due and not is_enough():
                 if take() < _BATCH:
                     time.sleep(_NAP_S)
+                rest()
                 if time.monotonic() - checked > _CHECK_S:
                     checked = time.monotonic()
                     is_of_use = tap.is_of_use
