@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from splicer import __version__
 from splicer.doctor import prerequisites
 from splicer.errors import NOT_RUNNING, OK, USAGE, SplicerError
+from splicer.host import sessions
 from splicer.host.sparing import Sparing
 from splicer.text import printable
 
@@ -186,8 +187,6 @@ def _is_to_give_way() -> bool:
 def _branch_off() -> int | None:
     """Whoever gives way does so among those of one session only, where sessions share out the CPUs. In the
     parent, the exit code of the child that taps."""
-    from splicer.host import sessions
-
     if _is_to_give_way() and sessions.is_share_by_session():
         with contextlib.suppress(OSError):  # no process more: then it gives way less
             return sessions.branch_off()
@@ -204,7 +203,8 @@ def _giving_way() -> Iterator[Callable[[], None]]:
     before = os.sched_param(0)
     os.sched_setscheduler(0, os.SCHED_IDLE, before)
     try:
-        yield Sparing().rest
+        with sessions.least_share():
+            yield Sparing().rest
     finally:
         os.sched_setscheduler(0, os.SCHED_OTHER, before)
 

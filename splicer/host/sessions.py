@@ -5,7 +5,6 @@ parent."""
 from __future__ import annotations
 
 import contextlib
-import ctypes as ct
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,13 +13,15 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _ENABLED = Path("/proc/sys/kernel/sched_autogroup_enabled")
 _NICE = Path("/proc/self/autogroup")
-_LEAST = "19"
+_USUAL, _LEAST = "0", "19"
 # What a shell or a service manager sends to the process it has started.
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_with_parent(parent: int, number: int) -> None:
     """Get that signal when the parent, whose pid it is, has gone; end at once if it has."""
+    import ctypes as ct
+
     ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
@@ -34,13 +35,31 @@ def is_share_by_session() -> bool:
         return False
 
 
-def branch_off() -> int | None:
-    """Go on in a child whose session has the least share of the CPUs. None in the child. In the parent, once
-    the child has ended, its exit code, or 128 and the number of the signal that ended it.
+@contextlib.contextmanager
+def least_share() -> Iterator[None]:
+    """Meanwhile this session has the least share of the CPUs, if it is one that branch_off() has made: the
+    share of another would stay when we are killed."""
+    is_own = os.getsid(0) == os.getpid() and is_share_by_session()
+    if is_own:
+        _set_share(_LEAST)
+    try:
+        yield
+    finally:
+        if is_own:
+            _set_share(_USUAL)
 
-    Meanwhile the parent hands on what signals it is sent, and the child gets a SIGTERM if it is killed. The
-    session of the parent is left as it is: its share would stay when we are gone. Raises OSError: there is no
-    child then.
+
+def _set_share(nice: str) -> None:
+    with contextlib.suppress(OSError):
+        _NICE.write_text(nice)
+
+
+def branch_off() -> int | None:
+    """Go on in a child that leads a session. None in the child. In the parent, once the child has ended, its
+    exit code, or 128 and the number of the signal that ended it.
+
+    Meanwhile the parent hands on what signals it is sent, and the child gets a SIGTERM if it is killed.
+    Raises OSError: there is no child then.
     """
     parent = os.getpid()
     # They wait until both of us are ready for them.
@@ -54,8 +73,6 @@ def branch_off() -> int | None:
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         os.setsid()
-        with contextlib.suppress(OSError):
-            _NICE.write_text(_LEAST)
         end_with_parent(parent, signal.SIGTERM)
         return None
     finally:

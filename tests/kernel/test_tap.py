@@ -367,8 +367,9 @@ def test_it_gives_way_to_what_it_taps(host: Host, lab: Lab, tmp_path: Path) -> N
         working = _find_working(tap)
         wait_until("it gives way", lambda: os.sched_getscheduler(working) == os.SCHED_IDLE)
         if sessions.is_share_by_session():
-            assert Path(f"/proc/{working}/autogroup").read_text().split()[-1] == "19"
             assert os.getsid(working) == working
+            autogroup = Path(f"/proc/{working}/autogroup")
+            wait_until("its session does", lambda: autogroup.read_text().split()[-1] == "19")
         pair.pingpong(5)
     with tapping(host, tmp_path) as told:
         pair.pingpong(5)

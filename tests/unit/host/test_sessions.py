@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from support.daemon import REPOSITORY, wait_until
 
+from splicer.host import sessions
+from splicer.host.sessions import least_share
+
 # What the child does with signals comes after `ready`, as in a command that sets up first.
 PROGRAM = """
 import os, signal, sys, time
-from splicer.host.sessions import branch_off
+from splicer.host.sessions import branch_off, least_share
 code = branch_off()
 if code is not None:
     print("parent", code, flush=True)
@@ -27,7 +30,11 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda number, _: heard.append(number))
 print("child", os.getpid(), os.getsid(0), os.getppid(), flush=True)
-while not heard and sys.argv[1] == "wait":
+if sys.argv[1] == "yield":
+    with least_share():
+        print(open("/proc/self/autogroup").read(), end="", flush=True)
+    print(open("/proc/self/autogroup").read(), end="", flush=True)
+while not heard and not sys.argv[1].isdigit():
     time.sleep(0.01)
 print("heard", *map(int, heard), flush=True)
 if sys.argv[1].isdigit():
@@ -129,6 +136,20 @@ def test_share_of_the_cpus() -> None:
     if not share.exists():
         pytest.skip("this kernel does not share out CPUs by session")
     before = share.read_text()
-    with branched("wait") as made:
-        assert Path(f"/proc/{made.child}/autogroup").read_text().split()[-2:] == ["nice", "19"]
+    with branched("yield") as made:
+        assert [made.read()[-2:] for _ in range(2)] == [["nice", "19"], ["nice", "0"]]
         assert Path(f"/proc/{made.process.pid}/autogroup").read_text() == before
+    with least_share():  # the tests do not lead their session, or had better not
+        assert os.getsid(0) == os.getpid() or share.read_text() == before
+
+
+def test_share_where_the_kernel_does_not_know_of_sessions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sessions, "_ENABLED", tmp_path / "none")
+    assert not sessions.is_share_by_session()
+    (tmp_path / "none").write_text("0\n")
+    assert not sessions.is_share_by_session()
+    (tmp_path / "none").write_text("1\n")
+    monkeypatch.setattr(sessions, "_NICE", tmp_path / "nor this")
+    assert not sessions.is_share_by_session()
