@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# All tests, in two lanes side by side, and after them those with containers. Arguments go to pytest.
+# All tests, in two lanes side by side. Arguments go to pytest.
 #
 # Most of what the tests do is wait, so one lane leaves more than half of two CPUs idle. A lane makes cgroups,
 # network namespaces and BPF file systems of its own, and tells its leftovers from what the other one has in use or
 # has pinned, be it in a mount namespace of its own as the benchmark does (tests/support/bpf.py). It cannot where
 # neither a process nor a pin holds a program, as while a test kills a daemon of its own. So all tests that make a
 # Host are in one lane, and look for leftovers one after the other. The tests with containers, which build images
-# first, follow when both lanes have ended.
+# first and look for no leftovers of this kind, follow at the end of the other lane, which has less to do.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export SPLICER_KERNEL_TESTS=1 SPLICER_E2E_TESTS=1
@@ -38,11 +38,11 @@ mapfile -t shared < <(grep -LE '\bHost\(' tests/kernel/test_*.py)
 beside=$!
 .venv/bin/python -m pytest -p no:cacheprovider tests/unit "${shared[@]}" tests/conformance tests/soak tests/apps "$@"
 judge $?
+.venv/bin/python -m pytest tests/e2e -p no:cacheprovider "$@"
+judge $?
 wait "$beside"
 code=$?
 beside=
 cat "$output"
 judge $code
-.venv/bin/python -m pytest tests/e2e -p no:cacheprovider "$@"
-judge $?
 exit "$status"

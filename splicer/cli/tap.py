@@ -9,12 +9,14 @@ import ipaddress
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from splicer import __version__
 from splicer.doctor import prerequisites
 from splicer.errors import NOT_RUNNING, OK, USAGE, SplicerError
+from splicer.host import sessions
+from splicer.host.sparing import Sparing
 from splicer.text import printable
 
 from . import flows, options
@@ -60,8 +62,8 @@ exit codes:
 SNAPLEN = 262144
 _BUFFER_KIB = 16384
 _HEADERS = 40
-_BATCH = 4096
-"""So many records at a time are taken."""
+_BATCH = 64
+"""So many records at a time are taken: some tenths of a millisecond."""
 _NAP_S = 0.01
 _CHECK_S = 1.0
 _SWEEP = 2048
@@ -146,6 +148,9 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
 
     # Whoever taps without a daemon would know nothing of filters.
     ask(settings.run_dir, "describe", {"connections": []})
+    code = _branch_off()
+    if code is not None:
+        return code
     plan = TapPlan(
         settings.pin_dir,
         1 << (buffer - 1).bit_length(),
@@ -174,19 +179,34 @@ def execute(arguments: argparse.Namespace, context: Context) -> int:
     return OK
 
 
+def _is_to_give_way() -> bool:
+    """Whoever has said another priority is obeyed."""
+    return os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) == 0
+
+
+def _branch_off() -> int | None:
+    """Whoever gives way does so among those of one session only, where sessions share out the CPUs. In the
+    parent, the exit code of the child that taps."""
+    if _is_to_give_way() and sessions.is_share_by_session():
+        with contextlib.suppress(OSError):  # no process more: then it gives way less
+            return sessions.branch_off()
+    return None
+
+
 @contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7)). Whoever has
-    said another priority is obeyed."""
-    is_ours = os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) == 0
+def _giving_way() -> Iterator[Callable[[], None]]:
+    """What is tapped comes first, where there are fewer CPUs than work (SCHED_IDLE, sched(7)). What to call
+    after each portion of work."""
+    if not _is_to_give_way():
+        yield lambda: None
+        return
     before = os.sched_param(0)
+    os.sched_setscheduler(0, os.SCHED_IDLE, before)
     try:
-        if is_ours:
-            os.sched_setscheduler(0, os.SCHED_IDLE, before)
-        yield
+        with sessions.least_share():
+            yield Sparing().rest
     finally:
-        if is_ours:
-            os.sched_setscheduler(0, os.SCHED_OTHER, before)
+        os.sched_setscheduler(0, os.SCHED_OTHER, before)
 
 
 def _run(tap: Tap, capture: Capture, count: int) -> bool:
@@ -206,10 +226,11 @@ def _run(tap: Tap, capture: Capture, count: int) -> bool:
     with _Ending() as ending:
         is_of_use = True
         checked, sweep = time.monotonic(), _Sweep(tap, capture)
-        with _giving_way():
+        with _giving_way() as rest:
             while is_of_use and not ending.is_due and not is_enough():
                 if take() < _BATCH:
                     time.sleep(_NAP_S)
+                rest()
                 if time.monotonic() - checked > _CHECK_S:
                     checked = time.monotonic()
                     is_of_use = tap.is_of_use

@@ -7,7 +7,6 @@ By a daemon that is here already, or by one that lives for the occasion, with di
 from __future__ import annotations
 
 import contextlib
-import ctypes as ct
 import json
 import os
 import shutil
@@ -18,14 +17,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from splicer.daemon import control
 from splicer.doctor.check import Outcome, Result, State, Verdict, fail, ok, unknown
 from splicer.doctor.surroundings import Surroundings
 from splicer.errors import FAILURE, OK, SplicerError
+from splicer.host import sessions
 
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _NAME = "splicer-doctor-"
 _START_TIMEOUT_S = 300.0
 _SPLICE_TIMEOUT_S = 30.0
@@ -49,10 +49,6 @@ class _Stage:
     run_dir: str
 
 
-def _die_with_parent() -> None:
-    ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPLICER_")}
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -69,7 +65,7 @@ class _Talker:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(sessions.end_with_parent, os.getpid(), signal.SIGTERM),
         )
 
     @property
@@ -145,7 +141,7 @@ def _daemon(surroundings: Surroundings, cgroup: str) -> Iterator[str]:
                 stdout=sink,
                 stderr=sink,
                 env=_environment(),
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(sessions.end_with_parent, os.getpid(), signal.SIGTERM),
             )
         try:
             _wait_ready(process, ready, log)

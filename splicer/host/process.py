@@ -188,3 +188,14 @@ def read_machine_cpu_seconds() -> float:
 
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+
+def read_idle_seconds(cpus: Collection[int]) -> float:
+    """For how long these CPUs have been idle, altogether. Whoever waits for a disk wants none."""
+    import psutil
+
+    return sum(
+        float(times.idle + times.iowait)
+        for cpu, times in enumerate(psutil.cpu_times(percpu=True))
+        if cpu in cpus
+    )

@@ -19,7 +19,6 @@ store.py.
 from __future__ import annotations
 
 import contextlib
-import ctypes as ct
 import json
 import os
 import signal
@@ -28,13 +27,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from splicer.errors import FAILURE, UNSUPPORTED, SplicerError
+from splicer.host.sessions import end_with_parent
 from splicer.kernel import compiler, libbpf, probes
 from splicer.kernel.btf import Btf
 from splicer.kernel.compiled import Compiled
 from splicer.kernel.layout import ENLIST_SIZE, MEASURE_REQUEST, TALLY_REQUEST_SIZE, WATCH_REQUEST_SIZE
 from splicer.kernel.programs import ANSWERS, KERNEL_HINT, MAPS, PROGRAMS, TAP, Program, explain_refusal
-
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 
 def _try_to_run(program: Program, fd: int) -> None:
@@ -175,17 +173,11 @@ def _prepare(request: Mapping[str, Any]) -> Iterator[tuple[Compiled, dict[str, i
         yield compiled, compiler.find_maps(module)
 
 
-def _die_with(parent: int) -> None:
-    """Not outlive the daemon: the next one must not find us pinning beside its own loader."""
-    ct.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def main() -> int:
     request = json.load(sys.stdin)
     if "parent" in request:
-        _die_with(request["parent"])
+        # Not outlive the daemon: the next one must not find us pinning beside its own loader.
+        end_with_parent(request["parent"], signal.SIGKILL)
     try:
         done: dict[str, Any]
         with _prepare(request) as (compiled, maps):

@@ -23,7 +23,18 @@ from support.host import Host
 from support.lab import Lab
 from support.nginx import running_nginx
 from support.players import Pair
-from support.tapping import follow, list_complaints, list_gaps, list_tappers, read_fields, tapping, tshark
+from support.tapping import (
+    Tap,
+    follow,
+    list_complaints,
+    list_gaps,
+    list_tappers,
+    read_fields,
+    tapping,
+    tshark,
+)
+
+from splicer.host import sessions
 
 SIZES = (1, 64, 300, 1500, 5000, 16384, 40_000, 100_000)
 SEED = 71
@@ -343,16 +354,43 @@ def test_text_and_hex(host: Host, lab: Lab, tmp_path: Path) -> None:
         assert "length 14" in tap.outcome.stdout
 
 
+def _find_working(tap: Tap) -> int:
+    """The process that taps: it may be a child, whose session has less of the CPUs than others."""
+    children = Path(f"/proc/{tap.process.pid}/task/{tap.process.pid}/children").read_text().split()
+    return int(children[0]) if children else tap.process.pid
+
+
 def test_it_gives_way_to_what_it_taps(host: Host, lab: Lab, tmp_path: Path) -> None:
     """Unless somebody has said another priority."""
     pair = _seeded(host, lab)
     with tapping(host, tmp_path, gives_way=True) as tap:
-        wait_until("it gives way", lambda: os.sched_getscheduler(tap.process.pid) == os.SCHED_IDLE)
+        working = _find_working(tap)
+        wait_until("it gives way", lambda: os.sched_getscheduler(working) == os.SCHED_IDLE)
+        if sessions.is_share_by_session():
+            assert os.getsid(working) == working
+            autogroup = Path(f"/proc/{working}/autogroup")
+            wait_until("its session does", lambda: autogroup.read_text().split()[-1] == "19")
         pair.pingpong(5)
     with tapping(host, tmp_path) as told:
         pair.pingpong(5)
         assert os.sched_getscheduler(told.process.pid) == os.SCHED_OTHER
+        assert _find_working(told) == told.process.pid
     assert tap.outcome.code == told.outcome.code == 0
+    assert "none missed" in tap.outcome.stderr
+    pair.verify()
+
+
+def test_it_is_killed_while_it_gives_way(host: Host, lab: Lab, tmp_path: Path) -> None:
+    """What it has captured is whole, and nothing is left."""
+    pair = _seeded(host, lab)
+    file = tmp_path / "tap.pcapng"
+    with tapping(host, tmp_path, "-w", str(file), gives_way=True, end_by=signal.SIGKILL) as tap:
+        working = _find_working(tap)
+        pair.pingpong(5)
+    wait_until("nobody taps any more", lambda: not Path(f"/proc/{working}").exists())
+    if working != tap.process.pid:
+        assert len(read_fields(file, "tcp", "frame.len")) == 10
+    wait_until("the program has gone", lambda: not list_tappers(host.pin_dir))
     pair.verify()
 
 

@@ -80,6 +80,8 @@ AREAS = {
         "-k",
         "stop_under_load or killed_under_load or crash_under_load",
     ),
+    # The others want tshark, which guests do not have.
+    "tap": ("tests/kernel/test_tap.py", "-k", "text or gives_way_to or nobody"),
     "older": ("tests/kernel/test_census.py", "-k", "spliced or again"),
 }
 
