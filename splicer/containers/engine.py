@@ -11,9 +11,14 @@ import errno
 import json
 import os
 import socket
+import sys
+import sysconfig
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from typing import Any, Literal, NamedTuple
 
 from splicer.errors import SplicerError
@@ -265,9 +270,26 @@ class Events:
 
 
 def _import_docker() -> Any:
+    _import_distutils()
     import docker
 
     return docker
+
+
+def _import_distutils() -> None:
+    """Older SDKs want distutils, Debian's among them. setuptools, where it is installed, puts its own in the
+    place of the standard library's, and comes with it: 12 MB in a process that needs a comparison of
+    versions. Up to Python 3.11 the standard library has one."""
+    if "distutils" in sys.modules:
+        return
+    spec = PathFinder.find_spec("distutils", [sysconfig.get_path("stdlib")])
+    if spec is None or spec.loader is None:
+        return
+    module = module_from_spec(spec)
+    sys.modules["distutils"] = module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        spec.loader.exec_module(module)
 
 
 def _make_client(version: str, options: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ second from the programs' counts.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -156,6 +157,12 @@ def _describe_count(index: int) -> tuple[str, str]:
     return {_SPLICED: ("spliced", ""), _RESCUED: ("rescued", "rescue"), _LOST: ("lost", "")}[index]
 
 
+@functools.lru_cache(maxsize=512)
+def _share(owner: Owner) -> Owner:
+    """One object for equal ones: thousands of events are about some tens of parties."""
+    return owner
+
+
 def name_parties(
     records: list[Record], attribution: Attribution, find: Callable[[int], bytes | None] | None = None
 ) -> None:
@@ -171,8 +178,8 @@ def name_parties(
             continue
         pair = read_pair(record.raw)
         record.local, record.remote = pair.client.local, pair.client.remote
-        server = attribution.find_owner(pair.server, found)
-        record.client, record.server = attribution.find_owner(pair.client, found), server
+        server = _share(attribution.find_owner(pair.server, found))
+        record.client, record.server = _share(attribution.find_owner(pair.client, found)), server
 
 
 class EventHandler:

@@ -109,6 +109,7 @@ class Daemon:
 
     def run(self) -> int:
         """Attach, serve until a signal, drain, detach. Returns the exit code."""
+        process.share_memory_among_threads()
         with self._endpoint:
             return self._run()
 

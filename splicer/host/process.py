@@ -19,6 +19,7 @@ _KEPT_S = 10.0
 _COMMAND_LENGTH = 256
 _COMM_LENGTH = 15  # TASK_COMM_LEN without its zero (Linux, include/linux/sched.h)
 # PROC_PID_INIT_INO (Linux, include/linux/proc_ns.h).
+_M_ARENA_MAX = -8  # malloc.h of glibc
 _HOST_PID_NAMESPACE = 0xEFFFFFFC
 HINT_HOST_PIDS = "network namespaces and processes outside are not found; docker run --pid=host"
 
@@ -159,6 +160,15 @@ def read_own_age() -> float:
     with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
         fields = file.read().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def share_memory_among_threads() -> None:
+    """Have the C library serve all threads from one heap (M_ARENA_MAX, mallopt(3)), where they use again
+    what another one has freed. Each thread gets a heap of its own else; few of ours run at the same time."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError):  # not of every C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def give_memory_back() -> None:

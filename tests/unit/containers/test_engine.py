@@ -489,3 +489,17 @@ def test_nothing_stays_open(fake: FakeEngine) -> None:
     # The server finds out that a stream has ended when it writes to it.
     wait_until(lambda: not fake._connections or bool(fake.emit("start", name_id(1))))
     wait_until(lambda: all(now <= before for now, before in zip(count_open(), (fds, threads), strict=True)))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="the standard library has no distutils any more")
+def test_the_sdk_brings_no_build_tools() -> None:
+    """An SDK that wants distutils is content with the standard library's."""
+    program = """
+import contextlib, sys
+from splicer.containers.engine import Engine, EngineError
+with contextlib.suppress(EngineError):
+    Engine("unix:///nothing/here", {})
+print("docker" in sys.modules, "setuptools" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done

@@ -284,6 +284,18 @@ def test_who_was_not_read_is_read_when_somebody_asks(
     assert part[0]["client"]["container"] == "web"
 
 
+def test_events_of_the_same_parties_share_them(
+    journal: Journal, handler: EventHandler, kernel: Kernel
+) -> None:
+    """However often they are asked about."""
+    for name in (7, 8):
+        kernel.pairs[name] = record_of(2)
+        journal.note("spliced", name=name, of_connections=True)
+        list(handler.answer({}).parts)
+    first, second = journal.read(0, 0)
+    assert first.client is first.server is second.client is second.server
+
+
 def test_at_the_end_who_follows_has_everything(journal: Journal, handler: EventHandler) -> None:
     rows = handler.answer({"follow": True, "stream": True})
     parts = iter(rows.parts)
