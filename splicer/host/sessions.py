@@ -69,7 +69,9 @@ def branch_off() -> int | None:
         if child:
             with _handing_on_to(child):
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                _, status = os.waitpid(child, 0)
+                # It is not reaped yet: what comes now is for no other process that has its pid.
+                os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             return code if code >= 0 else 128 - code
         os.setsid()
@@ -81,11 +83,8 @@ def branch_off() -> int | None:
 
 @contextlib.contextmanager
 def _handing_on_to(child: int) -> Iterator[None]:
-    handle = os.pidfd_open(child)
-
     def send(number: int, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            signal.pidfd_send_signal(handle, number)
+        os.kill(child, number)
 
     def pause(*_: object) -> None:
         # The child is in no terminal's session: SIGTSTP would not stop it (signal(7)).
@@ -104,4 +103,3 @@ def _handing_on_to(child: int) -> Iterator[None]:
     finally:
         for number, handler in replaced.items():
             signal.signal(number, handler)
-        os.close(handle)

@@ -15,6 +15,7 @@ import pytest
 from support.daemon import REPOSITORY, wait_until
 
 from splicer.host import sessions
+from splicer.host.process import is_stopped
 from splicer.host.sessions import least_share
 
 # What the child does with signals comes after `ready`, as in a command that sets up first.
@@ -63,14 +64,6 @@ class Branched:
         assert self.process.stdout is not None
         return self.process.stdout.readline().split()
 
-    @property
-    def state(self) -> str:
-        """One letter, as in ps(1)."""
-        try:
-            return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return "gone"
-
 
 @contextmanager
 def branched(task: str, *before: str) -> Iterator[Branched]:
@@ -92,7 +85,7 @@ def test_signals_are_handed_on(number: signal.Signals) -> None:
         assert made.read() == ["heard", str(int(number))]
         assert made.read() == ["parent", "7"]
         assert made.process.wait() == 7
-        assert made.state == "gone"
+        assert not Path(f"/proc/{made.child}").exists()
 
 
 def test_end_by_a_signal() -> None:
@@ -110,16 +103,11 @@ def test_a_parent_that_is_killed() -> None:
 def test_stopped_and_continued() -> None:
     with branched("wait") as made:
         made.process.send_signal(signal.SIGTSTP)
-        wait_until("both are stopped", lambda: made.state == "T" and _is_stopped(made.process))
+        wait_until("both are stopped", lambda: is_stopped(made.child) and is_stopped(made.process.pid))
         made.process.send_signal(signal.SIGCONT)
-        wait_until("the child goes on", lambda: made.state != "T")
+        wait_until("the child goes on", lambda: not is_stopped(made.child))
         made.process.send_signal(signal.SIGINT)
         assert made.process.wait() == 7
-
-
-def _is_stopped(process: subprocess.Popen[str]) -> bool:
-    pid, status = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
-    return pid == process.pid and os.WIFSTOPPED(status)
 
 
 def test_nohup() -> None:
