@@ -24,13 +24,13 @@ from typing import IO
 
 from splicer.errors import SplicerError
 from splicer.host import cgroups
+from splicer.host.sessions import end_with_parent
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWNET = 0x40000000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG = 1
 
 SERVER_ADDRESS = "10.77.0.1"
 CLIENT_ADDRESS = "10.77.0.2"
@@ -283,13 +283,14 @@ def make_entry(
     namespace: Namespace | None, cgroup: Path | None, parent_death: int, cpu: int | None = None
 ) -> Callable[[], None]:
     """What a child does between fork and exec."""
+    parent = os.getpid()
 
     def enter() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TERMINATING)
         if cpu is not None:
             usable = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {usable[cpu % len(usable)]})
-        _libc.prctl(PR_SET_PDEATHSIG, parent_death, 0, 0, 0)
+        end_with_parent(parent, parent_death)
         if cgroup is not None:
             (cgroup / "cgroup.procs").write_text("0")
         if namespace is not None and _libc.setns(namespace.fd, CLONE_NEWNET) != 0:
