@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import socket
@@ -276,9 +277,10 @@ def _import_docker() -> Any:
     return docker
 
 
+@functools.cache
 def _import_distutils() -> None:
     """Older SDKs want distutils, Debian's among them. setuptools, where it is installed, puts its own in the
-    place of the standard library's, and comes with it: 12 MB in a process that needs a comparison of
+    place of the standard library's, and comes with it: 13 MB in a process that needs a comparison of
     versions. Up to Python 3.11 the standard library has one."""
     if "distutils" in sys.modules:
         return
