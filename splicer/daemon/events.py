@@ -110,11 +110,12 @@ class EventNoter:
         if before is not None and (before.type, before.reason) == (type_, reason):
             self._latest[name] = before
             return False
-        # It may be closed by now, and be known from before.
-        raw = raw or self._read(name) or (before.raw if before else None)
+        raw = raw or self._read(name)
         record = self._journal.note(
             type_, reason=reason, name=name, netns=netns, tgid=tgid, raw=raw, of_connections=True
         )
+        if raw is None and before is not None:
+            record.take_parties(before)  # it is closed by now
         self._latest[name] = record
         if len(self._latest) > MOST_OF_CONNECTIONS:
             del self._latest[next(iter(self._latest))]
@@ -170,16 +171,19 @@ def name_parties(
     those that were not read."""
     found: dict[tuple[int, int, int], Owner] = {}
     for record in records:
+        # Another thread may be at it, so it is read once.
+        raw = record.raw
         if not record.name or record.client is not None:
             continue
-        if record.raw is None and find is not None:
-            record.raw = find(record.name)
-        if record.raw is None:
+        if raw is None and find is not None:
+            raw = find(record.name)
+        if raw is None:
             continue
-        pair = read_pair(record.raw)
+        pair = read_pair(raw)
         record.local, record.remote = pair.client.local, pair.client.remote
-        server = _share(attribution.find_owner(pair.server, found))
-        record.client, record.server = _share(attribution.find_owner(pair.client, found)), server
+        record.server = _share(attribution.find_owner(pair.server, found))
+        record.client = _share(attribution.find_owner(pair.client, found))
+        record.raw = None  # half a kilobyte
 
 
 class EventHandler:

@@ -55,8 +55,8 @@ LOGGED: Mapping[str, str] = {
 @dataclass(slots=True)
 class Record:
     """One event. `time` is in seconds since the epoch, `name` the connection's, 0 if it is about none or
-    several. `raw` is the connection's record in the kernel as it was then, if it was read; `client` and
-    `server` are found later."""
+    several. `raw` is the connection's record in the kernel as it was then, if it was read: until whose it is
+    has been found out, which is later. So `client` and `server` come before `raw` goes."""
 
     number: int
     time: float
@@ -72,6 +72,12 @@ class Record:
     client: Owner | None = None
     server: Owner | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def take_parties(self, other: Record) -> None:
+        """It is about the same connection."""
+        self.raw = other.raw
+        self.local, self.remote = other.local, other.remote
+        self.server, self.client = other.server, other.client
 
     def to_json(self) -> dict[str, Any]:
         return {

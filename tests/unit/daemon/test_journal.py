@@ -177,6 +177,32 @@ def test_who_has_closed_is_known_from_before(journal: Journal, noter: EventNoter
     assert journal.read()[-1].raw == record_of(2)
 
 
+def test_who_was_named_and_has_closed_has_that_name(
+    journal: Journal, noter: EventNoter, kernel: Kernel
+) -> None:
+    owners = Owners()
+    kernel.pairs[7] = record_of(2)
+    noter.note_outcome(7, EnlistOutcome.IN)
+    noter.tend(owners)  # type: ignore[arg-type]
+    del kernel.pairs[7]
+    noter.receive(drain(7, REASON_NAMES.index("closing")))
+    noter.tend(owners)  # type: ignore[arg-type]
+    before, after = journal.read()
+    assert before.client == after.client == Owner(container="web")
+    assert (after.server, after.local, after.remote) == (before.server, before.local, before.remote)
+
+
+def test_records_are_not_kept_when_they_have_told_who_it_was(
+    journal: Journal, noter: EventNoter, kernel: Kernel
+) -> None:
+    """Each is half a kilobyte, and there are thousands of events."""
+    for name in range(1, 50):
+        kernel.pairs[name] = record_of(2)
+        noter.note_outcome(name, EnlistOutcome.IN)
+    noter.tend(Owners())  # type: ignore[arg-type]
+    assert [record.raw for record in journal.read()] == [None] * 49
+
+
 # -- from the log ------------------------------------------------------------------------------------------
 
 
