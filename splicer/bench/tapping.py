@@ -87,8 +87,10 @@ class Tapped:
         found = []
         if any(sample.errors for sample in (*self.untapped, *(leg.sample for leg in self.tapped))):
             found.append("errors in a leg")
-        if not all(leg.taken.recorded for leg in self.tapped):
-            found.append("a tap recorded nothing")
+        for leg in self.tapped:
+            if not leg.taken.recorded:
+                missed = plural(leg.taken.missed, "message")
+                found.append(f"a tap recorded nothing, and missed {missed}")
         row = self.rows[0]
         noise = median(abs(each - 1) for each in row.noises.values)
         if check and row.ratios.median < BOUND * (1 - noise):

@@ -32,7 +32,9 @@ def test_what_makes_it_fail() -> None:
     assert tapped(90, 90, 90).failures(check=True) == []
     assert tapped(80, 80, 80).failures(check=False) == []
     assert tapped(80, 80, 80).failures(check=True) == ["keep-alive: tapped 0.80 of untapped, wanted >= 0.9"]
-    assert tapped(90, recorded=0).failures(check=False) == ["keep-alive: a tap recorded nothing"]
+    nothing = "keep-alive: a tap recorded nothing, and missed"
+    assert tapped(90, recorded=0, missed=1).failures(check=False) == [f"{nothing} 1 message"]
+    assert tapped(90, recorded=0, missed=0).failures(check=False) == [f"{nothing} 0 messages"], "none spliced"
     assert tapped(90, timeout=1).failures(check=False) == ["keep-alive: errors in a leg"]
 
 
