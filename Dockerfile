@@ -22,13 +22,13 @@ RUN python3 -m pip install --no-cache-dir --no-index --no-build-isolation --no-d
 FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        python3-bpfcc python3-docker python3-prometheus-client python3-psutil python3-pyroute2 python3-structlog \
+        python3-bpfcc python3-docker python3-prometheus-client python3-psutil python3-structlog \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/cache/debconf/* /var/log/*
 COPY --from=build /installed/usr/local /usr/local
 # A build must fail here rather than a container later: the command is complete, and so is what it imports.
 RUN splicer version \
-    && python3 -c 'import bcc, docker, prometheus_client, psutil, pyroute2, structlog; assert bcc.BPF'
+    && python3 -c 'import bcc, docker, prometheus_client, psutil, structlog; assert bcc.BPF'
 
 ARG VERSION=0.2.0
 ARG REVISION=unknown

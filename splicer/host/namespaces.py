@@ -92,20 +92,18 @@ def read_addresses(path: str) -> tuple[str, ...]:
 
     Raises OSError if it is gone or may not be entered.
     """
-    from pyroute2 import IPRoute, NetlinkError
+    import psutil
 
-    found: set[ipaddress.IPv4Address | ipaddress.IPv6Address] = set()
-    try:
-        # A netlink socket belongs to the namespace it was made in. The answer is read while it is walked.
-        with entered(path), IPRoute() as netlink:
-            for message in netlink.get_addr():
-                # IFA_ADDRESS is the other end's on a point-to-point link (Linux,
-                # include/uapi/linux/if_addr.h).
-                text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-                if text:
-                    found.add(ipaddress.ip_address(text))
-    except NetlinkError as error:
-        raise OSError(error.code, f"cannot list the addresses: {error}", path) from error
+    # getifaddrs(3) asks by a netlink socket of its own, which belongs to the calling thread's namespace. On a
+    # point-to-point link it is this end's address.
+    with entered(path):
+        interfaces = psutil.net_if_addrs()
+    found = {
+        ipaddress.ip_address(each.address)
+        for addresses in interfaces.values()
+        for each in addresses
+        if each.family in (socket.AF_INET, socket.AF_INET6)
+    }
     usable = [address for address in found if not (address.is_loopback or address.is_link_local)]
     return tuple(str(address) for address in sorted(usable, key=lambda each: (each.version, int(each))))
 

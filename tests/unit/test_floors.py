@@ -40,8 +40,7 @@ GROUND = FLOORS[0]
 ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     # One of them is a program of its own, which a measurement runs.
     "bcc": frozenset({"kernel.compiler", "bench.loads.naive"}),
-    "pyroute2": frozenset({"host.namespaces"}),
-    "psutil": frozenset({"host.process"}),
+    "psutil": frozenset({"host.namespaces", "host.process"}),
     "structlog": frozenset({"logs"}),
     "docker": frozenset({"containers.engine"}),
     "matplotlib": frozenset({"bench.plots"}),
@@ -60,7 +59,6 @@ HEAVY = (
     "matplotlib",
     "prometheus_client",
     "psutil",
-    "pyroute2",
     "structlog",
 )
 

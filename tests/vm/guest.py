@@ -34,7 +34,7 @@ SUITE = "trixie"
 # What splicer and the tests need, as Debian's packages. Only the initramfs needs busybox.
 PACKAGES = (
     *("python3", "python3-bpfcc", "libbpf1", "bpftool"),
-    *("python3-structlog", "python3-psutil", "python3-pyroute2", "python3-docker"),
+    *("python3-structlog", "python3-psutil", "python3-docker"),
     *("python3-pytest", "python3-pytest-timeout", "python3-yaml"),
     *("iproute2", "nftables", "nginx-light", "wrk", "socat", "haproxy", "curl", "openssl", "procps"),
     *("kmod", "busybox-static", "ca-certificates"),

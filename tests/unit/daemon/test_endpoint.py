@@ -7,6 +7,8 @@ import contextlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 from support.daemon import wait_until
 
-from splicer.daemon import endpoint
-from splicer.daemon.endpoint import SCRAPERS_AT_ONCE, Endpoint, Source
+from splicer.daemon import scrapers
+from splicer.daemon.endpoint import Endpoint, Source
+from splicer.daemon.scrapers import SCRAPERS_AT_ONCE
 from splicer.errors import FAILURE, SplicerError
 from splicer.logs import configure
 
@@ -135,7 +138,7 @@ def test_nobody_asks_after_the_end(served: Endpoint, path: Path) -> None:
 def test_rude_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are served at once say nothing, or half of it; one asks for much and reads nothing. They are
     cut off, and whoever comes after them has an answer."""
-    monkeypatch.setattr(endpoint, "_EXCHANGE_S", 0.5)
+    monkeypatch.setattr(scrapers, "_EXCHANGE_S", 0.5)
     big = Source(lambda _: ("text/plain", bytes(32 << 20)), str, str)
     with contextlib.ExitStack() as opened, Endpoint(str(path), LOG) as served, served.serving(big):
         for number in range(3 * SCRAPERS_AT_ONCE):
@@ -148,7 +151,7 @@ def test_rude_ones(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_sends_byte_by_byte_is_cut_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit for each read would never be reached."""
-    monkeypatch.setattr(endpoint, "_EXCHANGE_S", 0.5)
+    monkeypatch.setattr(scrapers, "_EXCHANGE_S", 0.5)
     with Endpoint(str(path), LOG), connect(path) as slow:
         slow.settimeout(0.02)
 
@@ -209,3 +212,9 @@ def test_ipv6() -> None:
     with Endpoint(f"[::1]:{port}", LOG), socket.create_connection(("::1", port), timeout=20) as sock:
         sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert b"503" in sock.makefile("rb").readline()
+
+
+def test_a_server_is_loaded_only_when_there_is_one() -> None:
+    """What it imports takes 2 MB of every daemon else."""
+    source = "import sys, splicer.daemon.loop; sys.exit('http.server' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0

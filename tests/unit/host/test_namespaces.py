@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from support.namespaces import keep_namespace
 
@@ -88,12 +89,10 @@ def test_only_the_calling_thread_moves(neighbour: str) -> None:
 
 @needs_root
 def test_a_failure_inside_comes_back_out(neighbour: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyroute2
+    def fail() -> None:
+        raise OSError(1, "not now")
 
-    def fail(*_: object, **__: object) -> None:
-        raise pyroute2.NetlinkError(1, "not now")
-
-    monkeypatch.setattr(pyroute2, "IPRoute", fail)
+    monkeypatch.setattr(psutil, "net_if_addrs", fail)
     own, fds = os.readlink(OWN), len(list_fds())
     with pytest.raises(OSError, match="not now"):
         read_addresses(neighbour)
@@ -110,6 +109,6 @@ def test_a_namespace_that_is_gone(read: object) -> None:
     assert len(list_fds()) == fds
 
 
-def test_pyroute2_is_loaded_only_when_it_is_needed() -> None:
-    source = "import sys, splicer.host.namespaces; sys.exit('pyroute2' in sys.modules)"
+def test_psutil_is_loaded_only_when_it_is_needed() -> None:
+    source = "import sys, splicer.host.namespaces; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
