@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ CHAT_PER_SECOND = 20_000.0
 VISITS = 4_000
 ASKS = 5
 STEPS = 10
+# So many are measured once more, scraped and watched.
+WATCHED = 1_000
+# Prometheus asks all 15 seconds by default, many have it ask all 5.
+SCRAPES_EVERY_S = 5.0
+WATCHED_S = 30.0
 # What is promised for 100 000 connections, and for as many fewer: bytes, percent of one CPU, seconds.
 MOST_BYTES, MOST_CPU, MOST_STATUS_S = 110_000_000, 3.0, 0.3
 
@@ -55,6 +61,16 @@ class Answering:
     seconds: float
     daemon_more: int
     command_most: int
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A daemon that is scraped every five seconds, while somebody has `splicer top`: percent of a CPU, bytes
+    resident, and how often it was scraped."""
+
+    cpu: float
+    daemon: int
+    scrapes: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ class Scale:
     close_us: float
     stopped_s: float
     left: int | None
+    watched: Watched | None = None
 
     @property
     def maps_total(self) -> int:
@@ -247,9 +264,7 @@ def measure(splicer: Splicer, number: int, seconds: float, progress: Progress) -
     """One size. `seconds`: for each look at the daemon's CPU time."""
     bed = splicer.bed
     room = next((room for room in ROOM if number <= room - room // 8), ROOM[-1])
-    namespace = bed.add_namespace(f"scale{number}")
-    for name, value in (("ip_local_port_range", "1024 65535"), ("tcp_max_tw_buckets", "2048")):
-        bed.run(["sh", "-c", f"echo {value} >/proc/sys/net/ipv4/{name}"], namespace)
+    namespace = _make_namespace(bed, f"scale{number}")
 
     def step(what: str) -> None:
         progress.step(f"{number} connections: {what}")
@@ -324,6 +339,56 @@ def measure(splicer: Splicer, number: int, seconds: float, progress: Progress) -
     )
 
 
+def _make_namespace(bed: Testbed, name: str) -> Namespace:
+    namespace = bed.add_namespace(name)
+    for path, value in (("ip_local_port_range", "1024 65535"), ("tcp_max_tw_buckets", "2048")):
+        bed.run(["sh", "-c", f"echo {value} >/proc/sys/net/ipv4/{path}"], namespace)
+    return namespace
+
+
+def measure_watched(splicer: Splicer, progress: Progress) -> Watched:
+    """WATCHED connections that are spliced and talk."""
+    bed = splicer.bed
+    namespace = _make_namespace(bed, "watched")
+    address = bed.directory / "metrics.sock"
+    progress.step(f"{WATCHED} connections: watched")
+    with contextlib.ExitStack() as opened:
+        daemon = opened.enter_context(
+            splicer.running([f"--metrics={address}", "--docker=off", "--log-format=json"])
+        )
+        subject = Subject(splicer, daemon.pid)
+        throngs = Throngs(bed, namespace, WATCHED)
+        opened.callback(throngs.close)
+        throngs.wait()
+        _splice(subject, throngs, WATCHED)
+        throngs.have(f"chat {CHAT_PER_SECOND / len(throngs)}")
+        time.sleep(NEW)
+        top = bed.start([*splicer.command, "top", "--json", f"--run-dir={splicer.run_dir}"])
+        opened.callback(bed.stop, top)
+        before, begun, scrapes = cpu_seconds(daemon.pid), time.monotonic(), 0
+        while time.monotonic() < begun + WATCHED_S:
+            _scrape(address)
+            scrapes += 1
+            time.sleep(max(0.0, begun + scrapes * SCRAPES_EVERY_S - time.monotonic()))
+        cpu = 100 * (cpu_seconds(daemon.pid) - before) / (time.monotonic() - begun)
+        if top.poll() is not None:
+            raise TestbedError(f"splicer top ended with {top.returncode}")
+        memory = subject.read_memory()
+        throngs.have("chat 0")
+    return Watched(cpu, memory, scrapes)
+
+
+def _scrape(address: Path) -> None:
+    """Raises TestbedError if there are no metrics."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(PATIENCE)
+        peer.connect(str(address))
+        peer.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        said = b"".join(iter(lambda: peer.recv(1 << 16), b""))
+    if b"\nsplicer_" not in said:
+        raise TestbedError("there are no metrics to scrape")
+
+
 def _splice(subject: Subject, throngs: Throngs, number: int) -> tuple[float, float, int]:
     """Have them talk until nearly all are spliced: seconds of the talk that makes them hot, seconds from its
     beginning until they are spliced, and how many are."""
@@ -389,6 +454,8 @@ def render(results: Sequence[Scale]) -> list[str]:
         ("a close, both ends", lambda s: f"{s.close_us:.1f} us"),
         ("stopped within", lambda s: f"{s.stopped_s:.1f} s"),
         ("  left", lambda s: "?" if s.left is None else str(s.left)),
+        ("scraped, and with top: CPU", lambda s: "-" if s.watched is None else f"{s.watched.cpu:.1f} %"),
+        ("  daemon", lambda s: "-" if s.watched is None else size(s.watched.daemon)),
     )
     width = max(len(name) for name, _ in rows)
     lines = [" " * width + "".join(f"{s.connections:>13,}" for s in results)]
@@ -400,10 +467,14 @@ def run(workshop: Workshop) -> Findings:
     options = workshop.options
     sizes = (options.connections,) if options.connections else SIZES
     results = []
-    workshop.progress.begin(STEPS * len(sizes))
+    workshop.progress.begin(STEPS * len(sizes) + sizes.count(WATCHED))
     for number in sizes:
         with workshop.splicing() as splicer:
-            results.append(measure(splicer, number, options.seconds or 8.0, workshop.progress))
+            found = measure(splicer, number, options.seconds or 8.0, workshop.progress)
+        if number == WATCHED:
+            with workshop.splicing() as splicer:
+                found = replace(found, watched=measure_watched(splicer, workshop.progress))
+        results.append(found)
     workshop.write("\n".join(render(results)))
     failures = [failure for found in results for failure in found.failures()] if options.check else []
     return Findings("scale", [found.to_json() for found in results], failures=failures)

@@ -15,8 +15,6 @@ from .context import Context
 from .coverage import describe_share, headline, list_notes, name_parties
 from .query import number, seconds, sections, show, text
 
-SUMMARY = "say what would have more of the traffic redirected"
-
 DESCRIPTION = """\
 Say what would have more of the local traffic redirected: for each reason that
 keeps at least 1 % of the bytes plain what to change, what one puts up with

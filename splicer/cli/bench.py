@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from splicer.bench.report import Report
     from splicer.bench.suite import Findings, Options, Workshop
 
-SUMMARY = "measure what splicing changes: a suite, or your own service"
 
 DESCRIPTION = """\
 Measure plain and spliced TCP by turns, with the noise of plain against plain

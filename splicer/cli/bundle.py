@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from splicer.doctor.veil import Veil
     from splicer.policy.config import Settings
 
-SUMMARY = "put what a bug report needs into one file"
 
 DESCRIPTION = """\
 Write a tar.gz with what splicer doctor, status, flows, policy and events say,

@@ -14,8 +14,6 @@ from splicer.policy.config import BLOCKING, CONTAINER_MODES, DEFAULTS, FIONREAD,
 from . import options
 from .context import Context
 
-SUMMARY = "print a completion script for a shell"
-
 DESCRIPTION = "Print a completion script."
 
 EPILOG = """\
@@ -96,7 +94,7 @@ def add(parser: options.Parser) -> None:
 
 def execute(arguments: argparse.Namespace, context: Context) -> int:
     """Print the script."""
-    commands = describe(arguments.whole_parser)
+    commands = describe(arguments.make_parser())
     context.write({"bash": render_bash, "zsh": render_zsh, "fish": render_fish}[arguments.shell](commands))
     return OK
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from splicer.doctor.check import Result, Verdict
     from splicer.doctor.surroundings import Surroundings
 
-SUMMARY = "say whether this host can run splicer, and what stands in its way"
 
 DESCRIPTION = """\
 Try everything that splicer needs of this host, as splicer run does at its

@@ -12,8 +12,6 @@ from . import options
 from .context import Context
 from .query import number, show
 
-SUMMARY = "take every connection back to plain TCP, once"
-
 DESCRIPTION = """\
 Take every spliced connection back to plain TCP, once, without losing a byte,
 and say how many there are. The daemon goes on, and splices what stays busy

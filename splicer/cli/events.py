@@ -17,8 +17,6 @@ from .context import Context
 from .owners import name_owner
 from .query import ask_rows, number, seconds, section, text
 
-SUMMARY = "show what happened lately, and follow it"
-
 DESCRIPTION = """\
 Say what happened lately: which connections were spliced, which go back to plain
 TCP and which were refused, each with whose it is and why; and what concerns all

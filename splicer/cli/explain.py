@@ -15,8 +15,6 @@ from .context import Context
 from .owners import describe_owner
 from .query import number, section, sections, show, text, texts
 
-SUMMARY = "say why a connection is spliced or not, and what would change it"
-
 DESCRIPTION = """\
 Say all about one connection, named by its two addresses as splicer flows or ss
 shows them, in either order; or about those of a container or of a process, one

@@ -30,8 +30,6 @@ from .grouping import SORT_KEYS, STATE_STYLES
 from .owners import FILTERS, describe_owner, matches, name_owner
 from .query import ask_rows, number, seconds, section, text
 
-SUMMARY = "list local connections, and why each is spliced or not"
-
 DESCRIPTION = """\
 List the connections with both ends on this host, one row for each: spliced
 ones first, then by bytes. Of many, a summary comes first: how many between

@@ -5,65 +5,44 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 from splicer import __version__
 from splicer.errors import FAILURE, INTERRUPTED, NOT_RUNNING, OK, USAGE, SplicerError
 from splicer.policy.config import variable_of
 from splicer.text import ColourChoice, Palette, printable, wants_colour
 
-from . import (
-    advise,
-    bench,
-    bundle,
-    completion,
-    doctor,
-    drain,
-    events,
-    explain,
-    flows,
-    invocation,
-    leftovers,
-    options,
-    pause,
-    policy,
-    resume,
-    run,
-    status,
-    tap,
-    top,
-    unload,
-    unset,
-    version,
-)
-from . import set as set_
+from . import invocation, leftovers, options
 from .context import Context
 
+# In the order of the help. Each is a module of its own here, which is loaded when its turn comes: the daemon
+# would keep all of them in memory else, and every command would be slower.
 COMMANDS = {
-    "run": run,
-    "status": status,
-    "flows": flows,
-    "explain": explain,
-    "events": events,
-    "top": top,
-    "policy": policy,
-    "advise": advise,
-    "set": set_,
-    "unset": unset,
-    "drain": drain,
-    "pause": pause,
-    "resume": resume,
-    "unload": unload,
-    "tap": tap,
-    "bench": bench,
-    "doctor": doctor,
-    "bundle": bundle,
-    "version": version,
-    "completion": completion,
+    "run": "splice local connections until told to stop",
+    "status": "say whether splicer is running and what it has done",
+    "flows": "list local connections, and why each is spliced or not",
+    "explain": "say why a connection is spliced or not, and what would change it",
+    "events": "show what happened lately, and follow it",
+    "top": "show live how much goes between whom",
+    "policy": "show which containers are spliced, how, and who says so",
+    "advise": "say what would have more of the traffic redirected",
+    "set": "give a container, process, port ... another mode, at once",
+    "unset": "take back what splicer set did",
+    "drain": "take every connection back to plain TCP, once",
+    "pause": "splice nothing until splicer resume",
+    "resume": "end splicer pause",
+    "unload": "remove what a dead daemon left behind",
+    "tap": "show redirected bytes, which tcpdump does not see",
+    "bench": "measure what splicing changes: a suite, or your own service",
+    "doctor": "say whether this host can run splicer, and what stands in its way",
+    "bundle": "put what a bug report needs into one file",
+    "version": "print versions",
+    "completion": "print a completion script for a shell",
 }
 
 DESCRIPTION = """\
@@ -91,21 +70,63 @@ exit codes:
   130 interrupted"""
 
 
+class _Command(Protocol):
+    """A module of a command."""
+
+    def add(self, parser: options.Parser) -> None: ...
+
+    def execute(self, arguments: argparse.Namespace, context: Context) -> int: ...
+
+
+def _load(name: str) -> _Command:
+    return cast(_Command, importlib.import_module(f"splicer.cli.{name}"))
+
+
+class _CommandParser(options.Parser):
+    """Describes its command as soon as it is that one's turn."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.command = ""
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        self.fill()
+        return super().parse_known_args(*arguments, **keywords)
+
+    def fill(self) -> None:
+        """Nothing if that is done."""
+        if self.command:
+            name, self.command = self.command, ""
+            _load(name).add(self)
+            options.add_common(self)
+
+
 def make_parser() -> options.Parser:
-    """The parser of the whole command line."""
+    """The parser of the whole command line, for whoever describes it."""
+    parser, commands = _outline()
+    for command in commands:
+        command.fill()
+    return parser
+
+
+def _outline() -> tuple[options.Parser, list[_CommandParser]]:
+    """The parser, in which each command describes itself when it is parsed."""
     parser = options.Parser(prog="splicer", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "--version", action="version", version=f"splicer {__version__}", help="print the version and exit"
     )
     options.add_common(parser)
-    # For whoever describes the whole command line, as completion does.
-    parser.set_defaults(whole_parser=parser)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, module in COMMANDS.items():
-        child = commands.add_parser(name, help=module.SUMMARY)
-        module.add(child)
-        options.add_common(child)
-    return parser
+    # For completion, which describes all of it.
+    parser.set_defaults(make_parser=make_parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", parser_class=_CommandParser
+    )
+    children = []
+    for name, summary in COMMANDS.items():
+        child = commands.add_parser(name, help=summary)
+        child.command = name
+        children.append(child)
+    return parser, children
 
 
 def main(
@@ -127,13 +148,13 @@ def main(
     arguments: argparse.Namespace | None = None
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            arguments = make_parser().parse_args(argv)
+            arguments = _outline()[0].parse_args(argv)
         choice = cast(ColourChoice, getattr(arguments, "color", "auto"))
         palette = Palette(wants_colour(choice, err, environ))
         if arguments.command is None:
             raise SplicerError("which command?", hint="splicer --help", exit_code=USAGE)
         context = Context(out, err, environ, Palette(wants_colour(choice, out, environ)), palette)
-        code: int = COMMANDS[arguments.command].execute(arguments, context)
+        code: int = _load(arguments.command).execute(arguments, context)
         out.flush()
         return code
     except SystemExit as leave:  # --help and --version

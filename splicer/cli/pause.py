@@ -12,8 +12,6 @@ from . import options
 from .context import Context
 from .query import number, show
 
-SUMMARY = "splice nothing until splicer resume"
-
 DESCRIPTION = """\
 Take every spliced connection back to plain TCP without losing a byte, and
 splice no other, whatever labels, rules and overrides say, until splicer resume

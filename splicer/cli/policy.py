@@ -31,8 +31,6 @@ from .context import Context
 from .query import ask, number, section, sections, text, texts
 from .status import describe_docker
 
-SUMMARY = "show which containers are spliced, how, and who says so"
-
 DESCRIPTION = """\
 Show the policy: of the host, of the configuration file's rules, and of each
 running container. With a container (name, compose service, or the first

@@ -10,8 +10,6 @@ from . import options
 from .context import Context
 from .query import show
 
-SUMMARY = "end splicer pause"
-
 DESCRIPTION = """\
 End splicer pause: overrides, labels and the configuration count again, for
 living connections too. Those that stay busy are spliced again."""

@@ -15,8 +15,6 @@ from splicer.text import legend
 from . import options
 from .context import Context
 
-SUMMARY = "splice local connections until told to stop"
-
 DESCRIPTION = """\
 Attach to a cgroup and splice the TCP connections of its processes whose both
 ends are on this host. Runs in the foreground. SIGTERM and SIGINT take every

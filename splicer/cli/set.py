@@ -14,8 +14,6 @@ from . import options, subjects
 from .context import Context
 from .query import show, text, texts
 
-SUMMARY = "give a container, process, port ... another mode, at once"
-
 DESCRIPTION = """\
 Give a container another mode, whatever its labels and the configuration say; or
 a cgroup, a process, a port or an address. It acts at once, on living

@@ -30,8 +30,6 @@ from .coverage import headline, list_notes, list_plain
 from .owners import name_party
 from .query import ask, number, seconds, section, sections, text, texts
 
-SUMMARY = "say whether splicer is running and what it has done"
-
 DESCRIPTION = """\
 Say whether splicer is running and what it has done. The first line is the
 answer in words, the next how much of the local traffic is redirected. Totals

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from .capture import Capture, Row, Sink
 
-SUMMARY = "show redirected bytes, which tcpdump does not see"
 
 DESCRIPTION = """\
 Show the bytes of spliced connections as they are redirected, on the terminal or

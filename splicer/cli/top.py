@@ -19,8 +19,6 @@ from .context import Context
 from .owners import name_owner
 from .query import ask, number, seconds, section, sections, text
 
-SUMMARY = "show live how much goes between whom"
-
 DESCRIPTION = """\
 Show how many bytes and messages go between whom just now, redirected and
 through TCP: for each pair of containers, services or programs, or for the

@@ -13,8 +13,6 @@ from splicer.errors import OK, SplicerError
 from . import options
 from .context import Context
 
-SUMMARY = "remove what a dead daemon left behind"
-
 DESCRIPTION = """\
 Take every connection that a dead daemon left spliced back to plain TCP, then
 detach and remove its programs and maps. Says what it removed. A connection

@@ -12,8 +12,6 @@ from . import options, subjects
 from .context import Context
 from .query import show, texts
 
-SUMMARY = "take back what splicer set did"
-
 DESCRIPTION = """\
 Take back what splicer set did: labels and the configuration count again, at
 once and for living connections too. splicer policy lists what is set."""

@@ -13,8 +13,6 @@ from splicer.model import SCHEMA
 from . import options
 from .context import Context
 
-SUMMARY = "print versions"
-
 DESCRIPTION = """\
 Print the version of this command, of Python and of the kernel. The daemon's
 is in splicer status."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from splicer.bench.scale import MOST_BYTES, MOST_CPU, MOST_STATUS_S, Answering, Scale, render
+from splicer.bench.scale import MOST_BYTES, MOST_CPU, MOST_STATUS_S, Answering, Scale, Watched, render
 
 FOUND = Scale(
     connections=100_000,
@@ -35,11 +35,14 @@ FOUND = Scale(
 
 
 def test_a_table_has_a_column_for_each_size() -> None:
-    lines = render([dataclasses.replace(FOUND, connections=1000, left=0), FOUND])
+    lines = render(
+        [dataclasses.replace(FOUND, connections=1000, left=0, watched=Watched(0.7, 42_000_000, 6)), FOUND]
+    )
     assert lines[0].split() == ["1,000", "100,000"]
     rows = {line[:28].strip(): line[28:].split() for line in lines[1:]}
     assert rows["maps and daemon"] == ["99.0", "MB", "99.0", "MB"]
     assert rows["left"] == ["0", "?"]
+    assert rows["scraped, and with top: CPU"] == ["0.7", "%", "-"]
     assert len({len(line) for line in lines}) == 1
     assert all(len(line) <= 80 for line in lines)
 

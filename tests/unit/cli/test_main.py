@@ -35,9 +35,24 @@ def test_help(invoke: Invoke, command: str | None) -> None:
 
 def test_help_names_every_command(invoke: Invoke) -> None:
     text = invoke("--help").stdout
-    for name, module in cli.COMMANDS.items():
+    for name, summary in cli.COMMANDS.items():
         assert name in text
-        assert module.SUMMARY.split()[0] in text
+        assert summary.split()[0] in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--print-config"], ["version"], ["--debug", "version"], ["--help"]]
+)
+def test_other_commands_are_not_loaded(arguments: list[str]) -> None:
+    source = (
+        "import sys\n"
+        "from splicer.cli.main import COMMANDS, main\n"
+        f"code = main({arguments!r}, environ={{}})\n"
+        "print(*(name for name in COMMANDS if f'splicer.cli.{name}' in sys.modules), file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    child = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert child.stderr.split() == [word for word in arguments if word in cli.COMMANDS]
 
 
 def test_flows_help_explains_every_reason(invoke: Invoke) -> None:
