@@ -18,13 +18,15 @@ DEFAULT = "wrk"
 @dataclass(frozen=True)
 class Suite:
     """`module` is one of this room; without it the suite is a group of workloads, and has lines of a table
-    for them if it is `tabular`. If it `compares` plain and spliced, there are verdicts and pictures."""
+    for them if it is `tabular`. `selects`: it is a module, and has workloads all the same. If it `compares`
+    plain and spliced, there are verdicts and pictures."""
 
     name: str
     summary: str
     module: str = ""
     tabular: bool = False
     compares: bool = True
+    selects: bool = False
 
     def run(self, workshop: Workshop) -> Findings:
         """Measure. Raises SplicerError, KeyboardInterrupt."""
@@ -44,7 +46,7 @@ _ALL = (
     Suite("adopt", "how soon busy connections are spliced", "adopting", compares=False),
     Suite("scale", "1 000 to 100 000 connections: memory, CPU, cost of each step", "scale", compares=False),
     Suite("streams", "streams that are always redirected, by size", tabular=True),
-    Suite("naive", "what a program that always redirects would give", "naive"),
+    Suite("naive", "what a program that always redirects would give", "naive", selects=True),
     Suite("tap", "what splicer tap costs those whom it taps", "tapping"),
     Suite("relays", "Varnish, lighttpd and socat in front of nginx"),
     Suite("lives", "nginx proxying to nginx, connections that end after some requests"),

@@ -179,10 +179,11 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     for flag in ("html", "png"):
         if suite is not None and not live and not suite.compares and getattr(arguments, flag):
             refuse(f"--{flag}", f"is not for {suite.name}, which compares nothing")
-    if suite is not None and suite.module and (arguments.only or arguments.baseline):
-        refuse(
-            "--only" if arguments.only else "--baseline", f"is not for {suite.name}, which has no workloads"
-        )
+    if suite is not None and suite.module:
+        if arguments.only and not suite.selects:
+            refuse("--only", f"is not for {suite.name}, which has no workloads")
+        if arguments.baseline:
+            refuse("--baseline", f"is not for {suite.name}, which is measured by itself")
 
 
 def _read_former(flag: str | None) -> str | None:
