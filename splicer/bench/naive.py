@@ -11,8 +11,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from splicer.bench.chains import CONNECTIONS, select
@@ -23,6 +24,7 @@ from splicer.bench.suite import Comparison, Findings, Workshop
 from splicer.bench.testbed import LOADS, Testbed, TestbedError
 from splicer.errors import SplicerError
 from splicer.kernel.compiler import find_sources
+from splicer.kernel.costs import Cost, counting
 from splicer.text import plural
 
 NAMES = ("keep-alive", "keep-alive-1", "keep-alive-128", "proxy-20k", "proxy-1m")
@@ -32,13 +34,15 @@ _HEAD += f"  {'always/plain':<19}{'spliced/always':<19}always/always"
 
 @dataclass(frozen=True)
 class Trio:
-    """One workload. `always` and `plains` are one leg more than `splices`."""
+    """One workload. `always` and `plains` are one leg more than `splices`. `redirects`: what the program that
+    always redirects cost in each of its legs, with --programs."""
 
     workload: Subject
     plains: Sequence[Sample]
     always: Sequence[Sample]
     splices: Sequence[Sample]
     splicings: Sequence[Splicing]
+    redirects: Sequence[Cost] = ()
 
     def against_plain(self, metric: Metric) -> Row:
         return Row(metric, _pick(self.plains, metric), _pick(self.always[:-1], metric))
@@ -73,7 +77,25 @@ class Trio:
                 }
                 for metric in self.workload.metrics
             },
+            "redirects": [asdict(cost) for cost in self.redirects],
+            "verdicts": [asdict(cost) for cost in self._verdicts],
         }
+
+    @property
+    def _verdicts(self) -> list[Cost]:
+        return [each.programs["verdict"] for each in self.splicings if "verdict" in each.programs]
+
+    def _programs_text(self) -> str:
+        """How often the two programs ran for a request, and for how long: medians of the legs."""
+        parts = []
+        for name, legs, costs in (
+            ("verdict", self.splices, self._verdicts),
+            ("always", self.always, self.redirects),
+        ):
+            runs = median(cost.calls / leg.requests for leg, cost in zip(legs, costs, strict=True))
+            time = median(cost.nanoseconds / max(cost.calls, 1) for cost in costs)
+            parts.append(f"{name} {runs:.1f} x {time:.0f} ns")
+        return f"programs, for each {self.workload.unit}: {', '.join(parts)}"
 
     def to_text(self) -> str:
         lines = ["", f"{self.workload.name}: {self.workload.title}", _HEAD]
@@ -84,6 +106,8 @@ class Trio:
                 f"  {metric.label:<14}{''.join(f'{format_number(each):>9}' for each in numbers)}"
                 f"  {naive.ratios!s:<19}{ours.ratios!s:<19}{ours.noises}"
             )
+        if self.redirects:
+            lines.append(f"  {self._programs_text()}")
         return "\n".join(lines)
 
 
@@ -92,8 +116,9 @@ def _pick(samples: Sequence[Sample], metric: Metric) -> list[float]:
 
 
 @contextmanager
-def redirecting_always(bed: Testbed) -> Iterator[None]:
-    """Meanwhile each message below the test bed's cgroup is. Raises TestbedError, also if there was none."""
+def redirecting_always(bed: Testbed, timed: bool = False) -> Iterator[list[Cost]]:
+    """Meanwhile each message below the test bed's cgroup is. What it gives has the program's cost at the end,
+    if it is `timed`. Raises TestbedError, also if there was none."""
     log = bed.directory / "naive.log"
     with log.open("wb") as said:
         child = bed.start(
@@ -108,10 +133,15 @@ def redirecting_always(bed: Testbed) -> Iterator[None]:
             child.wait(30)
             words = log.read_text(errors="replace").strip().splitlines() or [f"exit code {child.returncode}"]
             raise TestbedError(f"cannot redirect always: {words[-1]}")
-        yield
+        costs: list[Cost] = []
+        with counting() if timed else nullcontext():
+            yield costs
         child.stdin.close()
-        if not int(child.stdout.readline() or 0):
+        redirected, calls, nanoseconds = map(int, child.stdout.readline().split() or (0, 0, 0))
+        if not redirected:
             raise TestbedError("nothing was redirected where everything should be")
+        if timed:
+            costs.append(Cost(calls, nanoseconds))
     finally:
         bed.stop(child)
         for stream in (child.stdin, child.stdout):
@@ -121,20 +151,21 @@ def redirecting_always(bed: Testbed) -> Iterator[None]:
 
 def measure(splicer: Splicer, workload: Workload, load: Load, workshop: Workshop) -> Trio:
     """So many trios of legs as there are pairs, and one leg of each other kind at the end."""
-    plains, always, splices, splicings = [], [], [], []
+    plains, always, splices, splicings, redirects = [], [], [], [], []
     for turn in range(workshop.options.pairs + 1):
         where = f"{turn + 1} of {workshop.options.pairs}"
         workshop.progress.step(f"{workload.name}: plain, {where}")
         plains.append(workload.measure(splicer.bed, load))
         workshop.progress.step(f"{workload.name}: always redirected, {where}")
-        with redirecting_always(splicer.bed):
+        with redirecting_always(splicer.bed, workshop.options.programs) as costs:
             always.append(workload.measure(splicer.bed, load))
+        redirects += costs
         if turn < workshop.options.pairs:
             workshop.progress.step(f"{workload.name}: spliced, {where}")
             sample, splicing = splicer.measure(workload, load)
             splices.append(sample)
             splicings.append(splicing)
-    return Trio(workload, plains, always, splices, splicings)
+    return Trio(workload, plains, always, splices, splicings, redirects)
 
 
 def run(workshop: Workshop) -> Findings:
@@ -146,7 +177,7 @@ def run(workshop: Workshop) -> Findings:
     load = Load(options.seconds or 3.0, options.connections or CONNECTIONS, options.threads, options.workers)
     trios: list[Trio] = []
     workshop.progress.begin(len(workloads) * (3 * options.pairs + 2))
-    with workshop.splicing() as splicer:
+    with workshop.splicing(timed=options.programs) as splicer:
         workshop.write(f"{plural(options.pairs, 'spliced leg')} of {load.seconds:g} s, between others")
         for workload in workloads:
             trios.append(measure(splicer, workload, load, workshop))

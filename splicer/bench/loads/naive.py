@@ -5,7 +5,8 @@ own, run by its path.
     naive.py CGROUP HEADERS
 
 HEADERS are those of a kernel, as bcc wants them. It says `ready`, and ends with standard input; then it says
-how many messages it has redirected. What bcc says of the C that it compiles goes to standard error.
+how many messages it has redirected, and how often that program ran while the kernel timed programs, and for
+how many nanoseconds. What bcc says of the C that it compiles goes to standard error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def main() -> None:
         sys.stdin.read()
     finally:
         programs.detach_func(put_in, cgroup, BPFAttachType.CGROUP_SOCK_OPS)
-    print(programs["redirected"].sum(0).value)
+    lines = Path(f"/proc/self/fdinfo/{redirect.fd}").read_text(encoding="ascii").splitlines()
+    facts = dict(line.split(":", 1) for line in lines)
+    print(programs["redirected"].sum(0).value, int(facts["run_cnt"]), int(facts["run_time_ns"]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from splicer.bench.model import Sample, Splicing
 from splicer.bench.naive import NAMES, Trio
 from splicer.bench.workloads import WRK_WORKLOADS
+from splicer.kernel.costs import Cost
 
 
 def sample(rate: float, **errors: int) -> Sample:
@@ -30,6 +33,17 @@ def test_each_against_those_around_it() -> None:
     assert trio().rows[0].noises.values == [1.0, 500 / 300]
     assert "2.00 (2.00 - 2.00)" in trio().to_text() and "0.90 (0.90 - 0.90)" in trio().to_text()
     assert trio().to_json()["metrics"]["rate"]["spliced_to_always"]["median"] == 0.9
+
+
+def test_the_two_programs_beside_each_other() -> None:
+    assert "programs" not in trio().to_text()
+    timed = replace(
+        trio(),
+        splicings=[replace(splicing(5), programs={"verdict": Cost(20, 20 * ns)}) for ns in (200, 240)],
+        redirects=[Cost(10, 1000), Cost(10, 1200), Cost(10, 1100)],
+    )
+    assert "programs, for each request: verdict 2.0 x 220 ns, always 1.0 x 110 ns" in timed.to_text()
+    assert timed.to_json()["redirects"][1] == {"calls": 10, "nanoseconds": 1200}
 
 
 def test_what_makes_it_fail() -> None:
