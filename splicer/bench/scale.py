@@ -48,8 +48,8 @@ STEPS = 10
 # So many are measured once more, scraped and watched.
 WATCHED = 1_000
 # Prometheus asks all 15 seconds by default, many have it ask all 5.
-SCRAPES_EVERY_S = 5.0
-WATCHED_S = 30.0
+SCRAPES_EVERY = 5.0  # seconds
+WATCHED_FOR = 30.0  # seconds
 # What is promised for 100 000 connections, and for as many fewer: bytes, percent of one CPU, seconds.
 MOST_BYTES, MOST_CPU, MOST_STATUS_S = 110_000_000, 3.0, 0.3
 
@@ -366,10 +366,10 @@ def measure_watched(splicer: Splicer, progress: Progress) -> Watched:
         top = bed.start([*splicer.command, "top", "--json", f"--run-dir={splicer.run_dir}"])
         opened.callback(bed.stop, top)
         before, begun, scrapes = cpu_seconds(daemon.pid), time.monotonic(), 0
-        while time.monotonic() < begun + WATCHED_S:
+        while time.monotonic() < begun + WATCHED_FOR:
             _scrape(address)
             scrapes += 1
-            time.sleep(max(0.0, begun + scrapes * SCRAPES_EVERY_S - time.monotonic()))
+            time.sleep(max(0.0, begun + scrapes * SCRAPES_EVERY - time.monotonic()))
         cpu = 100 * (cpu_seconds(daemon.pid) - before) / (time.monotonic() - begun)
         if top.poll() is not None:
             raise TestbedError(f"splicer top ended with {top.returncode}")
