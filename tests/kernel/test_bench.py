@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support import schemas
-from support.bpf import list_objects
+from support.bpf import list_held_named, list_objects
 from support.cgroup import find_v2_root
 from support.daemon import command_line, environment, wait_until
 from support.host import Host
@@ -208,7 +208,6 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
     """No program, map, cgroup, directory, process: interrupted while its daemon is at work."""
     root = find_v2_root()
     assert root is not None
-    before = set(list_objects())
 
     def list_left(pid: int) -> list[str]:
         found = [str(path) for path in root.glob(f"splicer-bench-{pid}")]
@@ -223,7 +222,8 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
         env=environment(TMPDIR=str(tmp_path)),
     )
     try:
-        wait_until("its daemon is at work", lambda: set(list_objects()) - before, timeout=30)
+        wait_until("its daemon is at work", lambda: list_held_named(process.pid, "verdict"), timeout=30)
+        own = list_held_named(process.pid, "")
         assert len(list_left(process.pid)) >= 3
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
@@ -231,7 +231,7 @@ def test_an_interrupted_suite_leaves_nothing(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     assert not list_left(process.pid)
-    assert not set(list_objects()) - before
+    wait_until("the kernel has let go of all of it", lambda: not own & list_objects().keys())
 
 
 def test_what_cannot_be_measured(host: Host, lab: Lab, tmp_path: Path) -> None:

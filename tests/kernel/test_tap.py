@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.bpf import counting_runs, list_objects, read_runs
+from support.bpf import counting_runs, list_held_named, list_objects, read_runs
 from support.connection import Stream
 from support.daemon import call, wait_until
 from support.host import Host
@@ -283,15 +283,12 @@ def test_nothing_is_left(host: Host, lab: Lab, tmp_path: Path, number: int) -> N
     with tapping(host, tmp_path, "-w", str(tmp_path / "tap.pcapng"), end_by=number) as tap:
         pair.pingpong(10)
         assert list_tappers(host.pin_dir)
+        own = list_held_named(tap.process.pid, "tap") - before
+    assert {kind for kind, _ in own} == {"map", "prog"}
     assert tap.outcome.code == (-9 if number == signal.SIGKILL else 0)
     wait_until("it is gone", lambda: not list_tappers(host.pin_dir))
     pair.pingpong(10)
-
-    def is_clean() -> bool:
-        left = [each for key, each in list_objects().items() if key not in before]
-        return not any(each.name.startswith("tap") for each in left)
-
-    wait_until("program and maps are gone", is_clean)
+    wait_until("program and maps are gone", lambda: not own & list_objects().keys())
     with tapping(host, tmp_path, "--count", "4") as again:
         pair.pingpong(4)
         again.process.wait(30)
