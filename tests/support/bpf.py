@@ -159,8 +159,8 @@ def list_held(process: Path) -> set[tuple[str, int]]:
 
 
 def list_held_named(pid: int, prefix: str) -> set[tuple[str, int]]:
-    """What the process or a descendant of it has open, of objects whose names begin so. Unlike whatever is new
-    in the kernel it is nobody else's: the tests run in two lanes."""
+    """What the process or a descendant of it has open, of objects whose names begin so. Unlike what is new in
+    the kernel it is nobody else's: the tests run in two lanes."""
     held: set[tuple[str, int]] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         me = psutil.Process(pid)
