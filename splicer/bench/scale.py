@@ -25,9 +25,11 @@ from splicer.bench.progress import Progress
 from splicer.bench.splicing import Splicer, cpu_seconds
 from splicer.bench.suite import Findings, Workshop
 from splicer.bench.testbed import LOADS, Namespace, Testbed, TestbedError
+from splicer.errors import SplicerError
 from splicer.kernel import libbpf
 from splicer.kernel.costs import Cost, counting, read_costs
 from splicer.kernel.layout import COUNTERS
+from splicer.metrics import page
 
 SIZES = (1_000, 10_000, 100_000)
 ADDRESS, FIRST_PORT = "127.0.0.1", 900
@@ -378,6 +380,16 @@ def measure_watched(splicer: Splicer, progress: Progress) -> Watched:
     return Watched(cpu, memory, scrapes)
 
 
+def _can_be_scraped(workshop: Workshop) -> bool:
+    """Says so if not."""
+    try:
+        page.require()
+    except SplicerError as error:
+        workshop.write(f"not scraped: {error.message}")
+        return False
+    return True
+
+
 def _scrape(address: Path) -> None:
     """Raises TestbedError if there are no metrics."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
@@ -471,7 +483,7 @@ def run(workshop: Workshop) -> Findings:
     for number in sizes:
         with workshop.splicing() as splicer:
             found = measure(splicer, number, options.seconds or 8.0, workshop.progress)
-        if number == WATCHED:
+        if number == WATCHED and _can_be_scraped(workshop):
             with workshop.splicing() as splicer:
                 found = replace(found, watched=measure_watched(splicer, workshop.progress))
         results.append(found)

@@ -4,9 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 
+import pytest
+
+from splicer.bench import scale
+from splicer.bench.progress import Progress
 from splicer.bench.scale import MOST_BYTES, MOST_CPU, MOST_STATUS_S, Answering, Scale, Watched, render
+from splicer.bench.suite import Options, Workshop
 
 FOUND = Scale(
     connections=100_000,
@@ -64,3 +71,12 @@ def test_what_is_more_than_promised_is_said() -> None:
     said = worse.failures()
     assert len(said) == 3
     assert all("100000 connections" in line for line in said)
+
+
+def test_a_host_without_prometheus_client_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    workshop = Workshop(Options(), Progress(io.StringIO()), said.append)
+    assert scale._can_be_scraped(workshop)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert not scale._can_be_scraped(workshop)
+    assert said == ["not scraped: metrics need the python module prometheus_client, which is not installed"]
